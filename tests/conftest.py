@@ -1,0 +1,152 @@
+"""What several tests need: a cache of their own, the real commands, and a web server that misbehaves as told."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder that prepare's functions work on, and an empty working folder."""
+    folder, work = tmp_path / "cache", tmp_path / "work"
+    folder.mkdir()
+    work.mkdir()
+    monkeypatch.setattr(prepare, "CACHE_DIR", folder)
+    monkeypatch.setattr(prepare, "DATA_DIR", folder / "data")
+    monkeypatch.setattr(prepare, "TOKENIZER_DIR", folder / "tokenizer")
+    monkeypatch.setattr(prepare, "TOKENS_DIR", folder / "tokens")
+    monkeypatch.setattr(prepare, "MANIFEST_PATH", folder / "manifest.json")
+    monkeypatch.setattr(prepare, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.delenv("AUTO_LOG_RESEARCH_DIR", raising=False)
+    monkeypatch.chdir(work)
+    return folder
+
+
+def command_env(cache_dir: Path, **variables: str) -> dict[str, str]:
+    """The environment of a real command: this one's, without what would change what the command does."""
+    ours = ("AUTORESEARCH_", "AUTO_LOG_RESEARCH_", "HF_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    return kept | {"AUTORESEARCH_CACHE": str(cache_dir), "NO_PROXY": "*", "PYTHONPATH": str(ROOT)} | variables
+
+
+def run_command(cache_dir: Path, *args: object, **variables: str) -> subprocess.CompletedProcess:
+    """Run `python ARGS` to its end, with the cache at `cache_dir`."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cache_dir.parent,
+        env=command_env(cache_dir, **variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` (name: bytes). Each GET of a name plays the next act in `acts[name]`, or serves the file
+    well when there is none. Requests are noted as (method, name, Range header)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.acts: dict[str, list] = {}
+        self.head_status = 200
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.is_over = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def gets(self, name: str) -> list[str | None]:
+        """The Range headers with which a file was asked for."""
+        return [wanted for method, other, wanted in self.requests if method == "GET" and other == name]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        name = self._note()
+        if self.server.head_status != 200 or name not in self.server.files:
+            return self.reply(self.server.head_status if self.server.head_status != 200 else 404)
+        self.reply(200, {"Content-Length": len(self.server.files[name])})
+
+    def do_GET(self):
+        name = self._note()
+        acts = self.server.acts.get(name, [])
+        act = acts.pop(0) if acts else serve()
+        act(self, self.server.files.get(name))
+
+    def _note(self) -> str:
+        prefix = "/datasets/karpathy/climbmix-400b-shuffle/resolve/main/"
+        name = self.path.removeprefix(prefix) if self.path.startswith(prefix) else f"wrong path {self.path}"
+        self.server.requests.append((self.command, name, self.headers.get("Range")))
+        return name
+
+    def reply(self, status: int, headers: dict | None = None, body: bytes = b"") -> None:
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+    def log_message(self, *args):
+        pass
+
+
+def serve(num_bytes: int | None = None, *, ranges: bool = True, then_stall: bool = False):
+    """Serve the file, or only `num_bytes` of what the headers promise; then close, or keep the client waiting."""
+
+    def act(handler: Handler, body: bytes | None) -> None:
+        if body is None:
+            return handler.reply(404)
+        wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "")) if ranges else None
+        first = int(wanted[1]) if wanted else 0
+        if wanted and first >= len(body):
+            return handler.reply(416, {"Content-Range": f"bytes */{len(body)}"})
+        headers = {"Content-Length": len(body) - first}
+        if wanted:
+            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        handler.reply(206 if wanted else 200, headers, body[first : None if num_bytes is None else first + num_bytes])
+        if then_stall:
+            handler.server.is_over.wait()
+
+    return act
+
+
+def answer(status: int, headers: dict | None = None, body: bytes = b""):
+    return lambda handler, _: handler.reply(status, headers, body)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("NO_PROXY", "*")
+    yield server
+    server.is_over.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The cache folder and the output of the real demo command, run once. No proxy leads out: there is no network."""
+    folder = tmp_path_factory.mktemp("demo") / "cache"
+    nowhere = {key: "http://127.0.0.1:9" for key in ("HF_ENDPOINT", "http_proxy", "https_proxy")}
+    done = run_command(folder, ROOT / "prepare.py", AUTORESEARCH_DEMO="1", **nowhere)
+    return folder, done

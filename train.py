@@ -1,0 +1,627 @@
+"""Train a GPT for exactly TIME_BUDGET seconds on one GPU, score it, and leave a record of what happened.
+
+    uv run train.py > run.log 2>&1
+    uv run train.py --score          score checkpoint.pt again, after an evaluation that failed
+
+Reads the data that prepare.py made. Writes run_start.json, metrics.jsonl (one line a step), checkpoint.pt,
+eval_record.json and, when all is done, run_summary.json. This is the one file that experiments change.
+"""
+
+import contextlib
+import gc
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation; read when torch starts
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from prepare import (
+    DEMO,
+    MAX_SEQ_LEN,
+    TIME_BUDGET,
+    Clock,
+    Run,
+    Tokenizer,
+    copy_weights,
+    evaluate_bpb,
+    get_device,
+    layer_stats,
+    make_dataloader,
+    parameter_stats,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    # Model
+    depth: int = 8  # blocks
+    aspect_ratio: int = 64  # width = depth * aspect_ratio, rounded up to a multiple of head_dim
+    head_dim: int = 128
+    num_kv_heads: int | None = None  # None: as many as query heads
+    window_pattern: str = "SSSL"  # repeated over the layers; L: full context, S: half of it; the last layer is L
+    mlp_ratio: int = 4  # hidden width of the MLP / width
+    rotary_base: float = 10_000.0
+    logit_cap: float = 15.0  # logits lie within +- this
+    x0_lambda_init: float = 0.1  # weight of the embedding in each block's input
+    # Batch
+    total_batch_size: int = 2**19  # tokens a step
+    device_batch_size: int = 128  # sequences a forward pass; lower it when memory runs out
+    # Optimizer
+    embedding_lr: float = 0.6  # AdamW, token and value embeddings; at width 768, as the next
+    unembedding_lr: float = 0.004  # AdamW, lm_head
+    scalar_lr: float = 0.5  # AdamW, x0_lambdas; a hundredth of it for resid_lambdas
+    adam_betas: tuple[float, float] = (0.8, 0.95)
+    matrix_lr: float = 0.04  # Muon, every matrix in the blocks
+    muon_beta2: float = 0.95  # of Muon's second moment
+    weight_decay: float = 0.2  # Muon, cautious; falls to 0 over the run
+    # Schedules
+    warmup_ratio: float = 0.0  # fraction of the time budget
+    warmdown_ratio: float = 0.5  # fraction of the time budget
+    final_lr_frac: float = 0.0  # learning rate at the end / at its highest
+    muon_momentum_start: float = 0.85
+    muon_momentum: float = 0.95
+    muon_momentum_steps: int = 300  # from the one to the other
+    seed: int = 42  # not an idea: a gain from another seed is noise
+
+
+CONFIG = Config()
+if DEMO:  # sizes that two CPU cores can train; everything else is as above
+    CONFIG = replace(CONFIG, depth=4, aspect_ratio=32, head_dim=32, total_batch_size=2**11, device_batch_size=8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention (every backend gives exactly the window it is asked for)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
+    """(T, T) bool: each query sees itself and the `window` positions before it."""
+    age = torch.arange(seq_len, device=device).view(-1, 1) - torch.arange(seq_len, device=device)
+    return (age >= 0) & (age <= window)
+
+
+def make_attention(window: int, seq_len: int, device: torch.device) -> tuple[str, Callable]:
+    """The fastest exact attention here: its name, and a function of q (B, T, H, D) and k, v (B, T, KV, D).
+
+    Causal; `window` counts the positions before the query that it sees, `seq_len` or more being all of them.
+    """
+    is_full = window >= seq_len - 1
+    if device.type != "cuda":
+        return "masked sdpa", partial(_sdpa, attn_mask=window_mask(seq_len, window, device))
+    if _has_flash_attention_3():
+        return ("fa3", partial(_flash_full)) if is_full else ("fa3 window", partial(_flash_window, window=window))
+    if is_full:
+        # On Hopper, forward + backward of 128 x 2048 x 4 heads: cuDNN 4.35 ms, FlexAttention 6.6, FlashAttention-2 7.3.
+        has_cudnn = torch.cuda.get_device_capability(device) >= (9, 0)
+        return ("cudnn sdpa", _cudnn_full) if has_cudnn else ("flash sdpa", _flash_full)
+    # The same with a window of 1024: FlexAttention 5.3 ms, FlashAttention-2 6.2.
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    block_mask = create_block_mask(
+        lambda b, h, q, k: (q >= k) & (q - k <= window), None, None, seq_len, seq_len, device=device
+    )
+    return "flex window", partial(_flex, block_mask=block_mask, mask=window_mask(seq_len, window, device))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **options).transpose(1, 2)
+
+
+def _cudnn_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        return _sdpa(q, k, v, is_causal=True)
+
+
+def _flash_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _sdpa(q, k, v, is_causal=True)
+
+
+def _flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, T, H, _ = q.shape
+    k, v = (t.repeat_interleave(H // t.size(2), dim=2) for t in (k, v))
+    starts = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    q, k, v = (t.reshape(B * T, H, -1) for t in (q, k, v))
+    return varlen_attn(q, k, v, starts, starts, T, T, window_size=(window, 0)).view(B, T, H, -1)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: object, mask: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not torch.compiler.is_compiling():  # uncompiled, FlexAttention is slower than this
+        return _sdpa(q, k, v, attn_mask=mask)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def _has_flash_attention_3() -> bool:
+    """FlashAttention-3 is used where it is installed (flash_attn_interface) and the GPU is a Hopper."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        return False
+    try:
+        from torch.nn.attention import activate_flash_attention_impl
+
+        activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_tables(seq_len: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (T, 1, head_dim / 2)."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)[:, None, :]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-split. x: (B, T, H, D)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def layer_windows(config: Config, seq_len: int) -> list[int]:
+    """How many positions before itself each layer's query sees."""
+    sizes = {"L": seq_len, "S": seq_len // 2}
+    windows = [sizes[config.window_pattern[i % len(config.window_pattern)]] for i in range(config.depth)]
+    return [*windows[:-1], seq_len]
+
+
+def has_value_embedding(layer: int, depth: int) -> bool:
+    """Every second layer, the last one included."""
+    return layer % 2 == (depth - 1) % 2
+
+
+class Attention(nn.Module):
+    def __init__(self, model: "GPT", layer: int):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = model.num_heads, model.num_kv_heads, model.config.head_dim
+        width, kv_width = model.width, self.num_kv_heads * self.head_dim
+        self.c_q = nn.Linear(width, width, bias=False)
+        self.c_k = nn.Linear(width, kv_width, bias=False)
+        self.c_v = nn.Linear(width, kv_width, bias=False)
+        self.c_proj = nn.Linear(width, width, bias=False)
+        self.gate_width = min(32, width)
+        has_ve = has_value_embedding(layer, model.config.depth)
+        self.ve_gate = nn.Linear(self.gate_width, self.num_kv_heads, bias=False) if has_ve else None
+        self.attend = model.attentions[layer][1]
+
+    def forward(self, x: Tensor, idx: Tensor, ve_table: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, self.num_heads, self.head_dim)
+        k = self.c_k(x).view(B, T, self.num_kv_heads, self.head_dim)
+        v = self.c_v(x).view(B, T, self.num_kv_heads, self.head_dim)
+        if ve_table is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_width]))  # (B, T, KV), 1 at the start
+            v = v + gate.unsqueeze(-1) * F.embedding(idx, ve_table).view(v.shape)
+        # Norm first: rotation keeps the length, so the values are the same, and this order is faster.
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        return self.c_proj(self.attend(q, k, v).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden, bias=False)
+        self.c_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, model: "GPT", layer: int):
+        super().__init__()
+        self.attn = Attention(model, layer)
+        self.mlp = MLP(model.width, model.config.mlp_ratio * model.width)
+
+    def forward(self, x: Tensor, x0: Tensor, mix: tuple[Tensor, Tensor], *attention_inputs: Tensor | None) -> Tensor:
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn(norm(x), *attention_inputs)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: Config, vocab_size: int, seq_len: int, device: torch.device):
+        super().__init__()
+        self.config = config
+        heads = -(-config.depth * config.aspect_ratio // config.head_dim)  # rounded up
+        self.num_heads, self.width = heads, heads * config.head_dim
+        self.num_kv_heads = config.num_kv_heads or heads
+        if heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide the number of heads, {heads}")
+        self.windows = layer_windows(config, seq_len)
+        kinds = {w: make_attention(w, seq_len, device) for w in sorted(set(self.windows))}
+        self.attentions = [kinds[w] for w in self.windows]
+        with torch.device("meta"):  # shapes alone: init_weights is then the only use of random numbers
+            self.wte = nn.Embedding(vocab_size, self.width)
+            self.blocks = nn.ModuleList(Block(self, i) for i in range(config.depth))
+            ve_layers = [str(i) for i in range(config.depth) if has_value_embedding(i, config.depth)]
+            kv_width = self.num_kv_heads * config.head_dim
+            self.value_embeds = nn.ModuleDict({i: nn.Embedding(vocab_size, kv_width) for i in ve_layers})
+            self.lm_head = nn.Linear(self.width, vocab_size, bias=False)
+            self.resid_lambdas = nn.Parameter(torch.empty(config.depth))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.depth))
+        self.to_empty(device=device)
+        cos, sin = rotary_tables(seq_len, config.head_dim, config.rotary_base, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        bound = 3**0.5 * self.width**-0.5  # a uniform distribution of standard deviation width ** -0.5
+        nn.init.normal_(self.wte.weight, std=1.0)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.blocks:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(block.attn.c_proj.weight)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+            if block.attn.ve_gate is not None:
+                nn.init.zeros_(block.attn.ve_gate.weight)
+        nn.init.constant_(self.resid_lambdas, 1.0)
+        nn.init.constant_(self.x0_lambdas, self.config.x0_lambda_init)
+        for embedding in self.value_embeds.values():
+            nn.init.uniform_(embedding.weight, -bound, bound)
+        if self.wte.weight.is_cuda:
+            self.wte.to(torch.bfloat16)
+            self.value_embeds.to(torch.bfloat16)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """idx, targets: int64 (B, T). Returns the loss in nats ("none": (B * T,)), or logits (B, T, vocab)."""
+        if targets is None:
+            return self.logits(idx)
+        losses = self.token_losses(idx, targets)
+        return losses if reduction == "none" else losses.sum() / (targets != -1).sum()
+
+    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each target (B * T,). Compiled; training and evaluation share the one graph."""
+        return F.cross_entropy(self.logits(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+
+    def logits(self, idx: Tensor) -> Tensor:
+        x = x0 = norm(self.wte(idx))
+        mixes = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True)
+        for i, (block, mix) in enumerate(zip(self.blocks, mixes, strict=True)):
+            ve_table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
+            x = block(x, x0, mix, idx, ve_table, self.cos, self.sin)
+        logits = self.lm_head(norm(x)).float()
+        return self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
+
+    def num_params_by_group(self) -> dict[str, int]:
+        groups = {
+            "wte": self.wte.parameters(),
+            "value_embeds": self.value_embeds.parameters(),
+            "lm_head": self.lm_head.parameters(),
+            "blocks": self.blocks.parameters(),
+            "scalars": [self.resid_lambdas, self.x0_lambdas],
+        }
+        return {name: sum(p.numel() for p in params) for name, params in groups.items()}
+
+    def flops_per_token(self) -> int:
+        """Forward and backward: 6 a weight that multiplies, 12 a channel and visible position for attention."""
+        counts, seq_len = self.num_params_by_group(), self.cos.size(0)
+        attention = sum(12 * self.width * min(window, seq_len) for window in self.windows)
+        return 6 * (counts["lm_head"] + counts["blocks"]) + attention
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer (Muon for the matrices in the blocks, AdamW for the rest)
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Coefficients of X <- aX + (bA + cA^2)X, A = XX^T (Polar Express, Amsel et al. 2025: arXiv:2505.16932).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices to g (n, rows, cols), roughly: singular values near 1. In bf16."""
+    # The norm stays in fp32: the polynomials are steepest at the largest singular value, and the rounding of a bf16
+    # norm shifts it enough to show in the loss of the first hundred steps.
+    X = (g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)).bfloat16()
+    is_tall = g.size(-2) > g.size(-1)
+    X = X.mT if is_tall else X  # A is then the smaller of the two products
+    for a, b, c in POLAR_EXPRESS:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if is_tall else X
+
+
+def muon_update(grad: Tensor, momentum_buffer: Tensor, second: Tensor, momentum: float, beta2: float) -> Tensor:
+    """The direction of a Muon step for matrices (n, rows, cols); `momentum_buffer` and `second` are updated in place.
+
+    Muon (Jordan et al. 2024) with Nesterov momentum, and NorMuon's variance reduction (Li et al. 2025): one second
+    moment a row or column, whichever there are more of, then the norm of each matrix is restored.
+    """
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    g = orthogonalize(grad.lerp(momentum_buffer, momentum)).float()
+    dim = -1 if g.size(-2) >= g.size(-1) else -2
+    mean_square = g.square().mean(dim, keepdim=True)
+    second.lerp_(mean_square, 1 - beta2)
+    scale = second.clamp_min(1e-10).rsqrt()
+    norms = [t.sum(dim=(-2, -1), keepdim=True).sqrt() for t in (mean_square, mean_square * scale.square())]
+    return g * (scale * (norms[0] / norms[1].clamp_min(1e-10)))
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups hold matrices of one shape, which are stepped together as one (n, rows, cols) tensor."""
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, defaults={})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = group["params"]
+            grad = torch.stack([p.grad for p in params])
+            state = self.state[params[0]]
+            if not state:
+                rows, cols = params[0].shape
+                state["momentum_buffer"] = torch.zeros_like(grad)
+                state["second"] = grad.new_zeros((len(params), rows, 1) if rows >= cols else (len(params), 1, cols))
+            g = muon_update(grad, state["momentum_buffer"], state["second"], group["momentum"], group["beta2"])
+            p = torch.stack(params)
+            # Cautious: weights decay only where the step does not already move them away from zero.
+            decay = group["lr"] * group["weight_decay"] * p * (g * p >= 0)
+            torch._foreach_sub_(params, list((group["lr"] * g + decay).unbind()))
+
+
+def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
+    """AdamW and Muon. Every group has a `name`, and its highest learning rate as `max_lr`."""
+    config = model.config
+    width_scale = (model.width / 768) ** -0.5
+    embedding_lr, unembedding_lr = config.embedding_lr * width_scale, config.unembedding_lr * width_scale
+    adam = [
+        {"name": "lm_head", "params": [model.lm_head.weight], "lr": unembedding_lr},
+        {"name": "wte", "params": [model.wte.weight], "lr": embedding_lr},
+        {"name": "value_embeds", "params": list(model.value_embeds.parameters()), "lr": embedding_lr},
+        {"name": "resid_lambdas", "params": [model.resid_lambdas], "lr": config.scalar_lr * 0.01},
+        {"name": "x0_lambdas", "params": [model.x0_lambdas], "lr": config.scalar_lr, "betas": (0.96, 0.95)},
+    ]
+    shapes: dict[tuple[int, int], list[Tensor]] = {}
+    for p in model.blocks.parameters():
+        shapes.setdefault(tuple(p.shape), []).append(p)
+    muon = [
+        {
+            "name": f"muon_{rows}x{cols}",
+            "params": params,
+            "lr": config.matrix_lr * max(1, rows / cols) ** 0.5,
+            "beta2": config.muon_beta2,
+        }
+        for (rows, cols), params in shapes.items()
+    ]
+    grouped = [id(p) for group in adam + muon for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters()), "every parameter in exactly one group"
+    optimizers = [torch.optim.AdamW(adam, betas=config.adam_betas, eps=1e-10, weight_decay=0, fused=True), Muon(muon)]
+    for group in param_groups(optimizers):
+        group["max_lr"] = group["lr"]
+    return optimizers
+
+
+def param_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules (progress: training seconds so far / budget)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lr_scale(progress: float, *, warmup: float, warmdown: float, final: float) -> float:
+    """Factor on every learning rate: linear warm-up, 1, then linear to `final`."""
+    if progress < warmup:
+        return progress / warmup
+    if progress < 1 - warmdown:
+        return 1.0
+    left = (1 - progress) / warmdown if warmdown else 0.0
+    return left + (1 - left) * final
+
+
+def momentum_at(step: int, *, start: float, end: float, num_steps: int) -> float:
+    share = min(step / num_steps, 1.0) if num_steps else 1.0
+    return (1 - share) * start + share * end
+
+
+def weight_decay_at(progress: float, *, start: float) -> float:
+    return start * (1 - progress)
+
+
+def set_schedules(optimizers: list[torch.optim.Optimizer], config: Config, step: int, progress: float) -> dict:
+    """Set this step's learning rates, momentum and weight decay. Returns them for the log."""
+    c = config
+    scale = lr_scale(progress, warmup=c.warmup_ratio, warmdown=c.warmdown_ratio, final=c.final_lr_frac)
+    momentum = momentum_at(step, start=c.muon_momentum_start, end=c.muon_momentum, num_steps=c.muon_momentum_steps)
+    weight_decay = weight_decay_at(progress, start=c.weight_decay)
+    for group in param_groups(optimizers):
+        group["lr"] = group["max_lr"] * scale
+        if group["name"].startswith("muon"):
+            group["momentum"], group["weight_decay"] = momentum, weight_decay
+    return {
+        "train/lr_multiplier": scale,
+        "train/muon_momentum": momentum,
+        "train/weight_decay": weight_decay,
+        **{f"lr/{group['name']}": group["lr"] for group in param_groups(optimizers)},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 matrix products on the GPU; the CPU computes in fp32."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def forward_backward(model: nn.Module, batches: Iterator, num_micro_steps: int) -> tuple[Tensor, tuple]:
+    """Add the gradients of one step's batch. Returns its mean loss (0-d, not waited for) and the last micro-batch."""
+    total = 0.0
+    for _ in range(num_micro_steps):
+        x, y, epoch = next(batches)
+        with autocast(x.device):
+            loss = model(x, y)
+        (loss / num_micro_steps).backward()
+        total = total + loss.detach() / num_micro_steps
+    return total, (x, y, epoch)
+
+
+def warm_up(model: GPT, optimizers: list[torch.optim.Optimizer], batch: tuple) -> None:
+    """Compile and load every kernel with real shapes, then put everything back: weights, optimizers, random state."""
+    before = copy_weights(model)
+    with torch.random.fork_rng():
+        set_schedules(optimizers, model.config, step=0, progress=0.0)
+        for _ in range(2):  # the second finds every cache filled
+            forward_backward(model, iter([batch]), 1)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(before[name])
+    for optimizer in optimizers:
+        optimizer.state.clear()
+
+
+def build(device: torch.device) -> tuple[Tokenizer, GPT]:
+    torch.manual_seed(CONFIG.seed)
+    torch.set_float32_matmul_precision("high")
+    tokenizer = Tokenizer.from_directory()
+    model = GPT(CONFIG, tokenizer.get_vocab_size(), MAX_SEQ_LEN, device)
+    if device.type == "cuda":
+        model.token_losses = torch.compile(model.token_losses, dynamic=False)
+    return tokenizer, model
+
+
+def describe(model: GPT) -> dict:
+    """The resolved configuration, as it goes into the summary."""
+    counts = model.num_params_by_group()
+    return {
+        **asdict(model.config),
+        "num_kv_heads": model.num_kv_heads,
+        "width": model.width,
+        "num_heads": model.num_heads,
+        "window_sizes": model.windows,
+        "attention_backend": ", ".join(dict.fromkeys(name for name, _ in model.attentions)),
+        "num_params_M": sum(counts.values()) / 1e6,
+        **{f"num_params_{name}": count for name, count in counts.items()},
+        "flops_per_token": model.flops_per_token(),
+    }
+
+
+def train(run: Run) -> None:
+    device = get_device()
+    tokenizer, model = build(device)
+    optimizers = make_optimizers(model)
+    facts = describe(model)
+    for key in ("attention_backend", "width", "num_heads", "window_sizes", "num_params_M"):
+        print(f"{key}: {facts[key]}")
+    tokens_per_pass = CONFIG.device_batch_size * MAX_SEQ_LEN
+    num_micro_steps, rest = divmod(CONFIG.total_batch_size, tokens_per_pass)
+    if rest or not num_micro_steps:
+        raise ValueError(f"total_batch_size {CONFIG.total_batch_size} is no multiple of {tokens_per_pass} (one pass)")
+
+    batches = make_dataloader(tokenizer, CONFIG.device_batch_size, MAX_SEQ_LEN, "train")
+    first = next(batches)
+    warm_up(model, optimizers, first)
+    batches = itertools.chain([first], batches)  # the warm-up used up nothing of the data
+    gc.collect()
+    gc.freeze()  # a collection in mid-run would hold up the GPU
+    gc.disable()
+
+    clock = Clock(device)
+    run.start_training(clock, CONFIG.total_batch_size, facts)
+    next_stats = 0.0  # progress at which the layers are looked at again
+    loss, (x, y, epoch) = forward_backward(model, batches, num_micro_steps)
+    for step in itertools.count():
+        # Schedule
+        progress = min(clock.seconds / TIME_BUDGET, 1.0)
+        schedule = set_schedules(optimizers, model.config, step, progress)
+        # Step
+        stats, stats_due = {}, progress >= next_stats
+        before = copy_weights(model) if stats_due else {}
+        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        for optimizer in optimizers:
+            optimizer.step()
+        if stats_due:
+            next_stats = progress + 0.01
+            with clock.paused(), autocast(device):
+                stats = layer_stats(model, x[:1], y[:1]) | parameter_stats(model, before)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        clock.end_step([loss, grad_norm])
+        facts_of_step = {"train/progress": progress, "train/epoch": epoch} | schedule | stats
+        # The next step's gradients are queued before this step is read, so that the GPU does not wait for Python.
+        # They are dropped when the budget is used up: only a step that changes weights counts.
+        loss, (x, y, epoch) = forward_backward(model, batches, num_micro_steps)
+        # Clock and log
+        loss_value, grad_norm_value = clock.read_step()
+        run.log_step(step, loss_value, {"train/grad_norm": grad_norm_value} | facts_of_step)
+        if clock.seconds >= TIME_BUDGET:
+            break
+    del loss, x, y, before
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+
+    summary = run.end_training()
+    run.save_checkpoint(model, summary)
+    score(run, model, tokenizer, summary)
+
+
+def score(run: Run, model: GPT, tokenizer: Tokenizer, summary: dict) -> None:
+    begin = time.perf_counter()
+    model.eval()
+    with autocast(get_device()):
+        val_bpb = evaluate_bpb(model, tokenizer, model.config.device_batch_size)
+    run.finish(summary, val_bpb, time.perf_counter() - begin)
+
+
+def score_checkpoint(run: Run) -> None:
+    """Score the checkpoint that a failed evaluation left behind, as the run that it was."""
+    tokenizer, model = build(get_device())
+    summary = run.load_checkpoint(model)
+    score(run, model, tokenizer, summary)
+
+
+def main() -> None:
+    if sys.argv[1:] not in ([], ["--score"]):
+        sys.exit("error: usage: train.py [--score]; hyperparameters are set in the file")
+    is_new = not sys.argv[1:]
+    with Run(Path(__file__), is_new) as run:
+        train(run) if is_new else score_checkpoint(run)
+
+
+if __name__ == "__main__":
+    main()
