@@ -65,6 +65,7 @@ class Config:
     unembedding_lr: float = 0.004  # AdamW, lm_head
     scalar_lr: float = 0.5  # AdamW, x0_lambdas; a hundredth of it for resid_lambdas
     adam_betas: tuple[float, float] = (0.8, 0.95)
+    x0_betas: tuple[float, float] = (0.96, 0.95)  # AdamW, x0_lambdas
     matrix_lr: float = 0.04  # Muon, every matrix in the blocks
     muon_beta2: float = 0.95  # of Muon's second moment
     weight_decay: float = 0.2  # Muon, cautious; falls to 0 over the run
@@ -103,7 +104,7 @@ def make_attention(window: int, seq_len: int, device: torch.device) -> tuple[str
     if device.type != "cuda":
         return "masked sdpa", partial(_sdpa, attn_mask=window_mask(seq_len, window, device))
     if _has_flash_attention_3():
-        return ("fa3", partial(_flash_full)) if is_full else ("fa3 window", partial(_flash_window, window=window))
+        return ("fa3", _flash_full) if is_full else ("fa3 window", partial(_flash_window, window=window))
     if is_full:
         # On Hopper, forward + backward of 128 x 2048 x 4 heads: cuDNN 4.35 ms, FlexAttention 6.6, FlashAttention-2 7.3.
         has_cudnn = torch.cuda.get_device_capability(device) >= (9, 0)
@@ -408,7 +409,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
         {"name": "wte", "params": [model.wte.weight], "lr": embedding_lr},
         {"name": "value_embeds", "params": list(model.value_embeds.parameters()), "lr": embedding_lr},
         {"name": "resid_lambdas", "params": [model.resid_lambdas], "lr": config.scalar_lr * 0.01},
-        {"name": "x0_lambdas", "params": [model.x0_lambdas], "lr": config.scalar_lr, "betas": (0.96, 0.95)},
+        {"name": "x0_lambdas", "params": [model.x0_lambdas], "lr": config.scalar_lr, "betas": config.x0_betas},
     ]
     shapes: dict[tuple[int, int], list[Tensor]] = {}
     for p in model.blocks.parameters():

@@ -1,5 +1,6 @@
 """Real runs of a few seconds on the CPU, as a person would start them: prepare.py, then train.py, then what is left."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -161,7 +162,9 @@ def test_kill_9_leaves_every_finished_step_readable(cache, tmp_path):
     process = subprocess.Popen([sys.executable, "train.py"], cwd=folder, env=env, stdout=subprocess.DEVNULL)
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.05)
+        assert process.returncode is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     text = metrics.read_text()
