@@ -62,6 +62,12 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 STATUSES = ("pending", "keep", "discard", "crash", "invalid")
 NOTES_HEADING = "## Agent Investigation Notes"
 BEST_HEADING = "## Current Best"
+# The lines that render_current_best writes, whole: any other line in that section is the agent's, and stays.
+BEST_LINES = re.compile(
+    r"^(?:No run is kept yet\.|- \S+: val_bpb \d+\.\d{6}, (?:one run|mean of \d+ runs \([^)\n]*\))"
+    r"|- its change: [^\n]*|- noise between identical runs: sigma \d+\.\d{6} bpb \([^\n]*\))\r?(?:\n|\Z)",
+    re.M,
+)
 PAGE_LINES, PAGE_BYTES = 120, 8000
 
 # Public logs of this experiment on H100 and H200 show 0.0005 to 0.0014 bpb between identical runs of five minutes.
@@ -1637,29 +1643,28 @@ def render_current_best(entries: list[Entry]) -> str:
         return "No run is kept yet."
     e = next(e for e in entries if e.name == best.name)
     runs = f"mean of {len(best.names)} runs ({', '.join(best.names[:6])})" if len(best.names) > 1 else "one run"
-    return (f"- {best.name}: val_bpb {best.mean:.6f}, {runs}\n- {e.description}\n"
+    return (f"- {best.name}: val_bpb {best.mean:.6f}, {runs}\n- its change: {e.description}\n"
             f"- noise between identical runs: sigma {noise.sigma:.6f} bpb ({noise.source})")
 
 
 def replace_best_section(text: str | None, content: str) -> str:
-    """insights.md with this content under "Current Best"; every other byte stays. Without such a section, one is put
-    below the title."""
+    """insights.md with this content on top of "Current Best", in place of what was written there before; every other
+    byte stays, in that section too. Without such a section, one is put below the title."""
     section = f"{BEST_HEADING}\n{content}\n"
     if text is None:
-        return f"# Insights\n\n{section}"
-    if "\r\n" in text:
-        section = section.replace("\n", "\r\n")
+        return f"# Insights\n\n{section}\n## Claims\n"
     newline = "\r\n" if "\r\n" in text else "\n"
+    section = section.replace("\n", newline)
     found = re.search(r"^(#+) *Current Best[^\n]*\n?", text, re.M | re.I)
     if not found:
         title = re.match(r"# [^\n]*\n+", text)
         at = title.end() if title else 0
         return text[:at] + section + newline + text[at:]
     following = re.compile(rf"^#{{1,{len(found[1])}}} ", re.M).search(text, found.end())
+    end = following.start() if following else len(text)
     heading = found[0] if found[0].endswith("\n") else found[0] + newline
-    body = section.split("\n", 1)[1]
-    rest = newline + text[following.start() :] if following else ""
-    return text[: found.start()] + heading + body + rest
+    kept = BEST_LINES.sub("", text[found.end() : end])
+    return text[: found.start()] + heading + section.split("\n", 1)[1] + kept + text[end:]
 
 
 def count_ideas(text: str | None) -> int:

@@ -746,21 +746,43 @@ def test_a_gain_inside_the_noise_may_be_kept_and_is_called_that(lab):
 
 def test_current_best_is_kept_true_and_the_rest_of_the_insights_stays(lab):
     lab.archive.mkdir()
-    text = "# Insights\r\n\r\nmine\r\n\r\n## Current Best\r\nold words\r\n\r\n## Learning rate\r\n* 0.04 is fine\r\n"
+    text = "# Insights\r\n\r\nmine\r\n\r\n## Current Best\r\nmy words\r\n\r\n## Learning rate\r\n* 0.04 is fine\r\n"
     (lab.archive / "insights.md").write_bytes(text.encode())
     base = lab.baseline()
     after = (lab.archive / "insights.md").read_bytes().decode()
     assert after.startswith(f"# Insights\r\n\r\nmine\r\n\r\n## Current Best\r\n- {base}: val_bpb 0.998000, one run\r\n")
-    assert after.endswith("\r\n\r\n## Learning rate\r\n* 0.04 is fine\r\n")
-    assert "old words" not in after
+    assert after.endswith(")\r\nmy words\r\n\r\n## Learning rate\r\n* 0.04 is fine\r\n")
+    assert after.count("val_bpb") == after.count("noise between") == 1
+
+
+def test_what_an_agent_writes_into_the_current_best_section_is_never_lost(lab):
+    base, path = lab.baseline(), lab.archive / "insights.md"
+    before = path.read_text()
+    path.write_text(before.replace("## Claims\n", "").replace("- its", "- mine, in between\n- its") + "- mine, below\n")
+    name = lab.commit("depth 9", variant(depth=9))
+    lab.train(0.99, config={"depth": 9})
+    lab.analyze()
+    lab.analyze("keep")
+    after = path.read_text()
+    assert after.splitlines()[2:5] == [
+        "## Current Best", f"- {name}: val_bpb 0.990000, one run", "- its change: depth 9"
+    ]
+    assert after.endswith("\n- mine, in between\n\n- mine, below\n")
+    assert base not in after  # the old best's lines are gone, all three
+    assert after.count("its change") == after.count("noise between") == 1
 
 
 def test_a_missing_insights_file_and_a_missing_section_are_made():
-    assert analyze.replace_best_section(None, "x") == "# Insights\n\n## Current Best\nx\n"
-    assert analyze.replace_best_section("# Mine\n\ntext\n", "x") == "# Mine\n\n## Current Best\nx\n\ntext\n"
-    twice = analyze.replace_best_section("# Mine\n\n## Current Best\nx\n\n# Other\n", "y")
-    assert twice == "# Mine\n\n## Current Best\ny\n\n# Other\n"
-    assert analyze.replace_best_section(twice, "y") == twice
+    none = "No run is kept yet."
+    one = "- a1b2c3d: val_bpb 0.998000, mean of 2 runs (a1b2c3d, a1b2c3d.2)\n- its change: x"
+    assert analyze.replace_best_section(None, none) == f"# Insights\n\n## Current Best\n{none}\n\n## Claims\n"
+    below = analyze.replace_best_section("# Mine\n\ntext\n", none)
+    assert below == f"# Mine\n\n## Current Best\n{none}\n\ntext\n"
+    assert analyze.replace_best_section(below, one) == f"# Mine\n\n## Current Best\n{one}\n\ntext\n"
+    twice = analyze.replace_best_section(f"# Mine\n\n## Current Best\n{one}\n\n# Other\n", none)
+    assert twice == f"# Mine\n\n## Current Best\n{none}\n\n# Other\n"
+    assert analyze.replace_best_section(twice, none) == twice
+    assert analyze.replace_best_section("## Current Best", one) == f"## Current Best\n{one}\n"
 
 
 def test_status_lets_a_fresh_agent_go_on(lab):
