@@ -8,8 +8,8 @@
 
 Reads, in the current folder: run_start.json, run.log, metrics.jsonl, eval_record.json, run_summary.json.
 Writes the archive, .auto-log-research/ or $AUTO_LOG_RESEARCH_DIR: results.tsv, insights.md ("Current Best" only),
-progress.png, report.md, archive.json (what the archive began with), and a folder for each run. A run's stats.json and
-pictures can be deleted: the next call makes them again. The agent's own investigations start with
+progress.png, report.md, archive.json (what the archive began with), and a folder for each run. A run's stats.json can
+be deleted: the next call makes it and the run's pages again. The agent's own investigations start with
 
     from analyze import load_run, load_runs
     load_run("1a2b3c4").metrics          # a pandas DataFrame, one row a step
@@ -36,6 +36,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -71,13 +72,15 @@ BEST_LINES = re.compile(
 PAGE_LINES, PAGE_BYTES = 120, 8000
 
 # Public logs of this experiment on H100 and H200 show 0.0005 to 0.0014 bpb between identical runs of five minutes.
+# The prior counts for a few degrees of freedom for good: replicates of one seed on one machine agreed within 0.0002
+# where other seeds were 0.0009 apart, and a changed program is as far from the old one as another seed is.
 PRIOR_SIGMA = 0.001
-PRIOR_WEIGHT = 2  # degrees of freedom the prior counts for
-ENOUGH_FREEDOM = 4  # from here on the measured noise stands alone
+PRIOR_WEIGHT = 2
 GAIN_ERRORS = 2.0  # standard errors from which on a difference is called one
 PLATEAU_RUNS = 5
 SMOOTHING = 0.9
 TRAJECTORY = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 1.00)
+DWARFING = 0.12  # of the budget: what pictures leave off the scale, because it would flatten the rest
 STEP_TIME_TOLERANCE = 0.05  # of the median: identical programs on an idle GPU agree within 1 to 2 %
 
 # What a summary holds besides the configuration: results, identity, and the machine.
@@ -100,11 +103,12 @@ CRASH_CAUSES = (
      "on the GPU if the program is small"),
     ("not a number, or the loss exploded", r"\bnan\b|not finite|non-finite|\binf\b|explod|loss above",
      "lower the learning rate that changed, add warm-up, or look for a division, log or square root near zero"),
+    ("shapes do not fit", r"shapes? .*cannot be multiplied|size mismatch|must match the size|invalid for input of size"
+     r"|not divisible|shape mismatch|Expected size|same number of dimensions|not compatible with"
+     r"|reduction dim|broadcast",
+     "print the shapes at the line named; width is depth x aspect_ratio rounded up to a multiple of head_dim"),
     ("compile failure", r"torch\._dynamo|torch\._inductor|InductorError|BackendCompilerFailed|\btriton\b",
      "compile the smallest function that fails; data-dependent shapes and Python side effects are the usual reason"),
-    ("shapes do not fit", r"shapes? .*cannot be multiplied|size mismatch|must match the size|invalid for input of size"
-     r"|not divisible|shape mismatch|Expected size|same number of dimensions|not compatible with",
-     "print the shapes at the line named; width is depth x aspect_ratio rounded up to a multiple of head_dim"),
     ("the program does not parse or a name is wrong",
      r"SyntaxError|IndentationError|NameError|ImportError|ModuleNotFound|AttributeError|TypeError",
      "a slip in the edit: fix it and run again"),
@@ -157,6 +161,11 @@ def read_text(path: Path) -> str | None:
         return path.read_bytes().decode("utf-8", "surrogateescape")
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def printable(text: str) -> str:
+    """The text with a question mark for every byte that was no UTF-8: such text cannot be printed."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def read_json(path: Path) -> dict | None:
@@ -313,6 +322,7 @@ def load_folder(folder: Path, name: str = "", files: set[str] | None = None) -> 
             return None
 
     log, start, summary, evaluation = read_text(own(LOG)), tolerant(START) or {}, tolerant(SUMMARY), tolerant(EVAL)
+    log = None if log is None else printable(log)
     if summary is None and (block := parse_closing_block(log)):
         summary = block  # a program that writes no summary, or a summary that was lost
         damage.append(f"{SUMMARY} is missing: the closing block of {LOG} stands in")
@@ -359,7 +369,6 @@ class Row:
     line: str
     name: str = ""
     val_bpb: float | None = None
-    memory_gb: float | None = None
     status: str = ""
     description: str = ""
     problem: str | None = None
@@ -367,7 +376,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Entry:
-    """A run in the books: its row (status and description are the row's, so that hand edits hold) and its record."""
+    """A run in the books: its row (status and description are the row's, so that hand edits hold) and its record, whose
+    score counts whatever the row says."""
 
     name: str
     status: str
@@ -415,14 +425,13 @@ def parse_row(line: str) -> Row:
         return Row(line, problem=f"{len(cells)} columns where five are due")
     name, val, memory, status, description = (cell.strip() for cell in cells)
     try:
-        val_bpb, memory_gb = float(val), float(memory)
+        val_bpb, _ = float(val), float(memory)
     except ValueError:
         return Row(line, problem=f"val_bpb {val!r} or memory_gb {memory!r} is not a number")
     if status not in STATUSES:
         return Row(line, problem=f"status {status!r} is none of {', '.join(STATUSES)}")
     is_score = status != "crash" and math.isfinite(val_bpb)
-    is_memory = status != "crash" and math.isfinite(memory_gb)
-    return Row(line, name, val_bpb if is_score else None, memory_gb if is_memory else None, status, description)
+    return Row(line, name, val_bpb if is_score else None, status, printable(description))
 
 
 def format_row(name: str, record: dict, status: str, description: str) -> str:
@@ -440,18 +449,28 @@ def load_rows(archive: Path) -> list[Row]:
 
 def load_record(folder: Path) -> dict:
     """What the books need of a run, from its stats.json; worked out again where that is lost or damaged."""
-    path = folder / STATS
-    with contextlib.suppress(ValueError, FileNotFoundError):
-        record = read_record(path, path.stat().st_mtime_ns)
-        if isinstance(record, dict) and "identity" in record:
-            return record
-    return compute_record(load_folder(folder, folder.name), load_facts(folder.parent))
+    record, _ = read_stats(folder)
+    return record or compute_record(load_folder(folder, folder.name), load_facts(folder.parent))
+
+
+def read_stats(folder: Path) -> tuple[dict | None, bool]:
+    """A run's record and whether its pages were all written: the statistics are written last."""
+    try:
+        return parse_stats(folder / STATS, (folder / STATS).stat().st_mtime_ns)
+    except (ValueError, FileNotFoundError):
+        return None, False
 
 
 @cache
-def read_record(path: Path, written_ns: int) -> object:
+def parse_stats(path: Path, written_ns: int) -> tuple[dict | None, bool]:
     """Each version of a file is parsed once a call: the books are read several times while a run is filed."""
-    return (read_json(path) or {}).get("record")
+    stats = read_json(path) or {}
+    record = stats.get("record")
+    return (record, "verdict" in stats) if isinstance(record, dict) and "identity" in record else (None, False)
+
+
+def is_run_complete(folder: Path) -> bool:
+    return read_stats(folder)[1] and (folder / ANALYSIS).exists()
 
 
 def load_facts(archive: Path) -> dict:
@@ -477,6 +496,9 @@ def load_book(archive: Path) -> Book:
             continue
         seen.add(row.name)
         entries.append(Entry(row.name, row.status, row.description, records[row.name]))
+        scored = entries[-1].val_bpb
+        if row.val_bpb is not None and scored is not None and abs(row.val_bpb - scored) > 1e-6:
+            problems.append(f"{RESULTS} line {i}: {row.val_bpb:.6f} is not what {row.name} scored: {scored:.6f} counts")
     is_lost = not (archive / RESULTS).exists()
     unbooked = [name for name in records if name not in seen and (is_lost or name not in facts["booked"])]
     unbooked.sort(key=lambda name: records[name].get("started_unix") or math.inf)
@@ -500,6 +522,8 @@ def load_runs(archive: Path | None = None) -> pd.DataFrame:
         own = {"commit": e.name, "val_bpb": e.val_bpb, "memory_gb": e.record.get("memory_gb"), "status": e.status}
         rows.append(own | {"description": e.description, "is_valid": e.is_valid} | {
             k: v for k, v in (facts | e.record.get("config", {})).items() if k not in own})
+    if not rows:
+        return pd.DataFrame(columns=[*HEADER.split("\t"), "is_valid"])
     frame = pd.DataFrame(rows)
     for column in [c for c in frame.columns if frame[c].map(lambda v: v is None or number(v) is not None).all()]:
         frame[column] = frame[column].astype(float)
@@ -693,12 +717,13 @@ def compute_crash(run: Run) -> dict:
     said = next((line for line in reversed(lines[-3:]) if line.startswith("crash:")), None)
     said = said or (str(run.start["ended"]) if str(run.start.get("ended", "")).startswith("crash:") else None)
     raised = next((x for x in reversed(lines[-60:]) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", x)), None)
-    end = "\n".join([*lines[-60:], said or ""])
-    cause = next(((name, help_) for name, signs, help_ in CRASH_CAUSES if re.search(signs, said or raised or "", re.I)),
-                 None)
-    cause = cause or (next(((n, h) for n, signs, h in CRASH_CAUSES if re.search(signs, end, re.I)), None)
-                      if said or raised else None)
-    loss, elapsed_s, reason = run.series("train/loss"), compute_elapsed(run), said or raised
+    end = "\n".join(lines[-60:])
+    # torch.compile tells what really happened in the middle of an explanation.
+    inner = re.findall(r"\bgot (\w*Error\(.*\))", end)
+    raised = inner[-1] if inner else raised
+    loss, reason = run.series("train/loss"), inner[-1] if inner else said or raised
+    cause = next(((name, help_) for text in (reason, end) if reason
+                  for name, signs, help_ in CRASH_CAUSES if re.search(signs, text, re.I)), None)
     if reason is None:
         reason = "the log just stops: killed" if lines else "no log was kept"
         cause = ("killed from outside, or out of time",
@@ -710,7 +735,7 @@ def compute_crash(run: Run) -> dict:
         "help": cause[1] if cause else None,
         "last_step": number(run.records[-1].get("step")) if run.records else None,
         "last_loss": number(loss[-1]) if len(loss) else None,
-        "elapsed_s": elapsed_s,
+        "elapsed_s": compute_elapsed(run),
         "log_end": [clip(line, 160) for line in lines[-10:]],
     }
 
@@ -732,8 +757,8 @@ class Noise:
     def source(self) -> str:
         if self.measured is None:
             return "prior from public runs, no replicate yet"
-        basis = f"measured {self.measured:.6f} over replicates, {self.freedom} degree(s) of freedom"
-        return basis if self.freedom >= ENOUGH_FREEDOM else f"{basis}, few: combined with the prior {PRIOR_SIGMA:.6f}"
+        return (f"replicates: {self.measured:.6f} with {self.freedom} degree(s) of freedom; "
+                f"prior: {PRIOR_SIGMA:.6f} with {PRIOR_WEIGHT}")
 
 
 @dataclass(frozen=True)
@@ -760,18 +785,13 @@ def mean_bpb(entries: list[Entry]) -> float:
 
 
 def compute_noise(entries: list[Entry]) -> Noise:
-    """Pooled over all groups of replicates: variance = sum of squared deviations / sum of (n - 1). With few degrees of
-    freedom the prior is mixed in as if it were PRIOR_WEIGHT of them, or one lucky pair would make everything a gain."""
+    """Pooled over all groups of replicates and the prior: variance = sum of squared deviations / degrees of freedom, to
+    which a group of n adds n - 1. Without the prior one lucky pair would make everything a gain."""
     groups = [[e.val_bpb for e in group] for group in compute_groups(entries).values() if len(group) > 1]
     freedom = sum(len(values) - 1 for values in groups)
-    if freedom == 0:
-        return Noise(PRIOR_SIGMA, 0, None)
     squares = sum(float(np.var(values)) * len(values) for values in groups)
-    measured = math.sqrt(squares / freedom)
-    if freedom >= ENOUGH_FREEDOM:
-        return Noise(max(measured, 1e-6), freedom, measured)  # scores have six decimals
-    mixed = (PRIOR_WEIGHT * PRIOR_SIGMA**2 + squares) / (PRIOR_WEIGHT + freedom)
-    return Noise(math.sqrt(mixed), freedom, measured)
+    pooled = math.sqrt((PRIOR_WEIGHT * PRIOR_SIGMA**2 + squares) / (PRIOR_WEIGHT + freedom))
+    return Noise(pooled, freedom, math.sqrt(squares / freedom) if freedom else None)
 
 
 def compute_best(entries: list[Entry]) -> Best | None:
@@ -817,14 +837,17 @@ def compute_verdict(this: Entry, entries: list[Entry]) -> dict:
         group = [this, *same]
         deviation = float(np.std([e.val_bpb for e in group], ddof=1))
         single = this.val_bpb - best.mean
-        error = noise.sigma * math.sqrt(1 + 1 / len(best.names))
+        error, after = noise.sigma * math.sqrt(1 + 1 / len(best.names)), compute_best(entries)
+        dethroned_by = [after.name, after.mean] if after.group != best.group else None
         return verdict | {"kind": "replicate", "difference": single, "standard_errors": single / error,
-                          "spread": deviation}
+                          "spread": deviation, "dethroned_by": dethroned_by}
     difference = verdict["mean"] - best.mean
     error = noise.sigma * math.sqrt(1 / (1 + len(same)) + 1 / len(best.names))
     errors = difference / error
     kind = "within noise" if abs(errors) < GAIN_ERRORS else "new best" if errors < 0 else "not better"
-    return verdict | {"kind": kind, "difference": difference, "standard_error": error, "standard_errors": errors}
+    runs_to_tell = math.ceil(2 * (GAIN_ERRORS * noise.sigma / difference) ** 2) if difference else None
+    return verdict | {"kind": kind, "difference": difference, "standard_error": error, "standard_errors": errors,
+                      "runs_to_tell": runs_to_tell}
 
 
 def describe_sameness(this: Entry, twin: Entry) -> str:
@@ -903,12 +926,12 @@ class Curve:
         return float(np.interp(tokens_m, self.tokens_m, self.smooth, right=math.nan))
 
 
-def smoothed(loss: np.ndarray) -> np.ndarray:
-    """Exponential average, debiased, as train.py logs it."""
-    average, values = 0.0, np.empty_like(loss)
+def smoothed(loss: np.ndarray, step: float = 1.0) -> np.ndarray:
+    """Exponential average, debiased, as train.py logs it; `step` below 1 makes a step count for less."""
+    keep, average, values = SMOOTHING**step, 0.0, np.empty_like(loss)
     for i, x in enumerate(loss):
-        average = SMOOTHING * average + (1 - SMOOTHING) * x
-        values[i] = average / (1 - SMOOTHING ** (i + 1))
+        average = keep * average + (1 - keep) * x
+        values[i] = average / (1 - keep ** (i + 1))
     return values
 
 
@@ -942,6 +965,16 @@ def compute_curve(run: Run) -> Curve | None:
     lr = run.series("train/lr_multiplier")
     return Curve(run.name, step[ok], np.maximum.accumulate(time_s[ok]), np.maximum.accumulate(tokens_m[ok]), loss[ok],
                  smooth, lr[ok], budget_s, compute_bpb_per_nat(run, smooth[-1]))
+
+
+def compute_curves(run: Run, best: Run | None, previous: Run | None) -> dict[str, Curve | None]:
+    """The curves of this run, the best and the previous one, all smoothed over the same stretch of time: ten steps of a
+    small batch trail behind the loss less than ten of a large one, which early on would look like a lower loss."""
+    curves = {k: compute_curve(r) if r else None for k, r in (("this", run), ("best", best), ("previous", previous))}
+    step_s = {k: c.time_s[-1] / len(c.loss) for k, c in curves.items() if c}
+    slowest_s = max(step_s.values(), default=0.0)
+    return {k: replace(c, smooth=smoothed(c.loss, step_s[k] / slowest_s)) if c and step_s[k] < slowest_s else c
+            for k, c in curves.items()}
 
 
 def compute_bpb_per_nat(run: Run, last_loss: float) -> float | None:
@@ -1047,7 +1080,7 @@ def compute_trajectory(this: Curve, best: Curve | None, previous: Curve | None) 
 
 def compute_parting(this: Curve, best: Curve, num_bins: int = 40) -> dict | None:
     """Where the curves part for good: the fraction of the budget from which the difference of the mean losses keeps its
-    sign and stays beyond twice its own noise (from its second differences). None if they never do."""
+    sign, and is more in the mean than its own noise (from its second differences) explains. None if they never do."""
     edges = np.linspace(0.02, min(1.0, this.time_s[-1] / this.budget_s, best.time_s[-1] / best.budget_s), num_bins + 1)
 
     def binned(curve: Curve) -> np.ndarray:
@@ -1060,12 +1093,16 @@ def compute_parting(this: Curve, best: Curve, num_bins: int = 40) -> dict | None
         return None
     edges, difference = edges[:-1][known], difference[known]
     wobble = 1.4826 * float(np.median(np.abs(np.diff(difference, 2)))) / math.sqrt(6)
-    apart = (np.abs(difference) > 2 * wobble) & (np.sign(difference) == np.sign(difference[-1]))
-    if not apart[-1] or abs(difference[-1]) < 1e-9:
+    sign = float(np.sign(difference[-4:].mean()))
+    trend = np.convolve(np.pad(difference, 1, mode="edge"), np.ones(3) / 3, mode="valid")
+    touching = np.flatnonzero(sign * trend <= 0)
+    start = int(touching[-1]) + 1 if len(touching) else 0
+    while start < len(difference) and sign * difference[start] <= 2 * wobble:
+        start += 1
+    apart = difference[start:]
+    if len(apart) < 2 or abs(apart.mean()) < max(3 * wobble / math.sqrt(len(apart)), 1e-9):
         return None
-    together = np.flatnonzero(~apart)
-    start = int(together[-1]) + 1 if len(together) else 0
-    return {"budget": float(edges[start]) if start else 0.0, "sign": float(np.sign(difference[-1]))}
+    return {"budget": float(edges[start]) if start else 0.0, "sign": sign}
 
 
 def compute_convergence(run: Run, curve: Curve) -> dict:
@@ -1202,7 +1239,7 @@ def compute_drift(steps_ms: np.ndarray) -> tuple[float, str | None]:
     if slow.mean() < 0.03:
         return drift, None
     extra = float(np.median(local[slow]) / usual - 1)
-    return drift, f"{slow.mean():.0%} of the steps were {extra:.0%} slower than the rest: throttling or a second job?"
+    return drift, f"{slow.mean():.0%} of the steps were {extra:.0%} slower than the rest: throttling or a second job"
 
 
 def compute_unclocked(run: Run) -> str | None:
@@ -1223,7 +1260,8 @@ def compute_layers(run: Run) -> list[str]:
     with_params = [r for r in run.records if isinstance(r.get("params/names"), list)]
     found: list[str] = []
     if with_layers:
-        found += compute_activations(with_layers[1 if len(with_layers) > 2 else 0], with_layers[-1])
+        # From a quarter of the run on: output projections start at zero and grow a lot before as a matter of course.
+        found += compute_activations(with_layers[len(with_layers) // 4], with_layers[-1])
     if with_params:
         found += compute_updates(with_params[-1])
     last = next((r for r in reversed(run.records) if number(r.get("logits/max_abs")) is not None), None)
@@ -1303,6 +1341,7 @@ def compute_history(entries: list[Entry]) -> dict:
             lineage.append([e.name, mean_bpb(groups[e.group]), e.description])
     hours = sum(e.record.get("total_s") or e.record.get("training_s") or 0.0 for e in entries) / 3600
     counts = {status: sum(e.status == status for e in entries) for status in STATUSES}
+    num_programs = len({e.group for e in entries})  # a replicate is no idea that could hit
     gain = lineage[0][1] - best.mean if lineage and best else None
     since = len(entries) - 1 - max((i for i, e in enumerate(entries) if best and e.name == best.name), default=-1)
     starts = [t for e in entries if (t := e.record.get("started_unix"))]
@@ -1310,7 +1349,7 @@ def compute_history(entries: list[Entry]) -> dict:
         "num_runs": len(entries),
         "counts": counts,
         "lineage": lineage,
-        "hit_rate": (len(lineage) - 1) / (len(entries) - 1) if len(entries) > 1 and lineage else None,
+        "hit_rate": (len(lineage) - 1) / (num_programs - 1) if num_programs > 1 and lineage else None,
         "hours": hours,
         "first_start_unix": min(starts, default=None),
         "gain": gain,
@@ -1332,7 +1371,8 @@ def compute_near_misses(entries: list[Entry], limit: int = 5) -> list[Entry]:
     return sorted(near, key=lambda e: e.val_bpb)[:limit]
 
 
-def compute_stats(run: Run, this: Entry, entries: list[Entry], best_run: Run | None, previous_run: Run | None) -> dict:
+def compute_stats(run: Run, this: Entry, entries: list[Entry], best_run: Run | None,
+                  curves: dict[str, Curve | None]) -> dict:
     """Everything the analysis says about one run, as numbers. A part that fails says so and leaves the others alone:
     the program may have become anything, and the night must not end over a surprise in its metrics."""
     by_name = {e.name: e for e in entries}
@@ -1340,8 +1380,6 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_run: Run | N
                    "verdict": compute_verdict(this, entries)}
     if this.status == "crash":
         stats["crash"] = compute_crash(run)
-    curves = {key: compute_curve(r) if r else None for key, r in
-              (("this", run), ("best", best_run), ("previous", previous_run))}
     this_curve, best_curve = curves["this"], curves["best"]
     best_entry = by_name.get(best_run.name) if best_run else None
     difference = stats["verdict"].get("difference")
@@ -1354,7 +1392,8 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_run: Run | N
         "convergence": lambda: compute_convergence(run, this_curve) if this_curve else None,
         "machine": lambda: compute_machine(run, this, entries),
         "layers": lambda: compute_layers(run),
-        "history": lambda: compute_history(entries),
+        "history": lambda: compute_history(entries)
+        | ({"is_plateau": False} if stats["verdict"]["kind"] == "new best" else {}),
     }
     failed = {}
     for key, part in parts.items():
@@ -1415,6 +1454,8 @@ def render_verdict(stats: dict) -> list[str]:
         lines.append(f"**REPLICATE** of the best, no new idea: {versus}.")
         lines.append(f"{1 + len(v['replicates'])} runs of this program: mean {v['mean']:.6f}, "
                      f"standard deviation {v['spread']:.6f}.")
+        if v["dethroned_by"]:
+            lines.append("With this mean it is the best no more: that is {} at {:.6f}.".format(*v["dethroned_by"]))
     elif kind == "new best":
         lines.append(f"**NEW BEST**: {versus}.")
     elif kind == "not better":
@@ -1422,6 +1463,8 @@ def render_verdict(stats: dict) -> list[str]:
     else:
         advice = ("A gain inside the noise: run it again before building on it." if v["difference"] < 0
                   else "No measurable difference: prefer the simpler program.")
+        runs = f"about {v['runs_to_tell']}" if v["runs_to_tell"] and v["runs_to_tell"] <= 20 else "more than 20"
+        advice += f" So small a difference takes {runs} runs of each to tell."
         lines.append(f"**WITHIN NOISE**: {versus}. {advice}")
     if v["replicates"] and kind in ("new best", "not better", "within noise"):
         lines.append(f"The difference is that of the mean of {1 + len(v['replicates'])} runs of this program, "
@@ -1621,7 +1664,7 @@ def render_analysis(stats: dict, pictures: list[str]) -> str:
 
 def fit_page(title: str, sections: list[tuple[str, list[str]]]) -> str:
     """Title and sections as Markdown; what does not fit is cut from the end of the longest section but the verdict."""
-    sections = [(heading, [clip(line, 400) for line in lines]) for heading, lines in sections]
+    sections = [(heading, [clip(printable(line), 400) for line in lines]) for heading, lines in sections]
     while True:
         text = "\n\n".join([title, *("\n".join([f"## {heading}", *lines]) for heading, lines in sections)]) + "\n"
         if len(text.encode()) <= PAGE_BYTES - 100 and text.count("\n") <= PAGE_LINES - 2:
@@ -1830,8 +1873,8 @@ def new_figure(title: str, rows: int, columns: int) -> tuple[Figure, np.ndarray]
 
 
 def draw(axes: Axes, lines: list[Line], title: str, xlabel: str, *, ylim: tuple[float, float] | None = None,
-         log: bool = False, legend: str = "best") -> None:
-    """One panel of curves. Lines without a finite point are left out; a panel without any says so."""
+         log: bool = False, legend: str = "best", empty: str = "not logged") -> None:
+    """One panel of curves. Lines without a finite point are left out; a panel without any is called `empty`."""
     lines = [line for line in lines if np.isfinite(line.y).any()]
     for line in lines:
         axes.plot(line.x, line.y, color=line.color, lw=line.width, alpha=line.alpha, label=line.label)
@@ -1841,10 +1884,16 @@ def draw(axes: Axes, lines: list[Line], title: str, xlabel: str, *, ylim: tuple[
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if not lines:
-        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=GREY)
+        if empty:
+            axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", color=GREY)
+            axes.tick_params(labelbottom=False, labelleft=False)
         return
     if log:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 5 * low else range(1, 10)
+        axes.yaxis.get_major_locator().set_params(subs=steps, numticks=12)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     if ylim and ylim[0] < ylim[1]:
         axes.set_ylim(*ylim)
@@ -1854,13 +1903,15 @@ def draw(axes: Axes, lines: list[Line], title: str, xlabel: str, *, ylim: tuple[
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 3})
+    with warnings.catch_warnings():  # a description may hold letters that the font lacks: they become boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 3})
     return buffer.getvalue()
 
 
 def limits(curves: list[Curve]) -> tuple[float, float]:
-    """Loss range without the first twentieth of the budget, which would dwarf the rest, nor single spikes."""
-    late = [c.smooth[c.time_s > 0.05 * c.budget_s] for c in curves]
+    """Loss range without the first part of the budget, which would dwarf the rest, nor single spikes."""
+    late = [c.smooth[c.time_s > DWARFING * c.budget_s] for c in curves]
     late = np.concatenate([x if len(x) else c.smooth for x, c in zip(late, curves, strict=True)])
     low, high = float(late.min()), float(np.percentile(late, 99.5))
     return low - 0.06 * (high - low) - 1e-3, high + 0.06 * (high - low) + 1e-3
@@ -1882,11 +1933,13 @@ def draw_loss(run: Run, curves: dict[str, Curve | None]) -> bytes | None:
             x = getattr(this, axis)
             other = np.interp(x, getattr(best, axis), best.smooth, right=math.nan)
             lines = [Line(f"this - {best.name}", x, this.smooth - other, BLUE)]
-        late = lines[0].y[this.time_s > 0.05 * this.budget_s] if lines else np.array([])
+        late = lines[0].y[this.time_s > DWARFING * this.budget_s] if lines else np.array([])
         late = late[np.isfinite(late)]
-        reach = 1.15 * float(np.percentile(np.abs(late), 99)) + 1e-3 if len(late) else 0.0
-        draw(panel, lines, "difference to the best, below zero is better", label, ylim=(-reach, reach))
-        panel.axhline(0, color="black", lw=0.8)
+        reach = 1.3 * float(np.percentile(np.abs(late), 97)) + 1e-3 if len(late) else 0.0
+        draw(panel, lines, "difference to the best, below zero is better", label, ylim=(-reach, reach),
+             empty="nothing to compare with yet")
+        if lines:
+            panel.axhline(0, color="black", lw=0.8)
     return png(figure)
 
 
@@ -1895,21 +1948,28 @@ def draw_schedule(run: Run, curve: Curve | None, best: Run | None) -> bytes | No
         return None
     x = run.series("train/progress") * 100
     x = x if np.isfinite(x).all() else np.arange(len(run.records), dtype=float)
-    label = "progress, % of the budget"
+    xlabel = "progress, % of the budget"
     figure, panels = new_figure(f"{run.name}: schedules, learning rates, gradient norm", 2, 2)
     draw(panels[0], [Line("learning rate, multiplier", x, run.series("train/lr_multiplier"), BLUE),
-                     Line("Muon momentum", x, run.series("train/muon_momentum"), ORANGE)], "schedules", label)
-    draw(panels[1], [Line(None, x, run.series("train/weight_decay"), GREEN)], "weight decay", label)
-    groups = sorted({k for r in run.records[:3] for k in r if k.startswith("lr/")})[: len(COLORS)]
-    rates = [(k, run.series(k)) for k in groups]
-    draw(panels[2], [Line(k[3:], x, np.where(y > 0, y, math.nan), color) for (k, y), color in zip(rates, COLORS,
-         strict=False)], "resolved learning rates", label, log=True)
+                     Line("Muon momentum", x, run.series("train/muon_momentum"), ORANGE)], "schedules", xlabel)
+    draw(panels[1], [Line(None, x, run.series("train/weight_decay"), GREEN)], "weight decay", xlabel)
+    groups: dict[bytes, list[str]] = {}  # several of the same rate are one line with all their names
+    for key in sorted({k for r in run.records[:3] for k in r if k.startswith("lr/")}):
+        groups.setdefault(run.series(key).tobytes(), []).append(key)
+    rates = [(clip(", ".join(k[3:] for k in keys), 60), run.series(keys[0])) for keys in groups.values()]
+    draw(panels[2], [Line(names, x, np.where(y > 0, y, math.nan), color)
+                     for (names, y), color in zip(rates, COLORS, strict=False)],
+         "resolved learning rates", xlabel, log=True)
     lines = []
     for key, r, color in (("best", best, ORANGE), ("this", run, BLUE)):
-        if r:
-            progress, norm = 100 * r.series("train/progress"), r.series("train/grad_norm")
-            lines.append(Line(key, progress, np.where(norm > 0, norm, math.nan), color, 1.0, 0.8))
-    draw(panels[3], lines, "gradient norm", label, log=True)
+        norm = r.series("train/grad_norm") if r else np.array([])
+        if np.isfinite(norm).any():
+            norm = np.where(norm > 0, norm, math.nan)
+            progress = 100 * r.series("train/progress")
+            lines.append(Line(None, progress, norm, color, 0.5, 0.3))
+            lines.append(Line(key, progress, rolling_median(norm, max(5, len(norm) // 50)), color))
+    lines.sort(key=lambda line: line.label is not None)  # medians above what they are of
+    draw(panels[3], lines, "gradient norm and its running median", xlabel, log=True)
     return png(figure)
 
 
@@ -1922,30 +1982,23 @@ def draw_machine(run: Run, best: Run | None) -> bytes | None:
     for panel, metric, title, scale in ((panels[0], "perf/step_time_ms", "step time, ms", 1.0),
                                         (panels[1], "perf/tokens_per_sec", "thousand tokens per second", 1e-3),
                                         (panels[2], "perf/mfu_percent", "MFU, %", 1.0)):
-        lines = [Line(f"{key}: {r.name}", np.arange(len(r.records)), r.series(metric) * scale, color, 1.0, 0.85)
-                 for key, r, color in pairs]
+        lines = [Line(f"{key}: {r.name}", np.nancumsum(r.series("perf/step_time_ms")) / 1e3, r.series(metric) * scale,
+                      color, 1.0, 0.85) for key, r, color in pairs]
         values = np.concatenate([line.y[5:] if len(line.y) > 20 else line.y for line in lines])
         values = values[np.isfinite(values)]
         ylim = None
         if len(values):  # a stall of ten seconds must not flatten everything else
             low, high = np.percentile(values, [0.5, 99])
             ylim = (float(low - 0.1 * (high - low) - 0.02 * high), float(high + 0.3 * (high - low) + 0.02 * high))
-        draw(panel, lines, title, "step", ylim=ylim)
+        draw(panel, lines, title, "training time, s", ylim=ylim)
     for key, r, color in pairs:
         settled = r.series("perf/step_time_ms")[5:]
         settled = settled[np.isfinite(settled)]
         if len(settled) > 1:
             shown = settled[settled <= np.percentile(settled, 99)]
-            panels[3].hist(
-                shown,
-                bins=50,
-                histtype="stepfilled",
-                color=color,
-                alpha=0.6,
-                label=f"{key}: median {np.median(settled):.1f} ms",
-            )
-    draw(panels[3], [], "how often each step time occurred", "ms")
-    panels[3].texts[-1].remove()
+            panels[3].hist(shown, bins=50, histtype="stepfilled", color=color, alpha=0.6,
+                           label=f"{key}: median {np.median(settled):.1f} ms")
+    draw(panels[3], [], "how often each step time occurred, the slowest 1 % left out", "ms", empty="")
     if panels[3].patches:
         panels[3].legend(fontsize=8.5, frameon=False)
     return png(figure)
@@ -1983,10 +2036,10 @@ def draw_heat(figure: Figure, axes: Axes, records: list[dict], names_key: str, k
     names = [str(n) for n in records[-1][names_key]] if records else []
     columns = [named_values(r, names_key, key) for r in records]
     values = np.array([[c.get(n, math.nan) for c in columns] for n in names])
-    draw(axes, [], title, "step")
-    if not names or not (values > 0).any():
+    is_known = bool(names) and bool((values > 0).any())
+    draw(axes, [], title, "step", empty="" if is_known else "not logged")
+    if not is_known:
         return
-    axes.texts[-1].remove()
     axes.grid(visible=False)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.log10(np.where(values > 0, values, math.nan))
@@ -2009,16 +2062,17 @@ def draw_bars(axes: Axes, last: list[dict], *keys: str) -> None:
     shown = [(k, named_values(r, "layers/names", k)) for r in last for k in keys]
     shown = [(k, values) for k, values in shown if values]
     names = [n for n in (str(n) for r in last for n in r["layers/names"]) if any(n in v for _, v in shown)]
-    draw(axes, [], "inputs near zero at the end: on average (blue), on every token (red)", "fraction")
+    draw(axes, [], "near zero at the end", "fraction", empty="" if names else "not logged")
     if not names:
         return
-    axes.texts[-1].remove()
-    for i, ((_, values), color) in enumerate(zip(shown, (SKY, VERMILION), strict=False)):
+    labels = {"layers/input_zeros": "all inputs", "layers/dead": "on every token: dead units"}
+    for i, ((key, values), color) in enumerate(zip(shown, (SKY, VERMILION), strict=False)):
         height, y = 0.8 / len(shown), np.arange(len(names)) + 0.4 * (i - (len(shown) - 1) / 2)
-        axes.barh(y, [values.get(n, 0.0) for n in names], height=height, color=color)
+        axes.barh(y, [values.get(n, 0.0) for n in names], height=height, color=color, label=labels[key])
     label_names(axes, names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
+    axes.legend(fontsize=8.5, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncol=2)
 
 
 def progress_limits(entries: list[Entry], steps: list[float]) -> tuple[float, float]:
@@ -2032,12 +2086,10 @@ def progress_limits(entries: list[Entry], steps: list[float]) -> tuple[float, fl
 
 def draw_progress(entries: list[Entry]) -> bytes:
     figure, (axes,) = new_figure("val_bpb over experiments, lower is better", 1, 1)
-    draw(axes, [], "", "experiment")
     scored = [(i, e) for i, e in enumerate(entries, 1) if e.is_valid]
+    draw(axes, [], "", "experiment", empty="" if scored else "no valid run yet")
     if not scored:
-        axes.texts[-1].set_text("no valid run yet")
         return png(figure)
-    axes.texts[-1].remove()
     groups = compute_groups(entries)
     bests: list[tuple[int, float, Entry]] = []
     for i, e in scored:
@@ -2073,7 +2125,7 @@ def draw_progress(entries: list[Entry]) -> bytes:
         ]
         risers = [(i, at) for i, a, b in zip(x[1:], y, y[1:], strict=False) for at in np.linspace(a, b, 12)]
         label_bests(axes, bests, [(i, e.val_bpb) for i, e in scored] + stairs + risers)
-    axes.legend(fontsize=9.5, frameon=True, framealpha=0.85, edgecolor="none", loc="upper right")
+    axes.legend(fontsize=9.5, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncol=6)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     return png(figure)
@@ -2085,9 +2137,10 @@ def label_bests(axes: Axes, bests: list[tuple[int, float, Entry]], points: list[
     gains = [math.inf] + [bests[i - 1][1] - bests[i][1] for i in range(1, len(bests))]
     taken: list[tuple[float, float, float, float]] = []
     frame = axes.bbox
-    legend_box = (frame.x1 - 270, frame.y1 - 130, frame.x1, frame.y1)
     dots = axes.transData.transform(points)
     for gain, (i, mean, e) in sorted(zip(gains, bests, strict=True), key=lambda pair: -pair[0])[:20]:
+        if gain < 5e-5:  # would read -0.0000
+            break
         text = clip(e.description, 42) + ("" if gain == math.inf else f"  {-gain:+.4f}")
         x, y = axes.transData.transform((i, mean))
         width, height = 6.3 * len(text), 14  # pixels, at most, at this font size
@@ -2095,7 +2148,7 @@ def label_bests(axes: Axes, bests: list[tuple[int, float, Entry]], points: list[
         for dx, dy in ((8, -16), (-8 - width, -16), (8, 10), (8, -34), (-8 - width, -34), (8, 28), (8, 46), (8, -56)):
             box = (x + dx, y + dy, x + dx + width, y + dy + height)
             is_inside = box[0] > frame.x0 and box[2] < frame.x1 and box[1] > frame.y0 and box[3] < frame.y1
-            if is_inside and not any(overlap(box, other) for other in [*taken, legend_box]):
+            if is_inside and not any(overlap(box, other) for other in taken):
                 covered = ((dots > np.array(box[:2]) - 4) & (dots < np.array(box[2:]) + 4)).all(axis=1).sum()
                 places.append((int(covered), len(places), box))
         if places:
@@ -2103,6 +2156,7 @@ def label_bests(axes: Axes, bests: list[tuple[int, float, Entry]], points: list[
             taken.append(box)
             at = (box[0] - x) * 72 / 100, (box[1] - y) * 72 / 100
             axes.annotate(text, (i, mean), xytext=at, textcoords="offset points", fontsize=8.5, va="bottom",
+                          parse_math=False,
                           arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6} if abs(box[1] - y) > 20 else None)
 
 
@@ -2110,9 +2164,8 @@ def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, 
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def write_pictures(run: Run, best: Run | None, previous: Run | None) -> tuple[list[str], dict[str, str]]:
+def write_pictures(run: Run, best: Run | None, curves: dict[str, Curve | None]) -> tuple[list[str], dict[str, str]]:
     """Names of the pictures made, and why one was not. A surprise in the metrics costs its picture, not the night."""
-    curves = {k: compute_curve(r) if r else None for k, r in (("this", run), ("best", best), ("previous", previous))}
     makers = {
         "loss_curve.png": lambda: draw_loss(run, curves),
         "lr_and_schedule.png": lambda: draw_schedule(run, curves["this"], best),
@@ -2255,14 +2308,17 @@ def find_origin(outputs: Outputs, folder: Path) -> Origin:
         return Origin(f"{'unknown' if head else 'nogit'}-{mark}", None, is_dirty, text, "(no commit)", tuple(notes))
     committed = git_text(folder, "show", f"{commit}:./train.py")
     if text is None:
-        text = committed
+        # A program that keeps no copy of itself: what it ran is what lay here when it began, committed or not.
+        is_older = (folder / "train.py").exists() and (folder / "train.py").stat().st_mtime < began_unix(outputs)
+        text = read_text(folder / "train.py") if is_older else committed
     is_changed = committed is not None and text != committed
     if is_changed or is_dirty:
         what = "train.py" if is_changed else "a tracked file other than train.py"
         notes.append(f"{what} had uncommitted changes: the run is not credited to commit {commit[:7]}")
     if head and not head.startswith(commit) and commit != head:
         notes.append(f"trained from commit {commit[:7]}, HEAD is now {head[:7]}: filed under {commit[:7]}")
-    subject = (git_text(folder, "log", "-1", "--format=%s", commit) or "").strip() or "(commit not in this repository)"
+    subject = printable(git_text(folder, "log", "-1", "--format=%s", commit) or "").strip()
+    subject = subject or "(commit not in this repository)"
     is_dirty = bool(is_changed or is_dirty)
     description = subject + (" (with uncommitted changes)" if is_dirty else "")
     return Origin(commit[:7] + ("-dirty" if is_dirty else ""), commit, is_dirty, text, description, tuple(notes))
@@ -2271,8 +2327,12 @@ def find_origin(outputs: Outputs, folder: Path) -> Origin:
 def is_younger_than_head(outputs: Outputs, folder: Path) -> bool:
     """Whether outputs that name no commit were written after HEAD was committed."""
     committed = git_text(folder, "log", "-1", "--format=%ct")
-    took_s = number(outputs.run.summary.get("total_seconds")) or 0.0
-    return committed is not None and min(outputs.written_unix) - took_s >= int(committed)
+    return committed is not None and began_unix(outputs) >= int(committed)
+
+
+def began_unix(outputs: Outputs) -> float:
+    """When a run without a start file began, as near as its outputs tell."""
+    return min(outputs.written_unix) - (number(outputs.run.summary.get("total_seconds")) or 0.0)
 
 
 def file_run(outputs: Outputs, archive: Path, folder: Path, book: Book) -> str:
@@ -2320,7 +2380,9 @@ def book_run(archive: Path, name: str, record: dict) -> None:
 
 
 def repair_books(archive: Path, book: Book) -> list[str]:
-    """Rows for runs that were filed by a call that was killed before it could write them."""
+    """Rows for runs that were filed by a call that was killed before it could write them; records that were lost."""
+    for name in [e.name for e in book.entries if read_stats(archive / e.name)[0] is None]:
+        write_json(archive / name / STATS, {"record": load_record(archive / name)})
     for name in book.unbooked:
         book_run(archive, name, load_record(archive / name))
     return [f"{name} was filed but had no row: added" for name in book.unbooked]
@@ -2350,7 +2412,6 @@ def file_unfiled(archive: Path, folder: Path) -> list[str]:
             told.append(f"unfiled run {path.name} failed over its environment: not an experiment, removed")
         else:
             name = file_run(outputs, archive, folder, book)
-            write_run_pages(archive, name)
             told.append(f"unfiled run {path.name} filed as {name}")
         shutil.rmtree(path)
     return told
@@ -2369,30 +2430,35 @@ def write_run_pages(archive: Path, name: str) -> None:
         return
     before = book.entries[: book.entries.index(this)]
     run = load_folder(archive / name, name)
-    best = compute_best([e for e in book.entries if e.name != name])
+    best = compute_best(before)
     previous = next(
         (e.name for e in reversed(before) if e.val_bpb is not None and (not best or e.name != best.name)), None
     )
     best_run, previous_run = (
         load_folder(archive / n, n) if n else None for n in (best.name if best else None, previous)
     )
-    stats = compute_stats(run, this, book.entries, best_run, previous_run)
+    curves = compute_curves(run, best_run, previous_run)
+    stats = compute_stats(run, this, [*before, this], best_run, curves)
     diff = diff_lines(best_run.train_py, run.train_py, best_run.name) if best_run else []
     write_atomic(archive / name / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
-    pictures, failed = write_pictures(run, best_run, previous_run)
+    pictures, failed = write_pictures(run, best_run, curves)
     stats["failed"] |= failed
     stats["record"]["name"] = name
     write_analysis(archive / name, render_analysis(stats, pictures))
     write_json(archive / name / STATS, stats)  # last: a run whose statistics stand has all its pages
 
 
-def write_archive_pages(archive: Path) -> None:
-    """What depends on all runs: Current Best in insights.md, progress.png, report.md."""
+def write_archive_pages(archive: Path, is_stale: bool = True) -> None:
+    """What depends on all runs: Current Best in insights.md, and progress.png and report.md if they are stale."""
+    if not (archive / RESULTS).exists():
+        return
     book = load_book(archive)
     old = read_text(archive / INSIGHTS)
     new = replace_best_section(old, render_current_best(book.entries))
     if new != old:
         write_atomic(archive / INSIGHTS, new)
+    if not is_stale:
+        return
     write_atomic(archive / "progress.png", draw_progress(book.entries))
     write_atomic(archive / "report.md", render_report(book))
 
@@ -2402,13 +2468,6 @@ def are_archive_pages_stale(archive: Path) -> bool:
     if not books.exists():
         return False
     return not report.exists() or report.stat().st_mtime_ns < books.stat().st_mtime_ns
-
-
-def is_run_complete(folder: Path) -> bool:
-    """Whether the run's pages were all written: the statistics are written last."""
-    with contextlib.suppress(ValueError):
-        return (folder / ANALYSIS).exists() and "verdict" in (read_json(folder / STATS) or {})
-    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2446,8 +2505,6 @@ def command_file(archive: Path, folder: Path) -> int:
             name, is_new = book.named(found.identity), False
             if name is None and not environment_failure(found.run):
                 name, is_new = file_run(found, archive, folder, book), True
-            if name and (is_new or not is_run_complete(archive / name)):
-                write_run_pages(archive, name)
         finish_pages(archive, told)
         if not outputs:
             if told:
@@ -2460,10 +2517,13 @@ def command_file(archive: Path, folder: Path) -> int:
 
 
 def finish_pages(archive: Path, told: list[str]) -> None:
+    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those of the archive."""
     for line in told:
         print(line)
-    if are_archive_pages_stale(archive):
-        write_archive_pages(archive)
+    for e in load_book(archive).entries:
+        if not is_run_complete(archive / e.name):
+            write_run_pages(archive, e.name)
+    write_archive_pages(archive, are_archive_pages_stale(archive))
 
 
 def report_environment(archive: Path, outputs: Outputs) -> int:
@@ -2551,11 +2611,10 @@ def command_discard(name: str | None, archive: Path, folder: Path) -> None:
 
 
 def check_nothing_is_lost(archive: Path, folder: Path, book: Book) -> None:
-    """AnalyzeError if train.py holds text that is neither committed nor archived."""
-    text = read_text(folder / "train.py")
-    if text is None or text == git_text(folder, "show", "HEAD:./train.py"):
-        return
-    if sha256(text) not in {e.record.get("train_sha256") for e in book.entries}:
+    """AnalyzeError if train.py, here or in git's index, holds text that is neither committed nor archived."""
+    texts = {read_text(folder / "train.py"), git_text(folder, "show", ":./train.py")}
+    texts -= {None, git_text(folder, "show", "HEAD:./train.py")}
+    if {sha256(text) for text in texts} - {e.record.get("train_sha256") for e in book.entries}:
         raise AnalyzeError("train.py has changes that are neither committed nor archived, and discarding would lose "
                            "them: commit them (git commit train.py) or undo them (git checkout train.py)")
 

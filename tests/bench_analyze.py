@@ -125,6 +125,7 @@ def make_archive(folder: Path, num_runs: int, num_steps: int) -> str:
         record |= {"name": name, "description": "baseline" if i == 0 else idea}
         # As large as a real one: what grows with the archive is the reading of these.
         filler = {"filler": [{"step": k, "value": k / 7} for k in range(150)]}
+        (run_folder / "analysis.md").write_text(f"# {name}\n\n{analyze.NOTES_HEADING}\n")
         (run_folder / "stats.json").write_text(json.dumps(analyze.plain({"record": record, "verdict": {}} | filler)))
         status = "crash" if is_crash else "keep" if gain or i == 0 else "discard"
         rows.append(analyze.format_row(name, record, status, record["description"]))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -483,11 +484,33 @@ def test_a_crash_never_inherits_a_score_nor_counts_as_a_number(lab):
     assert runs["val_bpb"].min() == 0.998
 
 
+COMPILED_SHAPE_ERROR = """torch._dynamo.exc.TorchRuntimeError: RuntimeError when making fake tensor call
+  Explanation: Dynamo failed to run FX node with fake tensors: call_function <built-in function matmul>(*(FakeTensor(\
+..., size=(3, 4)), FakeTensor(..., size=(5, 6))), **{}): got RuntimeError('a and b must have same reduction dim, but \
+got [3, 4] X [5, 6].')
+
+from user code:
+   File "train.py", line 7, in forward
+    return x @ w
+
+crash: TorchRuntimeError: RuntimeError when making fake tensor call before the first step
+"""
+
+
+def test_torch_compiles_explanation_is_searched_for_the_error_inside(lab):
+    name = lab.commit("baseline")
+    lab.crash(COMPILED_SHAPE_ERROR)
+    said = lab.analyze()[1]
+    assert "**CRASHED**: RuntimeError('a and b must have same reduction dim, but got [3, 4] X [5, 6].')" in said
+    assert '   File "train.py", line 7, in forward\n    return x @ w\n' in lab.page(name)
+
+
 @pytest.mark.parametrize(("ending", "cause"), [
     ("torch.OutOfMemoryError: CUDA out of memory\ncrash: out of GPU memory at step 0\n", "out of memory"),
     ("crash: the loss is NaN at step 7, loss nan\n", "not a number, or the loss exploded"),
     ("RuntimeError: mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)\n", "shapes do not fit"),
     ("torch._inductor.exc.InductorError: bad kernel\n", "compile failure"),
+    (COMPILED_SHAPE_ERROR, "shapes do not fit"),
     ("NameError: name 'depht' is not defined\n", "the program does not parse or a name is wrong"),
     ("", "killed from outside, or out of time"),
 ])
@@ -584,7 +607,7 @@ def test_a_second_filing_waits_for_the_lock(lab):
     assert len(lab.rows()) == 1
 
 
-def analyze_and_die(kill_at):
+def analyze_and_die(kill_at, *arguments):
     """analyze.py in a process of its own that is killed with signal 9 at its n-th rename. Returns its wait status."""
     process = os.fork()
     if process:
@@ -600,7 +623,7 @@ def analyze_and_die(kill_at):
         return wrapper
 
     os.replace, os.rename = killing(os.replace), killing(os.rename)
-    os._exit(analyze.main([]))
+    os._exit(analyze.main(list(arguments)))
 
 
 def test_a_kill_at_any_write_leaves_the_run_readable_and_is_mended_by_the_next_call(lab):
@@ -623,6 +646,47 @@ def test_a_kill_at_any_write_leaves_the_run_readable_and_is_mended_by_the_next_c
         assert (lab.archive / "progress.png").exists()
         assert not list(lab.archive.rglob(".tmp-*"))
     assert kills > 10
+
+
+def test_the_pages_of_a_run_whose_analysis_was_killed_are_written_after_the_next_run(lab):
+    base = lab.baseline()
+    first = lab.commit("depth 9", variant(depth=9))
+    lab.train(0.99, config={"depth": 9})
+    assert os.WTERMSIG(analyze_and_die(7)) == signal.SIGKILL
+    assert (lab.archive / first / "run_summary.json").exists()
+    assert not (lab.archive / first / "analysis.md").exists()
+    lab.commit("depth 10", variant(depth=10))
+    lab.train(0.95, config={"depth": 10})
+    lab.analyze()
+    assert f"**NEW BEST**: val_bpb 0.990000, best so far 0.998000 ({base})" in lab.page(first)
+    assert (lab.archive / first / "loss_curve.png").exists() is False  # two steps are no curve
+    assert [row[:4] for row in lab.rows()[1:]] == [
+        (first, "0.990000", "44.0", "pending"), (lab.rows()[2][0], "0.950000", "44.0", "pending")]
+
+
+def test_a_removed_current_best_is_put_back_by_the_next_call(lab):
+    base = lab.baseline()
+    (lab.archive / "insights.md").write_text("# Mine\n\n* a claim\n")
+    lab.analyze()
+    text = (lab.archive / "insights.md").read_text()
+    assert text.startswith(f"# Mine\n\n## Current Best\n- {base}: val_bpb 0.998000, one run\n")
+    assert text.endswith("\n\n* a claim\n")
+
+
+def test_text_that_is_no_utf8_is_kept_as_it_is_and_shown_with_question_marks(lab):
+    name = lab.commit("baseline")
+    lab.crash("ValueError: \n")
+    with open(lab.folder / "run.log", "ab") as f:
+        f.write(b"crash: ValueError: caf\xe9 $x$ before the first step\n")
+    assert "**CRASHED**: ValueError: caf? $x$ before the first step" in lab.analyze()[1]
+    assert (lab.archive / name / "run.log").read_bytes() == (lab.folder / "run.log").read_bytes()
+    table = lab.archive / "results.tsv"
+    table.write_bytes(table.read_bytes().replace(b"\tbaseline", b"\tba\xffse $\\bad{$"))
+    lab.train(0.998)
+    lab.analyze()
+    assert lab.analyze("keep")[0] == 0
+    assert b"\tba\xffse $\\bad{$\n" in table.read_bytes()
+    assert "ba?se $\\bad{$" in lab.analyze("status")[1]
 
 
 def test_the_agents_notes_survive_and_lost_pages_are_made_again(lab):
@@ -664,6 +728,14 @@ def test_hand_edits_of_the_table_hold(lab):
     assert base in lab.analyze("status")[1]
 
 
+def test_a_score_edited_by_hand_is_named_and_does_not_count(lab):
+    name = lab.baseline()
+    table = lab.archive / "results.tsv"
+    table.write_text(table.read_text().replace("0.998000", "0.500000"))
+    assert f"line 2: 0.500000 is not what {name} scored: 0.998000 counts" in lab.analyze("status")[1]
+    assert load_runs()["val_bpb"].tolist() == [0.998]
+
+
 def test_a_lost_table_is_rebuilt_from_the_runs(lab):
     name = lab.baseline()
     (lab.archive / "results.tsv").unlink()
@@ -687,6 +759,36 @@ def test_discard_refuses_to_lose_a_text_that_is_nowhere_else(lab):
     assert complaint.startswith("error: train.py has changes that are neither committed nor archived")
     assert (lab.folder / "train.py").read_text() == variant(depth=10)
     assert lab.rows()[1][:4] == (name, "1.100000", "44.0", "pending")
+
+
+def test_discard_refuses_to_lose_what_only_the_index_holds(lab):
+    lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    lab.train(1.1, config={"depth": 9})
+    lab.analyze()
+    (lab.folder / "train.py").write_text(variant(depth=10))
+    lab.git("add", "train.py")
+    (lab.folder / "train.py").write_text(variant(depth=9))
+    assert "neither committed nor archived" in lab.analyze("discard")[2]
+    assert lab.git("show", ":train.py") == variant(depth=10).strip()
+
+
+def test_a_discard_that_is_killed_half_way_is_finished_by_the_next(lab):
+    base = lab.baseline()
+    name = lab.commit("depth 9", variant(depth=9))
+    lab.train(1.1, config={"depth": 9})
+    lab.analyze()
+    kills, survived = 0, False
+    while not survived:
+        kills += 1
+        status = analyze_and_die(kills, "discard")
+        survived = status == 0
+        assert survived or os.WTERMSIG(status) == signal.SIGKILL
+        assert (lab.folder / "train.py").read_text() in (PROGRAM, variant(depth=9))
+        assert [row[0] for row in lab.rows()] == [base, name]
+    assert kills > 3
+    assert lab.rows()[1][3] == "discard"
+    assert (lab.folder / "train.py").read_text() == PROGRAM == lab.git("show", "HEAD:train.py") + "\n"
 
 
 def test_discard_commits_train_py_alone_and_can_be_repeated(lab):
@@ -803,8 +905,10 @@ def test_status_lets_a_fresh_agent_go_on(lab):
     assert "noise: sigma 0.001000 bpb (prior from public runs, no replicate yet)" in page
 
 
-def test_an_empty_archive_has_a_status_too(lab):
+def test_an_empty_archive_has_a_status_and_a_table_too(lab):
     assert "best: none yet" in lab.analyze("status")[1]
+    assert list(load_runs().columns) == ["commit", "val_bpb", "memory_gb", "status", "description", "is_valid"]
+    assert not lab.archive.exists()
 
 
 def test_compare_shows_what_differs(lab):
@@ -859,15 +963,18 @@ def entry(name, val, program, status="keep"):
     return analyze.Entry(name, status, "", {"val_bpb": val, "program": program, "is_finished": True})
 
 
-def test_noise_is_the_prior_then_a_mixture_then_what_was_measured():
+def test_noise_is_the_prior_then_a_mixture_in_which_the_prior_fades():
     assert analyze.compute_noise([entry("a", 1.0, "p"), entry("b", 0.9, "q")]) == analyze.Noise(0.001, 0, None)
     pair = [entry("a", 1.0, "p"), entry("b", 1.002, "p")]
     noise = analyze.compute_noise(pair)  # squares 2e-6 with one degree of freedom, prior 2 * 1e-6 with two
     assert noise.measured == pytest.approx(math.sqrt(2e-6))
     assert noise.sigma == pytest.approx(math.sqrt(4e-6 / 3))
     groups = [entry(f"{g}{i}", 1.0 + i * 0.002, g) for g in "pqrs" for i in range(2)]
-    assert analyze.compute_noise(groups).sigma == pytest.approx(math.sqrt(2e-6))
-    assert analyze.compute_noise(groups).source == "measured 0.001414 over replicates, 4 degree(s) of freedom"
+    noise = analyze.compute_noise(groups)  # four pairs, squares 2e-6 each
+    assert noise.sigma == pytest.approx(math.sqrt((2e-6 + 4 * 2e-6) / 6))
+    assert noise.source == "replicates: 0.001414 with 4 degree(s) of freedom; prior: 0.001000 with 2"
+    many = [entry(f"{g}{i}", 1.0 + i * 0.002, f"{g}") for g in range(200) for i in range(2)]
+    assert analyze.compute_noise(many).sigma == pytest.approx(math.sqrt(2e-6), rel=0.003)
     broken = [entry("a", 1.0, "p"), entry("b", 0.5, "p", "invalid"), entry("c", 0.0, "p", "crash")]
     assert analyze.compute_noise(broken).measured is None
 
@@ -883,6 +990,27 @@ def test_the_best_is_a_mean_over_replicates_so_that_a_lucky_draw_is_not_the_bar(
     assert (best.name, best.mean) == ("b", pytest.approx(0.989))
     entries.append(entry("e", 0.999, "q", "pending"))
     assert analyze.compute_best(entries).name == "a"
+
+
+def test_a_replicate_that_takes_the_best_its_place_says_which_is_the_best_now():
+    entries = [entry("a", 0.990, "p"), entry("b", 0.985, "q"), entry("c", 0.997, "q", "pending")]
+    verdict = analyze.compute_verdict(entries[2], entries)
+    assert (verdict["kind"], verdict["best"]) == ("replicate", "b")
+    assert verdict["mean"] == pytest.approx(0.991)
+    assert verdict["dethroned_by"] == ["a", 0.990]
+    page = analyze.render_verdict({"verdict": verdict, "record": {}})
+    assert "With this mean it is the best no more: that is a at 0.990000." in page
+    good = entry("c", 0.986, "q")
+    assert analyze.compute_verdict(good, [*entries[:2], good])["dethroned_by"] is None
+
+
+@pytest.mark.parametrize(("val", "runs"), [(0.9985, "about 4"), (0.9995, "more than 20"), (1.0, "more than 20")])
+def test_a_difference_within_the_noise_comes_with_the_runs_it_takes_to_tell(val, runs):
+    entries = [entry("a", 1.0, "p"), entry("b", val, "q", "pending")]  # 0.0015 is 2 * 0.001 * sqrt(2 / 3.6)
+    verdict = analyze.compute_verdict(entries[1], entries)
+    assert verdict["kind"] == "within noise"
+    assert f"So small a difference takes {runs} runs of each to tell." in analyze.render_verdict(
+        {"verdict": verdict, "record": {}})[0]
 
 
 def test_before_anything_is_kept_the_first_valid_run_stands_in():
@@ -971,6 +1099,28 @@ def test_the_trajectory_is_aligned_by_time_and_by_tokens():
     assert half["best_by_tokens"] == pytest.approx(half["this_by_tokens"], abs=1e-9)
 
 
+def test_runs_of_different_batch_sizes_are_smoothed_over_the_same_stretch_of_time():
+    large, small = (  # the same law of the tokens
+        make_records(n, batch=batch, noise=0, loss=power_law(5 + batch * np.arange(1, n + 1) / 1e6))
+        for n, batch in ((300, BATCH), (600, BATCH // 2)))
+    logged = curve(small)[1].at_time(0.05) - curve(large)[1].at_time(0.05)
+    assert logged < -0.1  # the small batch's average trails behind less: it looks better and is not
+    curves = analyze.compute_curves(curve(small)[0], curve(large)[0], None)
+    rows = analyze.compute_trajectory(curves["this"], curves["best"], None)["rows"]
+    assert curves["best"].smooth.tolist() == curve(large)[1].smooth.tolist()
+    for r in rows:
+        assert r["this"] == pytest.approx(r["best"], abs=0.03), r["budget"]
+        assert r["this_by_tokens"] == pytest.approx(r["best_by_tokens"], abs=0.03), r["budget"]
+
+
+def test_a_small_steady_difference_parts_from_the_start():
+    best = make_records(600, noise=0.02)
+    loss = np.array([r["train/loss"] for r in make_records(600, noise=0)]) - 0.02
+    part = analyze.compute_parting(curve(make_records(600, loss=loss, noise=0.02, seed=4))[1], curve(best)[1])
+    assert part["sign"] == -1
+    assert part["budget"] < 0.1
+
+
 def test_a_spike_is_found_with_step_and_height():
     records = make_records(300)
     records[200]["train/loss"] += 2.0
@@ -1026,9 +1176,10 @@ def test_a_throttled_run_is_noticed_within_itself_and_against_its_replicates(lab
     name = lab.rows()[-1][0]
     machine = lab.stats(name)["machine"]
     assert machine["drift"] == pytest.approx(0.5)
-    assert "of the steps were 50% slower than the rest: throttling or a second job?" in said
+    assert "Mind: 52% of the steps were 50% slower than the rest: throttling or a second job." in said
     assert machine["usual_ms"] == pytest.approx(1000)
-    assert "steps took +25% of what the same program took before" in said or "steps took +50%" in said
+    assert machine["median_ms"] == 1500  # 120 slow steps of 230: the first ten do not count
+    assert "steps took +50% of what the same program took before: a second job on the GPU, throttling" in said
 
 
 def test_a_stall_is_counted_with_the_time_it_cost():
@@ -1048,8 +1199,9 @@ def test_only_layers_that_stand_out_are_named():
     params = {"params/names": list("abcd"), "params/grad_rms": [1e-3, 1e-3, 1e-3, 0.0], "params/weight_rms": [1.0] * 4,
               "params/update_rms": [1e-3, 1e-3, 1e-3, 1e-3]}
     records = make_records(20)
-    records[2] |= layers | params
-    records[19] |= layers | params
+    records[0] |= layers | params | {"layers/rms": [0.0, 0.01]}  # what starts at zero grows as a matter of course
+    for i in (4, 8, 12, 19):
+        records[i] |= layers | params
     run, _ = curve(records)
     assert analyze.compute_layers(run) == ["no gradient reaches 1 parameter(s): d"]
     records[19] |= {"layers/rms": [1.0, 30.0], "layers/dead": [0.25, 0.0], "params/update_rms": [1e-3, 1e-3, 1e-3, 0.1],
@@ -1089,6 +1241,41 @@ def test_a_run_of_the_original_program_is_read_without_complaint(lab):
     assert set(load_run(name).metrics.columns) == set(original_records(records)[0])
     assert "loss at 50% of the budget" in lab.analyze("compare", base, name)[1]
     assert "is filed already" in lab.analyze()[1]
+
+
+def test_a_dirty_train_py_of_the_original_program_is_not_credited_to_the_commit(lab):
+    name = lab.commit("the original")
+    (lab.folder / "train.py").write_text(variant(depth=9))
+    os.utime(lab.folder / "train.py", (1.7e9, 1.7e9))  # it was edited before the run, and the run took a minute
+    summary = {"val_bpb": 0.97, "git_commit": name, "total_seconds": 60.0}
+    (lab.folder / "run_summary.json").write_text(json.dumps(summary))
+    (lab.folder / "run.log").write_text("step 0\n---\nval_bpb:          0.970000\n")
+    assert f"train.py had uncommitted changes: the run is not credited to commit {name}" in lab.analyze()[1]
+    assert lab.rows()[0][0] == f"{name}-dirty"
+    assert (lab.archive / f"{name}-dirty" / "train.py").read_text() == variant(depth=9)
+
+
+def test_a_train_py_edited_after_a_run_of_the_original_program_is_not_taken_for_its_own(lab):
+    name = lab.commit("the original")
+    summary = {"val_bpb": 0.97, "git_commit": name, "total_seconds": 60.0}
+    (lab.folder / "run_summary.json").write_text(json.dumps(summary))
+    (lab.folder / "run.log").write_text("step 0\n---\nval_bpb:          0.970000\n")
+    (lab.folder / "train.py").write_text(variant(depth=9))
+    lab.analyze()
+    assert lab.rows()[0][0] == name
+    assert (lab.archive / name / "train.py").read_text() == PROGRAM
+
+
+def test_outputs_that_name_no_commit_and_are_older_than_head_are_not_credited_to_it(lab):
+    (lab.folder / "run.log").write_text("step 0\n---\nval_bpb:          0.970000\n")
+    (lab.folder / "run_summary.json").write_text(json.dumps({"val_bpb": 0.97}))
+    for file in ("run.log", "run_summary.json"):
+        os.utime(lab.folder / file, (1.7e9, 1.7e9))
+    head = lab.commit("a later idea")
+    said = lab.analyze()[1]
+    assert f"nothing says which commit these outputs are of, and HEAD {head} is younger: not credited" in said
+    assert re.fullmatch(r"unknown-[0-9a-f]{7}", lab.rows()[0][0])
+    assert lab.rows()[0][4] == "(no commit)"
 
 
 def test_an_old_summary_of_the_original_program_is_not_given_to_its_crash(lab):
