@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ARCHIVE = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR", ".auto-log-research"))
@@ -17,12 +18,13 @@ ARCHIVE = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR", ".auto-log-research"))
 # (what to replace in train.py, by what, decision), one an experiment; None: the same commit again.
 EXPERIMENTS = [
     (None, None, "keep"),
-    (None, None, "keep"),
+    (None, None, "keep"),  # the test kills the agent, and the run goes on
     ("self.c_proj(F.relu(self.c_fc(x)).square())", "self.c_proj(self.c_fc(x)[..., :-1])", "discard"),
     ("unembedding_lr: float = 0.004", "unembedding_lr: float = 0.0", "discard"),
-    ("final_lr_frac: float = 0.0", "final_lr_frac: float = 0.2", "discard"),  # killed half-way by the test
-    ("warmdown_ratio: float = 0.5", "warmdown_ratio: float = 0.7", "keep"),
+    ("warmdown_ratio: float = 0.5", "warmdown_ratio: float = 0.7", None),  # the test kills the agent and the run
+    (None, None, "keep"),  # so the idea was not tested: once more
 ]
+KILLED = 4
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
@@ -35,67 +37,69 @@ class Agent:
     def __init__(self, prompt: str):
         self.blocks = code_blocks(prompt)
 
-    def follow(self, words: str, edit=lambda code: code) -> str:
+    def follow(self, words: str, edit=lambda code: code) -> None:
         """Execute the one block that contains `words`."""
         (i,) = [i for i, (_, code) in enumerate(self.blocks) if words in code]
         kind, code = self.blocks[i]
         command = ["bash", "-c", edit(code)] if kind == "bash" else ["uv", "run", "python", "-c", code]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(f"--- block {i}, exit code {done.returncode}\n{done.stdout}", flush=True)
-        ARCHIVE.mkdir(exist_ok=True)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        print(f"--- block {i}, exit code {done.returncode}", flush=True)
         with open(ARCHIVE / "executed.txt", "a") as f:
-            f.write(f"{i}\n")
-        return done.stdout
+            f.write(f"{i} {done.returncode}\n")
 
     def status(self) -> dict:
         return json.loads(subprocess.check_output(["uv", "run", "analyze.py", "status", "--json"], text=True))
 
     def set_up(self) -> None:
-        self.follow("uv run analyze.py status")
+        self.follow("git branch --list")
         if not (ARCHIVE / "results.tsv").exists():
-            self.follow("git switch --create")
-            self.follow("load_manifest")
+            for words in ("git switch --create", "load_manifest", "insights.md"):
+                self.follow(words)
 
-    def implement(self, old: str, new: str) -> None:
-        text = Path("train.py").read_text()
-        assert text.count(old) == 1, old
-        Path("train.py").write_text(text.replace(old, new))
-        self.follow("git commit", lambda code: code.replace("warmdown 0.5 -> 0.7", f"{old} -> {new}"))
+    def train(self, done: int) -> None:
+        old, new, _ = EXPERIMENTS[done]
+        if old:
+            text = Path("train.py").read_text()
+            assert text.count(old) == 1, old
+            Path("train.py").write_text(text.replace(old, new))
+            self.follow("git commit", lambda code: code.replace("warmdown 0.5 -> 0.7", f"{old} -> {new}"))
+        if done != KILLED + 1:
+            budget = "export AUTORESEARCH_TIME_BUDGET=600; " if done == KILLED else ""  # time enough to be killed in
+            return self.follow('echo "exit code', lambda code: budget + code)
+        earlier = Path("run_start.json").read_text()
+        self.follow("setsid")
+        while Path("run_start.json").read_text() == earlier:  # the minute that the next block waits, shortened
+            time.sleep(0.1)
+        self.follow("is in progress")
 
-    def file_and_finish(self, decision: str) -> None:
+    def file_and_finish(self, done: int) -> None:
         """Steps 3 to 7."""
         self.follow("uv run analyze.py\n")
-        if len((ARCHIVE / "results.tsv").read_text().splitlines()) == 3:  # two runs: something to compare
-            for words in ("good = runs", "for share in", "layers/names"):
+        if done == 1:  # two runs: something to compare
+            for words in ("good = load_runs", "for share in", "layers/names"):
                 self.follow(words)
         name = self.status()["last"][-1][0]
-        with open(ARCHIVE / name / "analysis.md", "a") as f:
-            f.write(f"Expected nothing, saw {name}.\n")
-        with open(ARCHIVE / "insights.md", "a") as f:
-            f.write(f"- the stand-in learned from {name} ({name})\n")
-        (ARCHIVE / "ideas_queue.md").write_text("- one | more | -0.001 | not better\n")
-        self.follow(f"analyze.py {decision}")
+        for path, line in (
+            (ARCHIVE / name / "analysis.md", f"Expected nothing, saw {name}.\n"),
+            (ARCHIVE / "insights.md", f"- the stand-in learned from {name} ({name})\n"),
+            (ARCHIVE / "ideas_queue.md", f"- one after {name} | more | -0.001 | not better\n"),
+        ):
+            with open(path, "a") as f:
+                f.write(line)
+        if EXPERIMENTS[done][2]:
+            self.follow(f"analyze.py {EXPERIMENTS[done][2]}")
 
     def work(self) -> None:
         self.set_up()
-        while True:
-            state = self.status()
-            done = state["num_runs"]
-            if "is not filed yet" in state["here"]:  # an earlier start was cut off after or in the middle of training
-                self.file_and_finish(EXPERIMENTS[done][2])
-                continue
-            if done == len(EXPERIMENTS):
-                (ARCHIVE / "STOP").touch()
-                return
-            old, new, decision = EXPERIMENTS[done]
-            if old:
-                self.implement(old, new)
-            if done == 5:
-                self.follow("setsid")
-                self.follow("tail --pid")
-            else:
-                self.follow('echo "exit code')
-            self.file_and_finish(decision)
+        state = self.status()
+        if "is in progress" in state["here"]:  # it outlived the start that began it
+            self.follow("is in progress")
+        if "in progress" in state["here"] or "is not filed yet" in state["here"]:
+            self.file_and_finish(state["num_runs"])
+        for done in range(self.status()["num_runs"], len(EXPERIMENTS)):
+            self.train(done)
+            self.file_and_finish(done)
+        (ARCHIVE / "STOP").touch()
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from stand_in_agent import EXPERIMENTS, code_blocks
+from stand_in_agent import EXPERIMENTS, KILLED, code_blocks
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = (ROOT / "program.md").read_text()
 README = (ROOT / "README.md").read_text()
+PATIENCE_S = 300  # for a step of a test on a machine that is busy with other things
 
 
 def readme_block(words):
@@ -23,26 +25,32 @@ def readme_block(words):
     return block
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A checkout on which the demo is prepared, with `claude` on the path: (folder, environment)."""
-    folder, tools = tmp_path / "checkout", tmp_path / "bin"
-    tools.mkdir()
-    folder.mkdir()
-    for name in ("prepare.py", "train.py", "analyze.py", "program.md", "pyproject.toml", "uv.lock", ".gitignore"):
-        shutil.copy(ROOT / name, folder)
-    small = (folder / "train.py").read_text().replace("depth=4, aspect_ratio=32", "depth=2, aspect_ratio=32")
-    (folder / "train.py").write_text(small)
-    for tool in ("claude", "stand_in_agent.py"):
-        shutil.copy(ROOT / "tests" / "stand_in_agent.py", tools / tool)
-    (tools / "claude").chmod(0o755)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTORESEARCH_", "AUTO_LOG_RESEARCH_"))}
+def put_tool(folder, name, script):
+    (folder / name).write_text(script)
+    (folder / name).chmod(0o755)
+
+
+def wait_until(is_so, process, log):
+    """Wait for a condition that a process brings about; fail with its log if it ends, or takes too long."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.02)
+        assert process.returncode is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache with a little text, prepared by the README's command for data of one's own: (folder, environment)."""
+    folder = tmp_path_factory.mktemp("program")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTORESEARCH_", "AUTO_LOG_RESEARCH_", "SLURM_"))}
     env = kept | {
-        "PATH": f"{tools}:{os.environ['PATH']}",
         "AUTORESEARCH_DEMO": "1",
-        "AUTORESEARCH_TIME_BUDGET": "2",
-        "AUTORESEARCH_CACHE": str(tmp_path / "cache"),
+        "AUTORESEARCH_TIME_BUDGET": "0.5",
+        "AUTORESEARCH_CACHE": str(folder / "cache"),
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # the model is tiny: more threads wait for each other
         "UV_PROJECT_ENVIRONMENT": sys.prefix,  # the real uv, with the packages that the tests themselves run on
         "UV_NO_SYNC": "1",
         "GIT_AUTHOR_NAME": "t",
@@ -50,18 +58,31 @@ def checkout(tmp_path):
         "GIT_COMMITTER_NAME": "t",
         "GIT_COMMITTER_EMAIL": "t@example.org",
     }
-    text = tmp_path / "text.jsonl"
     words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "to", "the", "house"]
     lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 60)) for i in range(600)]
+    text = folder / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"{i}. {line}"}) for i, line in enumerate(lines)))
-    for command in (
-        ["git", "init", "--quiet", "--initial-branch", "main"],
-        ["git", "add", "."],
-        ["git", "commit", "--quiet", "--message", "the program as it is"],
-        ["uv", "run", "prepare.py", "--source", str(text)],
-    ):
-        subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
-    return folder, env
+    command = readme_block("--source PATH").replace("~/.cache/my-text", "cache").replace("PATH", str(text))
+    command = command.replace("=cache", f"={folder}/cache")
+    subprocess.run(["bash", "-euc", command], cwd=ROOT, env=env, check=True, capture_output=True)
+    return folder / "cache", env
+
+
+@pytest.fixture
+def checkout(cache, tmp_path):
+    """A checkout of the program with data, and tools on the path before all others: (folder, environment, tools)."""
+    folder, tools, env = tmp_path / "checkout", tmp_path / "bin", cache[1]
+    tools.mkdir()
+    folder.mkdir()
+    for name in ("prepare.py", "train.py", "analyze.py", "program.md", "pyproject.toml", "uv.lock", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    small = (folder / "train.py").read_text().replace("depth=4, aspect_ratio=32", "depth=2, aspect_ratio=32")
+    (folder / "train.py").write_text(small)
+    put_tool(tools, "sleep", "#!/bin/sh\nexec /bin/sleep 0.2\n")  # whatever the commands ask for
+    env = env | {"PATH": f"{tools}:{env['PATH']}"}
+    for command in ("init --quiet --initial-branch main", "add .", "commit --quiet --message start"):
+        subprocess.run(["git", *command.split()], cwd=folder, env=env, check=True)
+    return folder, env, tools
 
 
 def rows_of(archive):
@@ -69,72 +90,202 @@ def rows_of(archive):
     return [line.split("\t") for line in lines[1:]]
 
 
-def steps_of(folder):
+def is_training(folder):
+    """Whether the steps logged here are of a run that has no score yet."""
+    if (folder / "run_summary.json").exists():
+        return False
     path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return path.exists() and path.read_bytes().count(b"\n") >= 2
 
 
-def test_a_night_of_six_experiments_survives_a_kill_in_the_middle(checkout):
-    folder, env = checkout
-    archive = folder / ".auto-log-research"
-    loop = readme_block("claude -p").replace("sleep 10", "sleep 0")
-    night = subprocess.Popen(["bash", "-c", loop], cwd=folder, env=env)
+def start_of(folder):
+    path = folder / "run_start.json"
+    return json.loads(path.read_text()) if path.exists() else {"run_id": None}
+
+
+def is_dead(pid):
+    """Whether the process has ended; nobody may have collected it yet."""
     try:
-        # The fifth experiment is training: kill the agent, and then what it has started.
-        start, agent = folder / "run_start.json", 0
-        while not (len(rows_of(archive)) == 4 and not (folder / "run_summary.json").exists() and steps_of(folder) >= 2):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                night.wait(timeout=0.05)
-            assert night.returncode is None, (archive / "agent.log").read_text()
-        agent, run = int((archive / "agent.pid").read_text()), json.loads(start.read_text())
-        os.killpg(agent, signal.SIGKILL)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def output_of(command, folder, env):
+    return subprocess.check_output(command, cwd=folder, env=env, text=True)
+
+
+def test_a_night_of_six_experiments_survives_two_kills(checkout):
+    folder, env, tools = checkout
+    for tool in ("claude", "stand_in_agent.py"):
+        put_tool(tools, tool, (ROOT / "tests" / "stand_in_agent.py").read_text())
+    archive = folder / ".auto-log-research"
+    log = archive / "agent.log"
+    subprocess.run(["bash", "-euc", readme_block("cat > .auto-log-research/night.sh")], cwd=folder, env=env, check=True)
+    night = subprocess.Popen(["bash", ".auto-log-research/night.sh"], cwd=folder, env=env)
+    try:
+        # The second experiment has started: kill the agent; the run goes on.
+        wait_until(lambda: start_of(folder)["run_id"], night, log)
+        first = start_of(folder)["run_id"]
+        wait_until(lambda: len(rows_of(archive)) == 1 and start_of(folder)["run_id"] != first, night, log)
+        agents = [int((archive / "agent.pid").read_text())]
+        os.killpg(agents[0], signal.SIGKILL)
+        # The fifth is training: kill the agent, then what it has started.
+        wait_until(lambda: len(rows_of(archive)) == KILLED and is_training(folder), night, log)
+        agents.append(int((archive / "agent.pid").read_text()))
+        run = start_of(folder)
+        os.killpg(agents[1], signal.SIGKILL)
         os.kill(run["pid"], signal.SIGKILL)
-        assert night.wait(timeout=240) == 0, (archive / "agent.log").read_text()
+        assert night.wait(timeout=PATIENCE_S) == 0, log.read_text()
     finally:
         night.kill()
-    assert int((archive / "agent.pid").read_text()) != agent  # a second start did the rest
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int((archive / "agent.pid").read_text()), signal.SIGKILL)
+    agents.append(int((archive / "agent.pid").read_text()))
+    assert len(set(agents)) == 3
 
-    log = (archive / "agent.log").read_text()
     rows = rows_of(archive)
-    assert [row[3] for row in rows] == ["keep", "keep", "crash", "discard", "crash", "keep"], log
+    assert [row[3] for row in rows] == ["keep", "keep", "crash", "discard", "crash", "keep"], log.read_text()
     baseline = rows[0][0]
     assert rows[1][0] == f"{baseline}.2"
     assert [row[1] == "0.000000" for row in rows] == [False, False, True, False, True, False]
     assert float(rows[3][1]) > float(rows[0][1])  # an output layer that never learns
     assert rows[4][0] == run["git_commit"][:7]
-    assert [row[4] for row in rows[2:]] == [
-        f"{old} -> {new}: longer decay, expect -0.0006" for old, new, _ in EXPERIMENTS[2:]
-    ]
+    assert rows[5][0] == f"{rows[4][0]}.2"
+    subjects = [f"{old} -> {new}: longer decay, expect -0.0006" for old, new, _ in EXPERIMENTS[2 : KILLED + 1]]
+    assert [row[4] for row in rows] == ["start", "start", *subjects, subjects[-1]]
     for row in rows:
         kept = archive / row[0]
         assert (kept / "train.py").exists()
         assert (kept / "analysis.md").read_text().endswith(f"Expected nothing, saw {row[0]}.\n")
-    assert (archive / "insights.md").read_text().count("- the stand-in learned from") == 6
+        for notes in ("insights.md", "ideas_queue.md"):
+            assert (archive / notes).read_text().count(f" {row[0]} ") == 1
     # Each discard brought the best train.py back: the last run differs from the baseline by its own change alone.
     best = (archive / baseline / "train.py").read_text()
-    assert (folder / "train.py").read_text() == best.replace(*EXPERIMENTS[5][:2])
-    assert subprocess.check_output(["git", "status", "--porcelain"], cwd=folder, env=env, text=True) == ""
-    branch = subprocess.check_output(["git", "branch", "--show-current"], cwd=folder, env=env, text=True)
-    assert re.fullmatch(r"autoresearch/[a-z]{3}\d\d\n", branch)
-    # Every block of program.md was executed.
-    executed = {int(line) for line in (archive / "executed.txt").read_text().split()}
-    assert executed == set(range(len(code_blocks(PROGRAM))))
+    assert (folder / "train.py").read_text() == best.replace(*EXPERIMENTS[KILLED][:2])
+    assert output_of(["git", "status", "--porcelain"], folder, env) == ""
+    branch = output_of(["git", "branch", "--show-current"], folder, env)
+    assert re.fullmatch(r"autoresearch/\d{4}-\d\d-\d\d\n", branch)
+    # Every block of program.md was executed, and none failed but what was killed.
+    executed = [line.split() for line in (archive / "executed.txt").read_text().splitlines()]
+    assert {int(i) for i, _ in executed} == set(range(len(code_blocks(PROGRAM))))
+    assert [code for _, code in executed if code != "0"] == [], log.read_text()
+
+    # The commands in the running text, too.
+    inline = set(re.findall(r"`((?:uv run|git|tail|df) [^`]+)`", PROGRAM)) - {"git reset", "git switch"}
+    assert {"uv run analyze.py keep a1b2c3d", "tail -n 5 run.log"} <= inline
+    for command in sorted(inline):
+        subprocess.run(command.replace("a1b2c3d", baseline), shell=True, cwd=folder, env=env, check=True)
 
 
 def test_the_instructions_stay_short():
-    assert len(PROGRAM.splitlines()) <= 200
+    assert len(PROGRAM.splitlines()) < 200
+    assert max(len(line) for line in PROGRAM.splitlines() if not line.startswith(("|", "   "))) <= 120
 
 
-def test_worktrees_share_one_archive(checkout):
-    folder, env = checkout
-    subprocess.run(["bash", "-euc", readme_block("git worktree add")], cwd=folder, env=env, check=True)
+def test_a_training_that_hangs_is_ended_with_all_it_started(checkout):
+    folder, env, _ = checkout
+    (block,) = [code for _, code in code_blocks(PROGRAM) if 'echo "exit code' in code]
+    (folder / "train.py").write_text(
+        "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print(os.getpid(), 'up', flush=True)\ntime.sleep(600)\n"
+    )
+    short = block.replace("--kill-after=10 600", "--kill-after=1 6")
+    assert short != block
+    done = subprocess.run(["bash", "-c", short], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "exit code 137\n"
+    pid, up = (folder / "run.log").read_text().split()
+    assert up == "up"
+    deadline = time.monotonic() + 10
+    while not is_dead(int(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# Stands in for an agent: says where it was started and with what, and asks for the end when `ends` are there.
+WITNESS = """#!/bin/bash
+cmp -s - program.md && echo "$PWD $CUDA_VISIBLE_DEVICES $BASH_MAX_TIMEOUT_MS $*"
+uv run analyze.py status --json | grep -c num_runs >> "$AUTO_LOG_RESEARCH_DIR/starts"
+[ "$(wc -l < "$AUTO_LOG_RESEARCH_DIR/starts")" -lt "$ENDS" ] || touch "$AUTO_LOG_RESEARCH_DIR/STOP"
+exit 1
+"""
+# Stands in for Slurm: each task runs at once, on its own GPU, as the script says, in the folder it was submitted from.
+SBATCH = """#!/bin/bash
+grep -q '^#SBATCH .*--gres=gpu:1' "${@: -1}" || exit 1
+case $1 in
+--array=0-*) for i in $(seq 0 "${1#--array=0-}"); do SLURM_ARRAY_TASK_ID=$i CUDA_VISIBLE_DEVICES=$i bash "$2" & done ;;
+*) CUDA_VISIBLE_DEVICES=0 bash "$1" ;;
+esac
+wait
+"""
+SRUN = """#!/bin/bash
+while [[ $1 = --* ]]; do shift; done
+CUDA_VISIBLE_DEVICES=0 exec "$@"
+"""
+
+
+@pytest.fixture
+def night(checkout):
+    """A checkout with night.sh, a witness for an agent, and Slurm: (folder, environment, run a block of the README)."""
+    folder, env, tools = checkout
+    for name, script in (("claude", WITNESS), ("sbatch", SBATCH), ("srun", SRUN)):
+        put_tool(tools, name, script)
+    archive = folder / ".auto-log-research"
+
+    def run(words, ends):
+        asked = env | {"AUTO_LOG_RESEARCH_DIR": str(archive), "ENDS": str(ends)}
+        (archive / "STOP").unlink(missing_ok=True)
+        (archive / "starts").unlink(missing_ok=True)
+        block = readme_block(words) + "\nwait\n"
+        subprocess.run(["bash", "-uc", block], cwd=folder, env=asked, check=True, timeout=PATIENCE_S)
+
+    subprocess.run(["bash", "-euc", readme_block("cat > .auto-log-research/night.sh")], cwd=folder, env=env, check=True)
+    return folder, env, run
+
+
+def test_the_loop_starts_an_agent_that_fails_again_but_does_not_spin(night):
+    folder, _, run = night
+    naps = folder.parent / "naps"
+    put_tool(folder.parent / "bin", "sleep", f'#!/bin/sh\necho "$*" >> {naps}\n')
+    for words in ("rm -f .auto-log-research/STOP", "sbatch .auto-log-research/night.sh\n", "srun"):
+        run(words, 3)
+    said = (folder / ".auto-log-research" / "agent.log").read_text().splitlines()
+    assert said[:3] == [f"{folder}  660000 -p --dangerously-skip-permissions"] * 3
+    assert said[3:] == [f"{folder} 0 660000 -p --dangerously-skip-permissions"] * 6
+    assert naps.read_text() == "10\n" * 9
+
+
+@pytest.mark.parametrize(("words", "name", "num"), [("CUDA_VISIBLE_DEVICES=$n", "gpu", 2), ("--array", "task", 4)])
+def test_several_agents_have_a_worktree_a_branch_and_a_gpu_each(night, words, name, num):
+    folder, env, run = night
+    run(words, 2 * num)
+    archive = folder / ".auto-log-research"
+    for i in range(num):
+        work = folder.parent / f"auto-log-research-{i}"
+        said = set((archive / f"agent{i}.log").read_text().splitlines())
+        assert said == {f"{work} {i} 660000 -p --dangerously-skip-permissions"}
+        assert output_of(["git", "branch", "--show-current"], work, env) == f"autoresearch/{name}{i}\n"
+        assert not (work / ".auto-log-research").exists()
+
+
+def test_worktrees_share_one_archive_and_leave_each_others_runs_alone(checkout):
+    folder, env, _ = checkout
     shared = env | {"AUTO_LOG_RESEARCH_DIR": str(folder / ".auto-log-research")}
+    works = [folder.parent / f"work{i}" for i in (0, 1)]
     script = "uv run train.py > run.log 2>&1; uv run analyze.py"
-    runs = [
-        subprocess.Popen(["bash", "-c", script], cwd=folder.parent / f"auto-log-research-gpu{gpu}", env=shared)
-        for gpu in (0, 1)
-    ]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
-    head = subprocess.check_output(["git", "rev-parse", "--short=7", "HEAD"], cwd=folder, env=env, text=True).strip()
+    runs = []
+    for work in works:
+        subprocess.run(["git", "worktree", "add", "--quiet", "-b", work.name, work], cwd=folder, env=env, check=True)
+        runs.append(subprocess.Popen(["bash", "-c", script], cwd=work, env=shared))
+    assert [run.wait(timeout=PATIENCE_S) for run in runs] == [0, 0]
+    head = output_of(["git", "rev-parse", "--short=7", "HEAD"], folder, env).strip()
     assert sorted(row[0] for row in rows_of(folder / ".auto-log-research")) == [head, f"{head}.2"]
-    assert not (folder.parent / "auto-log-research-gpu0" / ".auto-log-research").exists()
+    assert not (works[0] / ".auto-log-research").exists()
+    # A decision without a name is about the run of the folder that it is made in.
+    here = json.loads(output_of(["uv", "run", "analyze.py", "status", "--json"], works[1], shared))
+    assert len(here["pending"]) == 2
+    mine = here["here"].removeprefix("run ").removesuffix(", filed")
+    output_of(["uv", "run", "analyze.py", "keep"], works[1], shared)
+    assert {row[0]: row[3] for row in rows_of(folder / ".auto-log-research")} == {
+        name: "keep" if name == mine else "pending" for name in (head, f"{head}.2")
+    }
