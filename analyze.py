@@ -543,31 +543,27 @@ class _Functional(ast.NodeTransformer):
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
-        body = getattr(node, "body", None)
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and body:
-            if isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str):
-                node.body = body[1:] or [ast.Pass()]
-        elif self.hide_seed:
-            self.mask(node)
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+                node.body = node.body[1:] or [ast.Pass()]
+        elif self.hide_seed and isinstance(node, ast.Call):
+            node.keywords = [k for k in node.keywords if not (is_seed(k.arg) and isinstance(k.value, ast.Constant))]
+            if name_of(node.func) in ("manual_seed", "manual_seed_all", "seed", "default_rng"):
+                node.args = [a for a in node.args if not isinstance(a, ast.Constant)]
+        elif self.hide_seed and isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(is_seed(name_of(target)) for target in targets):
+                node.value = ast.Constant(0)
         return node
 
-    def mask(self, node: ast.AST) -> None:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [getattr(t, "id", getattr(t, "attr", "")) for t in targets]
-        elif isinstance(node, ast.keyword):
-            names = [node.arg or ""]
-        elif isinstance(node, ast.Call):
-            names = [getattr(node.func, "id", getattr(node.func, "attr", ""))]
-            if names[0] in ("manual_seed", "manual_seed_all", "seed", "default_rng") and node.args:
-                node.args = [ast.Constant(0) if isinstance(a, ast.Constant) else a for a in node.args]
-            return
-        else:
-            return
-        if any(n.lower() == "seed" or n.lower().endswith("_seed") for n in names) and isinstance(
-            node.value, ast.Constant
-        ):
-            node.value = ast.Constant(0)
+
+def name_of(node: ast.AST) -> str:
+    return getattr(node, "id", getattr(node, "attr", ""))
+
+
+def is_seed(name: str | None) -> bool:
+    return name is not None and (name.lower() == "seed" or name.lower().endswith("_seed"))
 
 
 def program_hash(text: str | None, hide_seed: bool = True) -> str | None:

@@ -1,4 +1,4 @@
-"""analyze.py against hand-made runs whose answers are known, in real git repositories, without training anything."""
+"""analyze.py against hand-made runs whose answers are known, in real git repositories; one night is trained."""
 
 import fcntl
 import hashlib
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import command_env
 
 import analyze
 from analyze import load_run, load_runs
@@ -300,6 +301,138 @@ def test_a_night_of_experiments_leaves_exactly_these_rows(lab):
     ]
     assert (lab.folder / "train.py").read_text() == variant(depth=9)
     assert lab.git("status", "--porcelain", "--untracked-files=no") == ""
+
+
+class Night:
+    """A repository with the real scripts, in which every run is trained for a second on the CPU."""
+
+    def __init__(self, folder: Path, cache: Path):
+        self.folder, self.archive = folder, folder / ".auto-log-research"
+        self.env = command_env(cache, AUTORESEARCH_DEMO="1", AUTORESEARCH_TIME_BUDGET="1", CUDA_VISIBLE_DEVICES="")
+        for name in ("prepare.py", "analyze.py", "train.py", ".gitignore"):
+            shutil.copy(SCRIPT.parent / name, folder)
+        self.original = (folder / "train.py").read_text()
+        self.git("init", "-q")
+        self.git("config", "user.email", "night@example.org")
+        self.git("config", "user.name", "Night")
+        self.git("add", ".")
+
+    def git(self, *arguments):
+        done = subprocess.run(["git", *arguments], cwd=self.folder, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def edit(self, *changes, **config):
+        """train.py with these texts replaced, and this configuration on top of a tiny one."""
+        text = self.original
+        given = {"depth": 2, "aspect_ratio": 32} | config
+        old = "CONFIG = replace(CONFIG, depth=4, aspect_ratio=32, "
+        new = f"CONFIG = replace(CONFIG, {', '.join(f'{k}={v}' for k, v in given.items())}, "
+        for before, after in [(old, new), *changes]:
+            assert text.count(before) == 1, before
+            text = text.replace(before, after)
+        (self.folder / "train.py").write_text(text)
+
+    def commit(self, subject, *changes, **config):
+        self.edit(*changes, **config)
+        self.git("commit", "-qam", subject)
+        return self.git("rev-parse", "HEAD")[:7]
+
+    def train(self):
+        with open(self.folder / "run.log", "w") as log:
+            command = [sys.executable, "train.py"]
+            done = subprocess.run(command, cwd=self.folder, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+        return done.returncode
+
+    def start_analyze(self, *arguments):
+        return subprocess.Popen([sys.executable, "analyze.py", *arguments], cwd=self.folder, env=self.env,
+                                stdout=subprocess.PIPE, text=True)
+
+    def analyze(self, *arguments):
+        call = self.start_analyze(*arguments)
+        said = call.communicate()[0]
+        assert call.returncode == 0
+        return said
+
+    def row(self, name, status, description):
+        """What the books must say of a finished run, from the summary it left."""
+        summary = load_run(name, self.archive).summary
+        return f"{name}\t{summary['val_bpb']:.6f}\tnan\t{status}\t{description}"
+
+
+def test_a_night_of_real_runs_on_the_cpu_demo(demo, tmp_path):
+    night = Night(tmp_path, demo[0])
+    base = night.commit("baseline", unembedding_lr=0.0)  # predicts no token over another, however slow the machine is
+    assert night.train() == 0
+    assert f"run {base}\n**BASELINE**: val_bpb " in night.analyze()
+    night.analyze("keep")
+
+    assert night.train() == 0  # a replicate, filed by two at once
+    said = sorted(call.communicate()[0] for call in [night.start_analyze(), night.start_analyze()])
+    assert said[0].startswith(f"{base}.2 is filed already: nothing changed\nrun {base}.2\n**REPLICATE** of the best")
+    assert said[1].startswith(f"run {base}.2\n**REPLICATE** of the best, no new idea: val_bpb ")
+    night.analyze("keep")
+
+    better = night.commit("unembedding_lr 0.004", unembedding_lr=0.004)
+    assert night.train() == 0
+    assert "**NEW BEST**: val_bpb " in night.analyze()
+    page = (night.archive / better / "analysis.md").read_text()
+    assert "train.py: +1 -1 lines (`train.diff`).\n- `unembedding_lr`: 0.0 -> 0.004\n" in page
+    night.analyze("keep")
+    good = (night.folder / "train.py").read_text()
+
+    worse = night.commit("unembedding_lr 10", unembedding_lr=10.0)  # as sure as can be, and wrong
+    assert night.train() == 0
+    assert "**NOT BETTER**: val_bpb " in night.analyze()
+    said = night.analyze("discard")
+    assert said == f"{worse} discarded; train.py is back to that of the best, {better}, and committed\n"
+    assert (night.folder / "train.py").read_text() == good
+
+    embedding = "x = x0 = norm(self.wte(idx))"
+    cut = (embedding, "x = x0 = norm(self.wte(idx)[..., :-1])")
+    broken = night.commit("too narrow", cut, unembedding_lr=0.004)
+    assert night.train() == 1
+    shutil.copy(night.archive / better / "run_summary.json", night.folder)  # a stale summary
+    said = night.analyze()
+    assert "**CRASHED**: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in said
+    assert "run_summary.json is of run" in said
+    assert "Looks like: shapes do not fit." in (night.archive / broken / "analysis.md").read_text()
+    night.analyze("discard")
+
+    seeded = night.commit("another seed", unembedding_lr=0.004, seed=43)
+    assert night.train() == 0
+    said = night.analyze()
+    assert "**REPLICATE** of the best, no new idea: " in said
+    assert f"Counted as a replicate: nothing but the seed differs from {better}." in said
+    night.analyze("discard")
+
+    ahead = (embedding, "x = x0 = norm(self.wte(idx) + 0.1 * self.wte(idx.roll(-1, 1)))")
+    leaking = night.commit("look ahead", ahead, unembedding_lr=0.004)
+    assert night.train() == 0
+    assert "**INVALID**, not a result: val_bpb " in (said := night.analyze())
+    assert "- the causality test failed: predictions depend on later tokens" in said
+    night.analyze("discard")
+
+    head, back = night.git("rev-parse", "HEAD")[:7], f"Back to the best, {better}, after {leaking}"
+    night.edit(unembedding_lr=0.002)
+    assert night.train() == 0
+    assert f"train.py had uncommitted changes: the run is not credited to commit {head}" in night.analyze()
+    assert "train.py is back to that of the best" in night.analyze("discard")
+
+    assert (night.archive / "results.tsv").read_text().splitlines() == [
+        "commit\tval_bpb\tmemory_gb\tstatus\tdescription",
+        night.row(base, "keep", "baseline"),
+        night.row(f"{base}.2", "keep", "baseline"),
+        night.row(better, "keep", "unembedding_lr 0.004"),
+        night.row(worse, "discard", "unembedding_lr 10"),
+        f"{broken}\t0.000000\t0.0\tcrash\ttoo narrow",
+        night.row(seeded, "discard", "another seed"),
+        night.row(leaking, "invalid", "look ahead"),
+        night.row(f"{head}-dirty", "discard", f"{back} (with uncommitted changes)"),
+    ]
+    assert night.git("status", "--porcelain") == ""
+    assert (night.folder / "train.py").read_text() == good
+    stats = [json.loads((p / "stats.json").read_text()) for p in night.archive.iterdir() if p.is_dir()]
+    assert [s["failed"] for s in stats] == [{}] * 8
 
 
 def test_filing_twice_changes_nothing_and_says_so(lab):
@@ -953,6 +1086,7 @@ def test_comments_docstrings_formatting_and_seed_do_not_change_a_program():
         ("torch.manual_seed(42)", "torch.manual_seed(7)"),
         ("SEED = 1", "SEED = 2"),
         ("f(seed=1)", "f(seed=2)"),
+        ("replace(CONFIG, depth=4)", "replace(CONFIG, depth=4, seed=2)"),
     ):
         assert analyze.program_hash(before) == analyze.program_hash(after)
     assert analyze.program_hash("f(speed=1)") != analyze.program_hash("f(speed=2)")
