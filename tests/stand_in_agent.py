@@ -15,16 +15,22 @@ from pathlib import Path
 
 ARCHIVE = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR", ".auto-log-research"))
 
-# (what to replace in train.py, by what, decision), one an experiment; None: the same commit again.
+# (what to replace in train.py, a pattern; by what; decision), one an experiment; None: the same commit again.
 EXPERIMENTS = [
     (None, None, "keep"),
     (None, None, "keep"),  # the test kills the agent, and the run goes on
-    ("self.c_proj(F.relu(self.c_fc(x)).square())", "self.c_proj(self.c_fc(x)[..., :-1])", "discard"),
-    ("unembedding_lr: float = 0.004", "unembedding_lr: float = 0.0", "discard"),
-    ("warmdown_ratio: float = 0.5", "warmdown_ratio: float = 0.7", None),  # the test kills the agent and the run
+    (r"nn\.Linear\(hidden, width,", "nn.Linear(hidden + 1, width,", "discard"),
+    (r"unembedding_lr: float = [\d.]+", "unembedding_lr: float = 0.0", "discard"),
+    (r"warmdown_ratio: float = [\d.]+", "warmdown_ratio: float = 0.61", None),  # the test kills the agent and the run
     (None, None, "keep"),  # so the idea was not tested: once more
 ]
 KILLED = 4
+
+
+def edited(text: str, pattern: str, new: str) -> str:
+    text, num = re.subn(pattern, new, text)
+    assert num == 1, f"{pattern} is {num} times in train.py"
+    return text
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
@@ -57,12 +63,10 @@ class Agent:
                 self.follow(words)
 
     def train(self, done: int) -> None:
-        old, new, _ = EXPERIMENTS[done]
-        if old:
-            text = Path("train.py").read_text()
-            assert text.count(old) == 1, old
-            Path("train.py").write_text(text.replace(old, new))
-            self.follow("git commit", lambda code: code.replace("warmdown 0.5 -> 0.7", f"{old} -> {new}"))
+        pattern, new, _ = EXPERIMENTS[done]
+        if pattern:
+            Path("train.py").write_text(edited(Path("train.py").read_text(), pattern, new))
+            self.follow("git commit", lambda code: code.replace("warmdown 0.5 -> 0.7", new))
         if done != KILLED + 1:
             budget = "export AUTORESEARCH_TIME_BUDGET=600; " if done == KILLED else ""  # time enough to be killed in
             return self.follow('echo "exit code', lambda code: budget + code)
@@ -107,4 +111,8 @@ if __name__ == "__main__":
     os.setpgrp()  # so that the test can kill it without killing the loop around it
     ARCHIVE.mkdir(exist_ok=True)
     (ARCHIVE / "agent.pid").write_text(str(os.getpid()))
-    Agent(sys.stdin.read()).work()
+    try:
+        Agent(sys.stdin.read()).work()
+    except Exception:
+        (ARCHIVE / "STOP").touch()  # it would fail again and again
+        raise

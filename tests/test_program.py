@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stand_in_agent import EXPERIMENTS, KILLED, code_blocks
+from stand_in_agent import EXPERIMENTS, KILLED, code_blocks, edited
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = (ROOT / "program.md").read_text()
@@ -152,7 +152,7 @@ def test_a_night_of_six_experiments_survives_two_kills(checkout):
     assert float(rows[3][1]) > float(rows[0][1])  # an output layer that never learns
     assert rows[4][0] == run["git_commit"][:7]
     assert rows[5][0] == f"{rows[4][0]}.2"
-    subjects = [f"{old} -> {new}: longer decay, expect -0.0006" for old, new, _ in EXPERIMENTS[2 : KILLED + 1]]
+    subjects = [f"{new}: longer decay, expect -0.0006" for _, new, _ in EXPERIMENTS[2 : KILLED + 1]]
     assert [row[4] for row in rows] == ["start", "start", *subjects, subjects[-1]]
     for row in rows:
         kept = archive / row[0]
@@ -162,7 +162,7 @@ def test_a_night_of_six_experiments_survives_two_kills(checkout):
             assert (archive / notes).read_text().count(f" {row[0]} ") == 1
     # Each discard brought the best train.py back: the last run differs from the baseline by its own change alone.
     best = (archive / baseline / "train.py").read_text()
-    assert (folder / "train.py").read_text() == best.replace(*EXPERIMENTS[KILLED][:2])
+    assert (folder / "train.py").read_text() == edited(best, *EXPERIMENTS[KILLED][:2])
     assert output_of(["git", "status", "--porcelain"], folder, env) == ""
     branch = output_of(["git", "branch", "--show-current"], folder, env)
     assert re.fullmatch(r"autoresearch/\d{4}-\d\d-\d\d\n", branch)
@@ -176,6 +176,15 @@ def test_a_night_of_six_experiments_survives_two_kills(checkout):
     assert {"uv run analyze.py keep a1b2c3d", "tail -n 5 run.log"} <= inline
     for command in sorted(inline):
         subprocess.run(command.replace("a1b2c3d", baseline), shell=True, cwd=folder, env=env, check=True)
+
+
+def test_the_demo_runs_as_the_readme_says(checkout, demo):
+    folder, env, _ = checkout
+    script = readme_block("AUTORESEARCH_DEMO=1")
+    there = {k: v for k, v in env.items() if k != "AUTORESEARCH_DEMO"} | {"AUTORESEARCH_CACHE": str(demo[0])}
+    said = output_of(["bash", "-euc", script], folder, there)
+    assert "**BASELINE**: val_bpb " in said
+    assert [row[3] for row in rows_of(folder / ".auto-log-research")] == ["pending"]
 
 
 def test_the_instructions_stay_short():
