@@ -199,15 +199,6 @@ def clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def git(folder: Path, *arguments: str) -> bytes | None:
-    """What git printed, None where it failed: no git, no repository, no such commit."""
-    try:
-        done = run_git(folder, *arguments)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
 def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     environment = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_EDITOR": "true"}
     return subprocess.run(
@@ -215,9 +206,13 @@ def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]
     )
 
 
-def git_text(folder: Path, *arguments: str) -> str | None:
-    output = git(folder, *arguments)
-    return None if output is None else output.decode("utf-8", "surrogateescape")
+def git(folder: Path, *arguments: str) -> str | None:
+    """What git printed, None where it failed: no git, no repository, no such commit."""
+    try:
+        done = run_git(folder, *arguments)
+    except FileNotFoundError:
+        return None
+    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
 
 
 @contextlib.contextmanager
@@ -265,6 +260,16 @@ class Run:
     def stats(self) -> dict:
         """What the analysis computed, empty before it ran."""
         return read_json(self.path / STATS) or {}
+
+    @property
+    def step_ms(self) -> float | None:
+        """Median step time."""
+        steps_ms = self.series("perf/step_time_ms")
+        return float(np.nanmedian(steps_ms)) if np.isfinite(steps_ms).any() else None
+
+    def records_with(self, key: str) -> list[dict]:
+        """The records of the steps at which this list was logged, as layer statistics are."""
+        return [r for r in self.records if isinstance(r.get(key), list)]
 
     def series(self, key: str) -> np.ndarray:
         """One metric over the steps, float, NaN where a step lacks it."""
@@ -647,7 +652,7 @@ def data_fingerprint(run: Run) -> str | None:
 def compute_record(run: Run, context: dict) -> dict:
     """What the books keep of a run: identity, program, configuration and the few numbers that history needs.
     `context` holds the archive's facts, the scripts' sha256 and what git knows of the commit."""
-    s, steps_ms, loss = run.summary, run.series("perf/step_time_ms"), run.series("train/loss")
+    s, loss = run.summary, run.series("train/loss")
     peak_mb, tokens_m = number(s.get("peak_vram_mb")), number(s.get("total_tokens_M"))
     prepare_sha = run.start.get("prepare_sha256") or s.get("prepare_sha256") or context.get("prepare_now")
     return {
@@ -672,7 +677,7 @@ def compute_record(run: Run, context: dict) -> dict:
         "tokens_m": tokens_m,
         "training_s": number(s.get("training_seconds")),
         "total_s": number(s.get("total_seconds")) or compute_elapsed(run),
-        "step_ms": float(np.nanmedian(steps_ms)) if np.isfinite(steps_ms).any() else None,
+        "step_ms": run.step_ms,
         "mfu_percent": number(s.get("mfu_percent")),
         "num_params_m": number(s.get("num_params_M")),
         "first_loss": number(loss[0]) if len(loss) else None,
@@ -1137,9 +1142,9 @@ def fit_slope(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]
 
 
 def rolling_median(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred; the ends use what there is by repeating the outermost value."""
+    """Centred; the ends are mirrored."""
     half = width // 2
-    padded = np.pad(values, half, mode="edge")
+    padded = np.pad(values, half, mode="reflect")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=-1)
 
 
@@ -1201,12 +1206,9 @@ def compute_machine(run: Run, this: Entry, entries: list[Entry]) -> dict:
         machine["usual_ms"] = float(np.median(same))
         ratio = machine["median_ms"] / machine["usual_ms"] - 1
         if abs(ratio) > STEP_TIME_TOLERANCE:
-            why = (
-                "a second job on the GPU, throttling, or a slow loader"
-                if ratio > 0
-                else "the earlier runs were hampered"
-            )
-            warnings.append(f"steps took {ratio:+.0%} of what the same program took before: {why}")
+            why = "a second job on the GPU, throttling, or a slow loader" if ratio > 0 else "those were hampered"
+            warnings.append(f"steps took {1 + ratio:.2f} times what they took in earlier runs of this program: {why}; "
+                            f"write invalid in the row of a score that suffered ({RESULTS}), or it widens the noise")
     total, trained = number(s.get("total_seconds")), number(s.get("training_seconds"))
     machine |= {
         "mfu_percent": number(s.get("mfu_percent")),
@@ -1252,14 +1254,14 @@ def compute_unclocked(run: Run) -> str | None:
 
 def compute_layers(run: Run) -> list[str]:
     """Sentences on what stands out in the last layer statistics, most serious first; empty if nothing does."""
-    with_layers = [r for r in run.records if isinstance(r.get("layers/names"), list)]
-    with_params = [r for r in run.records if isinstance(r.get("params/names"), list)]
+    with_layers, with_params = run.records_with("layers/names"), run.records_with("params/names")
     found: list[str] = []
     if with_layers:
         # From a quarter of the run on: output projections start at zero and grow a lot before as a matter of course.
         found += compute_activations(with_layers[len(with_layers) // 4], with_layers[-1])
     if with_params:
-        found += compute_updates(with_params[-1])
+        scalars = {k.removeprefix("scalars/") for r in run.records for k in r if k.startswith("scalars/")}
+        found += compute_updates(with_params[len(with_params) // 2], with_params[-1], scalars)
     last = next((r for r in reversed(run.records) if number(r.get("logits/max_abs")) is not None), None)
     if last and (number(last.get("logits/max_prob")) or 0) > 0.9:
         found.append(f"logits saturate: largest {last['logits/max_abs']:.1f}, mean top probability "
@@ -1291,11 +1293,15 @@ def compute_activations(first: dict, last: dict) -> list[str]:
     return found
 
 
-def compute_updates(record: dict) -> list[str]:
-    update, weight, grad = (
-        named_values(record, "params/names", f"params/{k}_rms") for k in ("update", "weight", "grad")
-    )
-    found, ratios = [], {n: update[n] / weight[n] for n in update if weight.get(n, 0) > 0 and update[n] > 0}
+def update_ratios(record: dict) -> dict[str, float]:
+    update, weight = (named_values(record, "params/names", f"params/{k}_rms") for k in ("update", "weight"))
+    return {n: update[n] / weight[n] for n in update if weight.get(n, 0) > 0 and update[n] > 0}
+
+
+def compute_updates(middle: dict, last: dict, scalars: set[str]) -> list[str]:
+    """Update sizes out of line in the middle of the run, where the learning rate is high, and idle parameters at its
+    end. The residual scalars are left out: they are large and move slowly by design."""
+    found, ratios = [], {n: v for n, v in update_ratios(middle).items() if n not in scalars}
     if len(ratios) >= 4:
         median = float(np.median(list(ratios.values())))
         # AdamW and Muon groups differ by a factor of ten as a matter of course.
@@ -1304,7 +1310,7 @@ def compute_updates(record: dict) -> list[str]:
         if low := {n: v / median for n, v in ratios.items() if v < median / 30}:
             found.append(f"update/weight far below the median {median:.1e}: "
                          + list_worst(low, lambda v: f"x{v:.1g}", highest=False))
-    if idle := [n for n, v in grad.items() if v == 0]:
+    if idle := [n for n, v in named_values(last, "params/names", "params/grad_rms").items() if v == 0]:
         found.append(f"no gradient reaches {len(idle)} parameter(s): {', '.join(idle[:4])}")
     return found
 
@@ -1312,8 +1318,8 @@ def compute_updates(record: dict) -> list[str]:
 def compute_scalars(run: Run) -> list[str]:
     found = []
     for key in sorted({k for r in run.records for k in r if k.startswith("scalars/")}):
-        lists = [v for r in run.records if isinstance(v := r.get(key), list)]
-        values = [number(v) for v in (lists[-1] if lists else [])]
+        with_key = run.records_with(key)
+        values = [number(v) for v in (with_key[-1][key] if with_key else [])]
         known = [v for v in values if v is not None]
         low, high = min(known, default=0.0), max(known, default=0.0)
         if high - low > 0.5 * max(abs(high), abs(low)):
@@ -1411,18 +1417,17 @@ COSTS = (
 )
 
 
+def cost_cells(run: Run) -> list[tuple[str, str | None]]:
+    """Label and value of everything a run costs, None where it is not known."""
+    known = [(label, number(run.summary.get(key)), form, unit) for label, key, form, unit in COSTS]
+    known.append(("step, median", run.step_ms, ".1f", " ms"))
+    return [(label, None if value is None else show(value, form, unit)) for label, value, form, unit in known]
+
+
 def compute_cost(run: Run, best_run: Run | None) -> list[list]:
     """Rows of label, this run's value, the best's, as far as known."""
-    rows = []
-    for label, key, form, unit in COSTS:
-        mine, theirs = (number(r.summary.get(key)) if r else None for r in (run, best_run))
-        if mine is not None:
-            rows.append([label, show(mine, form, unit), show(theirs, form, unit) if theirs is not None else None])
-    medians = [float(np.nanmedian(x)) if r and np.isfinite(x := r.series("perf/step_time_ms")).any() else None
-               for r in (run, best_run)]
-    if medians[0] is not None:
-        rows.append(["step", f"{medians[0]:.1f} ms", show(medians[1], ".1f", " ms") if medians[1] else None])
-    return rows
+    theirs = dict(cost_cells(best_run)) if best_run else {}
+    return [[label, mine, theirs.get(label)] for label, mine in cost_cells(run) if mine is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1486,8 +1491,8 @@ def render_best(verdict: dict) -> str:
 
 def render_crash(crash: dict) -> list[str]:
     at = f"step {crash['last_step']:.0f}" if crash["last_step"] is not None else "before the first step"
-    lines = [f"Ended: {at}, last loss {show(crash['last_loss'], '.4f')}, "
-             f"{show(crash['elapsed_s'], '.0f', ' s')} after the start."]
+    lines = [f"Ended: {at}" + (f", last loss {crash['last_loss']:.4f}" if crash["last_loss"] is not None else "")
+             + (f", {crash['elapsed_s']:.0f} s after the start" if crash["elapsed_s"] is not None else "") + "."]
     if crash["exception"]:
         lines.append(f"Exception: {clip(crash['exception'], 300)}")
     if crash["cause"]:
@@ -1528,8 +1533,8 @@ def render_why(why: dict | None, cost: list[list] | None, difference: float | No
     lines = []
     if why and why["speed_bpb"] is not None:
         low, high = why["speed_range"]
-        lines.append(f"Of {difference:+.6f} bpb: speed {why['speed_bpb']:+.6f} ({low:+.6f} to {high:+.6f}), "
-                     f"learning {why['learning_bpb']:+.6f}, an estimate.")
+        speed = f"{why['speed_bpb']:+.5f} ({low:+.5f} to {high:+.5f})" if why["speed_bpb"] else "0 (equal tokens)"
+        lines.append(f"Of {difference:+.5f} bpb: speed {speed}, learning and noise {why['learning_bpb']:+.5f}, an estimate.")
     if why:
         ratio = f"{why['token_ratio'] - 1:+.1%} tokens" if why["token_ratio"] else "tokens unknown"
         lines.append(f"Basis: {ratio}; {why['basis']}.")
@@ -1616,9 +1621,13 @@ def render_machine(m: dict) -> list[str]:
     return [*lines, *(f"- {w}." for w in m["warnings"])] or ["Unknown: no step times."]
 
 
-def render_history(h: dict) -> list[str]:
+def render_counts(h: dict) -> str:
     counts = ", ".join(f"{n} {status}" for status, n in h["counts"].items() if n)
-    lines = [f"{h['num_runs']} runs ({counts}), {h['hours']:.1f} h; hit rate {show(h['hit_rate'], '.0%')}, "
+    return f"{h['num_runs']} run{'' if h['num_runs'] == 1 else 's'}" + (f" ({counts})" if counts else "")
+
+
+def render_history(h: dict) -> list[str]:
+    lines = [f"{render_counts(h)}, {h['hours']:.1f} h; hit rate {show(h['hit_rate'], '.0%')}, "
              f"gain per hour {show(h['gain_per_hour'], '.5f')} bpb."]
     if h["is_plateau"]:
         lines.append(f"Plateau: {h['runs_since_best']} runs since the best was found. Change direction.")
@@ -1724,13 +1733,8 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "here": describe_outputs(folder, book),
         "pending": [e.name for e in book.entries if e.status == "pending"],
         "unfiled": unfiled + book.unbooked,
-        "last": history["last"],
-        "counts": history["counts"],
-        "num_runs": history["num_runs"],
+        **{key: history[key] for key in ("num_runs", "counts", "last", "runs_since_best", "is_plateau", "gain")},
         "queue_length": count_ideas(read_text(archive / QUEUE)),
-        "runs_since_best": history["runs_since_best"],
-        "is_plateau": history["is_plateau"],
-        "gain": history["gain"],
         "hours_used": history["hours"],
         "hours_since_first_start": (time.time() - started) / 3600 if started else None,
         "rerun": [e.name for e in compute_near_misses(book.entries)],
@@ -1744,10 +1748,9 @@ def render_status(s: dict) -> str:
     if best:
         lines[0] += f", mean of {len(best['runs'])} runs" if len(best["runs"]) > 1 else ", one run"
         lines[0] += "" if best["is_kept"] else " (nothing is kept yet: the first valid run stands in)"
-    counts = ", ".join(f"{n} {status}" for status, n in s["counts"].items() if n)
     lines += [
         f"noise: sigma {s['noise']['sigma']:.6f} bpb ({s['noise']['source']})",
-        f"runs: {s['num_runs']}" + (f" ({counts})" if counts else ""),
+        f"archive: {render_counts(s)}",
         f"this folder: {s['here']}",
         f"pending, decide keep or discard: {', '.join(s['pending'][-10:]) or 'none'}",
         f"queue: {s['queue_length']} idea(s) in {QUEUE}",
@@ -1773,11 +1776,8 @@ def render_compare(runs: list[Run], entries: list[Entry]) -> str:
     own = [by_name.get(run.name) for run in runs]
     rows = [["status", *(e.status if e else "no row" for e in own)],
             ["val_bpb", *(show(e.val_bpb if e else None) for e in own)]]
-    for label, key, form, unit in COSTS:
-        rows.append([label, *(show(number(run.summary.get(key)), form, unit) for run in runs)])
-    steps = [run.series("perf/step_time_ms") for run in runs]
-    rows.append(["step, median", *(show(float(np.nanmedian(s)), ".1f", " ms") if np.isfinite(s).any() else "unknown"
-                                   for s in steps)])
+    for cells in zip(*(cost_cells(run) for run in runs), strict=True):
+        rows.append([cells[0][0], *(value or "unknown" for _, value in cells)])
     for key in {k: None for config in configs for k in config}:
         values = [json.dumps(config.get(key)) if key in config else "-" for config in configs]
         if len(set(values)) > 1:
@@ -1796,14 +1796,13 @@ def render_report(book: Book) -> str:
     """The morning page for a person: what was tried, kept, crashed, and what deserves another run."""
     entries = book.entries
     best, noise, h = compute_best(entries), compute_noise(entries), compute_history(entries)
-    counts = ", ".join(f"{n} {status}" for status, n in h["counts"].items() if n) or "none"
     lines = ["# Report", ""]
     if best:
         e = book.entry(best.name)
         lines.append(f"**Best: {best.mean:.6f}** ({best.name}, {len(best.names)} run(s)"
                      f"{'' if best.is_kept else ', not kept yet'}): {e.description}")
     lines += [
-        f"- {h['num_runs']} runs: {counts}; {h['hours']:.1f} h; {show(h['runs_since_best'], '.0f')} since the best",
+        f"- {render_counts(h)}; {h['hours']:.1f} h; {show(h['runs_since_best'], '.0f')} since the best",
         f"- gain since the first kept run: {show(h['gain'])} bpb, {show(h['gain_per_hour'], '.5f')} per hour; "
         f"hit rate {show(h['hit_rate'], '.0%')}",
         f"- noise between identical runs: sigma {noise.sigma:.6f} bpb ({noise.source})",
@@ -2002,45 +2001,35 @@ def draw_machine(run: Run, best: Run | None) -> bytes | None:
 
 def draw_layers(run: Run) -> bytes | None:
     """None where the program logs no layer statistics."""
-    with_layers = [r for r in run.records if isinstance(r.get("layers/names"), list)]
-    with_params = [r for r in run.records if isinstance(r.get("params/names"), list)]
+    with_layers, with_params = run.records_with("layers/names"), run.records_with("params/names")
     if not with_layers and not with_params:
         return None
     figure, panels = new_figure(f"{run.name}: layers", 2, 2)
     figure.subplots_adjust(left=0.13, wspace=0.32)
-    draw_heat(figure, panels[0], with_layers, "layers/names", "layers/rms", "output RMS, log10")
-    draw_bars(panels[1], with_layers[-1:], "layers/input_zeros", "layers/dead")
-    for record in with_params:
-        update, weight = (named_values(record, "params/names", f"params/{k}_rms") for k in ("update", "weight"))
-        ratios = {n: update[n] / weight[n] for n in update if weight.get(n)}
-        record["params/ratio"] = [ratios.get(str(n)) for n in record["params/names"]]
-    draw_heat(figure, panels[2], with_params, "params/names", "params/ratio", "update / weight RMS, log10")
-    scalars = sorted({k for r in run.records for k in r if k.startswith("scalars/")})[: len(COLORS)]
-    lines = []
+    last_step = number(run.records[-1].get("step")) or float(len(run.records))
+    rms = [named_values(r, "layers/names", "layers/rms") for r in with_layers]
+    draw_heat(figure, panels[0], rms, last_step, "output RMS, log10")
+    draw_bars(panels[1], with_layers[-1:])
+    draw_heat(figure, panels[2], [update_ratios(r) for r in with_params], last_step, "update / weight RMS, log10")
+    lines, scalars = [], sorted({k for r in run.records for k in r if k.startswith("scalars/")})
     for key, color in zip(scalars, COLORS, strict=False):
-        last = next(r[key] for r in reversed(run.records) if isinstance(r.get(key), list))
-        values = np.array([math.nan if (v := number(x)) is None else v for x in last])
+        values = np.array([math.nan if (v := number(x)) is None else v for x in run.records_with(key)[-1][key]])
         lines.append(Line(key.removeprefix("scalars/"), np.arange(len(values)), values, color))
     draw(panels[3], lines, "scalars at the end, by layer", "layer")
-    for record in with_params:
-        del record["params/ratio"]
     return png(figure)
 
 
-def draw_heat(figure: Figure, axes: Axes, records: list[dict], names_key: str, key: str, title: str) -> None:
-    """Names down, time across, log10 of the value as colour."""
-    names = [str(n) for n in records[-1][names_key]] if records else []
-    columns = [named_values(r, names_key, key) for r in records]
+def draw_heat(figure: Figure, axes: Axes, columns: list[dict[str, float]], last_step: float, title: str) -> None:
+    """Names down, time across, log10 of the value as colour. `columns` holds the values by name at each moment."""
+    names = list(columns[-1]) if columns else []
     values = np.array([[c.get(n, math.nan) for c in columns] for n in names])
-    is_known = bool(names) and bool((values > 0).any())
+    is_known = bool((values > 0).any())
     draw(axes, [], title, "step", empty="" if is_known else "not logged")
     if not is_known:
         return
     axes.grid(visible=False)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = np.log10(np.where(values > 0, values, math.nan))
+    values = np.log10(np.where(values > 0, values, math.nan))
     low, high = np.nanpercentile(values, [1, 99])
-    last_step = number(records[-1].get("step")) or float(len(records))
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=max(high, low + 1e-3),
                         extent=(0, last_step, len(names) - 0.5, -0.5), interpolation="nearest")
     label_names(axes, names)
@@ -2053,18 +2042,18 @@ def label_names(axes: Axes, names: list[str]) -> None:
     axes.set_yticklabels([clip(n, 24) for n in names[::every]], fontsize=7)
 
 
-def draw_bars(axes: Axes, last: list[dict], *keys: str) -> None:
-    """The last fractions of zeros, one bar a layer and key."""
-    shown = [(k, named_values(r, "layers/names", k)) for r in last for k in keys]
-    shown = [(k, values) for k, values in shown if values]
-    names = [n for n in (str(n) for r in last for n in r["layers/names"]) if any(n in v for _, v in shown)]
+def draw_bars(axes: Axes, last: list[dict]) -> None:
+    """The last shares of inputs near zero, and of units that are so on every token, one bar a layer."""
+    kinds = (("layers/input_zeros", "inputs", SKY), ("layers/dead", "dead units", VERMILION))
+    shown = [(values, label, color) for key, label, color in kinds
+             for r in last if (values := named_values(r, "layers/names", key))]
+    names = list(dict.fromkeys(name for values, _, _ in shown for name in values))
     draw(axes, [], "near zero at the end", "fraction", empty="" if names else "not logged")
     if not names:
         return
-    labels = {"layers/input_zeros": "all inputs", "layers/dead": "on every token: dead units"}
-    for i, ((key, values), color) in enumerate(zip(shown, (SKY, VERMILION), strict=False)):
-        height, y = 0.8 / len(shown), np.arange(len(names)) + 0.4 * (i - (len(shown) - 1) / 2)
-        axes.barh(y, [values.get(n, 0.0) for n in names], height=height, color=color, label=labels[key])
+    for i, (values, label, color) in enumerate(shown):
+        y = np.arange(len(names)) + 0.4 * (i - (len(shown) - 1) / 2)
+        axes.barh(y, [values.get(n, 0.0) for n in names], height=0.8 / len(shown), color=color, label=label)
     label_names(axes, names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
@@ -2098,7 +2087,7 @@ def draw_progress(entries: list[Entry]) -> bytes:
     kinds = (
         ("discard", "discarded", GREY, "o", 26),
         ("pending", "pending", ORANGE, "D", 34),
-        ("keep", "kept", GREEN, "o", 60),
+        ("keep", "kept", GREEN, "o", 60 if len(entries) <= 150 else 34),
     )
     for status, label, color, marker, size in kinds:
         points = [(i, e.val_bpb) for i, e in scored if e.status == status and e.val_bpb <= high]
@@ -2147,7 +2136,7 @@ def label_bests(axes: Axes, bests: list[tuple[int, float, Entry]], points: list[
             if is_inside and not any(overlap(box, other) for other in taken):
                 covered = ((dots > np.array(box[:2]) - 4) & (dots < np.array(box[2:]) + 4)).all(axis=1).sum()
                 places.append((int(covered), len(places), box))
-        if places:
+        if places and min(places)[0] <= 2:
             *_, box = min(places)
             taken.append(box)
             at = (box[0] - x) * 72 / 100, (box[1] - y) * 72 / 100
@@ -2286,13 +2275,13 @@ def find_origin(outputs: Outputs, folder: Path) -> Origin:
     """Never HEAD by default: a run that says what it was trained from is believed, one that cannot say is checked
     against the time of HEAD's commit and the state of train.py, and called unknown where that does not settle it."""
     run, notes = outputs.run, []
-    head = (git_text(folder, "rev-parse", "HEAD") or "").strip() or None
+    head = (git(folder, "rev-parse", "HEAD") or "").strip() or None
     text, is_dirty = run.start.get("train_py"), run.start.get("git_dirty")
     commit = run.start.get("git_commit") or run.summary.get("git_commit")
     commit = commit if isinstance(commit, str) and re.fullmatch(r"[0-9a-f]{7,40}", commit) else None
     if commit is None and not run.start and head:
         commit = head if is_younger_than_head(outputs, folder) else None
-        is_dirty = bool(git_text(folder, "status", "--porcelain", "--untracked-files=no", "--", "train.py"))
+        is_dirty = bool(git(folder, "status", "--porcelain", "--untracked-files=no", "--", "train.py"))
         text = read_text(folder / "train.py") if commit else None
         if commit is None:
             notes.append(
@@ -2302,7 +2291,7 @@ def find_origin(outputs: Outputs, folder: Path) -> Origin:
         text = text or (read_text(folder / "train.py") if head is None else None)
         mark = sha256(text)[:7] if text else sha256(outputs.identity)[:7]
         return Origin(f"{'unknown' if head else 'nogit'}-{mark}", None, is_dirty, text, "(no commit)", tuple(notes))
-    committed = git_text(folder, "show", f"{commit}:./train.py")
+    committed = git(folder, "show", f"{commit}:./train.py")
     if text is None:
         # A program that keeps no copy of itself: what it ran is what lay here when it began, committed or not.
         is_older = (folder / "train.py").exists() and (folder / "train.py").stat().st_mtime < began_unix(outputs)
@@ -2313,7 +2302,7 @@ def find_origin(outputs: Outputs, folder: Path) -> Origin:
         notes.append(f"{what} had uncommitted changes: the run is not credited to commit {commit[:7]}")
     if head and not head.startswith(commit) and commit != head:
         notes.append(f"trained from commit {commit[:7]}, HEAD is now {head[:7]}: filed under {commit[:7]}")
-    subject = printable(git_text(folder, "log", "-1", "--format=%s", commit) or "").strip()
+    subject = printable(git(folder, "log", "-1", "--format=%s", commit) or "").strip()
     subject = subject or "(commit not in this repository)"
     is_dirty = bool(is_changed or is_dirty)
     description = subject + (" (with uncommitted changes)" if is_dirty else "")
@@ -2322,7 +2311,7 @@ def find_origin(outputs: Outputs, folder: Path) -> Origin:
 
 def is_younger_than_head(outputs: Outputs, folder: Path) -> bool:
     """Whether outputs that name no commit were written after HEAD was committed."""
-    committed = git_text(folder, "log", "-1", "--format=%ct")
+    committed = git(folder, "log", "-1", "--format=%ct")
     return committed is not None and began_unix(outputs) >= int(committed)
 
 
@@ -2608,8 +2597,8 @@ def command_discard(name: str | None, archive: Path, folder: Path) -> None:
 
 def check_nothing_is_lost(archive: Path, folder: Path, book: Book) -> None:
     """AnalyzeError if train.py, here or in git's index, holds text that is neither committed nor archived."""
-    texts = {read_text(folder / "train.py"), git_text(folder, "show", ":./train.py")}
-    texts -= {None, git_text(folder, "show", "HEAD:./train.py")}
+    texts = {read_text(folder / "train.py"), git(folder, "show", ":./train.py")}
+    texts -= {None, git(folder, "show", "HEAD:./train.py")}
     if {sha256(text) for text in texts} - {e.record.get("train_sha256") for e in book.entries}:
         raise AnalyzeError("train.py has changes that are neither committed nor archived, and discarding would lose "
                            "them: commit them (git commit train.py) or undo them (git checkout train.py)")
@@ -2622,7 +2611,7 @@ def restore_best(this: Entry, best: Best | None, archive: Path, folder: Path) ->
     wanted, path = read_text(archive / best.name / "train.py"), folder / "train.py"
     if wanted is None:
         raise AnalyzeError(f"the archive has no train.py of the best run {best.name}: restore it by hand")
-    text, committed = read_text(path), git_text(folder, "show", "HEAD:./train.py")
+    text, committed = read_text(path), git(folder, "show", "HEAD:./train.py")
     if text == wanted and committed in (wanted, None):
         return f"train.py is that of the best, {best.name}: nothing to commit"
     mine = read_text(archive / this.name / "train.py")

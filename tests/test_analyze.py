@@ -636,6 +636,7 @@ def test_torch_compiles_explanation_is_searched_for_the_error_inside(lab):
     said = lab.analyze()[1]
     assert "**CRASHED**: RuntimeError('a and b must have same reduction dim, but got [3, 4] X [5, 6].')" in said
     assert '   File "train.py", line 7, in forward\n    return x @ w\n' in lab.page(name)
+    assert "Ended: before the first step.\n" in lab.page(name)
 
 
 @pytest.mark.parametrize(("ending", "cause"), [
@@ -1161,6 +1162,29 @@ def test_the_difference_is_in_standard_errors_of_both_means():
     assert verdict["standard_errors"] == pytest.approx(-0.010 / (sigma * math.sqrt(1.5)))
 
 
+def test_history_counts_ideas_not_replicates_and_sees_a_plateau_until_a_new_best(lab):
+    base = lab.baseline()
+    lab.train(0.9982)
+    lab.analyze()
+    for i in range(4):
+        last = lab.commit(f"idea {i}", variant(matrix_lr=i + 1.0))
+        lab.train(1.0 + i / 10)
+        lab.analyze()
+        lab.analyze("discard")
+    history = lab.stats(last)["history"]
+    assert (history["runs_since_best"], history["is_plateau"], history["hit_rate"]) == (5, True, 0.0)
+    assert "Plateau: 5 runs since the best was found. Change direction." in lab.page(last)
+    good = lab.commit("depth 9", variant(depth=9))
+    lab.train(0.9, config={"depth": 9})
+    lab.analyze()
+    assert "Plateau" not in lab.page(good)
+    lab.analyze("keep")
+    history = analyze.compute_history(analyze.load_book(lab.archive).entries)
+    assert history["hit_rate"] == pytest.approx(1 / 5)  # five ideas after the baseline, one kept
+    assert [name for name, *_ in history["lineage"]] == [base, good]
+    assert history["gain"] == pytest.approx(0.9981 - 0.9)
+
+
 def test_a_program_tried_before_is_named(lab):
     lab.baseline()
     first = lab.commit("depth 9", variant(depth=9))
@@ -1313,7 +1337,7 @@ def test_a_throttled_run_is_noticed_within_itself_and_against_its_replicates(lab
     assert "Mind: 52% of the steps were 50% slower than the rest: throttling or a second job." in said
     assert machine["usual_ms"] == pytest.approx(1000)
     assert machine["median_ms"] == 1500  # 120 slow steps of 230: the first ten do not count
-    assert "steps took +50% of what the same program took before: a second job on the GPU, throttling" in said
+    assert "steps took 1.50 times what they took in earlier runs of this program: a second job on the GPU, thr" in said
 
 
 def test_a_stall_is_counted_with_the_time_it_cost():
@@ -1338,8 +1362,13 @@ def test_only_layers_that_stand_out_are_named():
         records[i] |= layers | params
     run, _ = curve(records)
     assert analyze.compute_layers(run) == ["no gradient reaches 1 parameter(s): d"]
-    records[19] |= {"layers/rms": [1.0, 30.0], "layers/dead": [0.25, 0.0], "params/update_rms": [1e-3, 1e-3, 1e-3, 0.1],
-                    "params/grad_rms": [1e-3] * 4, "scalars/resid_lambdas": [1.0, 0.4, None],
+    slow = {"params/names": [*"abcd", "resid_lambdas"], "params/weight_rms": [1.0] * 5,
+            "params/update_rms": [1e-3] * 4 + [1e-6], "scalars/resid_lambdas": [1.0, 1.0]}
+    assert analyze.compute_layers(curve([*records[:8], records[8] | slow, *records[9:]])[0]) == [
+        "no gradient reaches 1 parameter(s): d"]  # a residual scalar moves slowly by design
+    records[8] |= {"params/update_rms": [1e-3, 1e-3, 1e-3, 0.1]}
+    records[19] |= {"layers/rms": [1.0, 30.0], "layers/dead": [0.25, 0.0], "params/grad_rms": [1e-3] * 4,
+                    "scalars/resid_lambdas": [1.0, 0.4, None],
                     "scalars/x0_lambdas": [0.1, 0.11]}
     assert analyze.compute_layers(run) == [
         "dead input units: blocks.0.mlp.c_proj 25%",
