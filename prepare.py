@@ -47,6 +47,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # a torch without CUDA: the kernels below cannot be called, and are not
+    triton = tl = None
+jit = triton.jit if triton else lambda function: function
+
 # pyarrow, requests, rustbpe and tiktoken are imported where they are used: train.py imports this file for every run.
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1089,6 +1097,358 @@ def _to_floats(values: list[torch.Tensor | None]) -> list[float | None]:
     tensors = [value.float() for value in values if value is not None]
     floats = iter(torch.stack(tensors).tolist() if tensors else [])
     return [None if value is None else float(f"{next(floats):.6g}") for value in values]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels (for Hopper GPUs: the plain code in train.py with fewer trips to memory; an experiment may leave them alone)
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOG2_E = 1.4426950408889634
+
+
+kernels_used: set[str] = set()  # in this process: what the log says of them is what has run
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels below run here: they were written for Hopper (H100, H200) and measured there alone."""
+    is_cuda = triton is not None and device.type == "cuda" and torch.cuda.is_available()
+    return is_cuda and torch.cuda.get_device_properties(device).major == 9
+
+
+def _tiles(matrix: torch.Tensor, rows: int, cols: int) -> "TensorDescriptor":
+    """A matrix as tiles that Hopper's copy engine moves; what sticks out at the edges is zero, and is not written."""
+    return TensorDescriptor.from_tensor(matrix, [rows, cols])
+
+
+# Attention with a window: FlashAttention-2's algorithm (Dao 2023). Tiles of 64 x 64 and four warps leave room for two
+# programs on a multiprocessor, so that one's matrix products fill the other's waits. The backward pass computes the
+# probabilities twice, for keys and for queries: cheaper than adding the queries' gradients up in memory.
+
+ATTENTION_TILE = 64
+
+
+@jit
+def _hide(scores, i, j, m, n, window, hidden, N: tl.constexpr):
+    """Set the scores of queries i and keys j, of the tile that begins at (m, n), to `hidden` where the window ends."""
+    if (n + N > m) | (m + N > n + window + 1):
+        age = i - j
+        scores = tl.where((age >= 0) & (age <= window), scores, hidden)
+    return scores
+
+
+@jit
+def _attend(
+    q_tiles, k_tiles, v_tiles, o_tiles, lses, T, window, scale,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Queries m to m + N of one head. `scale` includes log2(e), so that `lses` (B, H, T) are in bits."""
+    m, bh = tl.program_id(0) * N, tl.program_id(1)
+    row, h = bh // H * T, bh % H
+    i, kv_col = m + tl.arange(0, N), h // GROUP * D
+    q = q_tiles.load([row + m, h * D])
+    o, total, peak = tl.zeros((N, D), tl.float32), tl.zeros((N,), tl.float32), tl.full((N,), -1e30, tl.float32)
+    for n in tl.range(tl.maximum(m - window, 0) // N * N, m + N, N):
+        scores = tl.dot(q, k_tiles.load([row + n, kv_col]).T) * scale
+        scores = _hide(scores, i[:, None], (n + tl.arange(0, N))[None, :], m, n, window, -1e30, N)
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        p = tl.math.exp2(scores - new_peak[:, None])
+        shrink = tl.math.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(p, 1)
+        o = tl.dot(p.to(tl.bfloat16), v_tiles.load([row + n, kv_col]), o * shrink[:, None])
+        peak = new_peak
+    o_tiles.store([row + m, h * D], (o / total[:, None]).to(tl.bfloat16))
+    tl.store(lses + bh * T + i, peak + tl.math.log2(total))
+
+
+@jit
+def _attend_dq(
+    q_tiles, k_tiles, v_tiles, o_tiles, do_tiles, dq_tiles, lses, deltas, T, window, scale, log2_scale,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of queries m to m + N of one head, and `deltas` (B, H, T): the products of output and gradient."""
+    m, bh = tl.program_id(0) * N, tl.program_id(1)
+    row, h = bh // H * T, bh % H
+    i, kv_col = m + tl.arange(0, N), h // GROUP * D
+    q, do = q_tiles.load([row + m, h * D]), do_tiles.load([row + m, h * D])
+    lse = tl.load(lses + bh * T + i)[:, None]
+    delta = tl.sum(o_tiles.load([row + m, h * D]).to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(deltas + bh * T + i, delta)
+    dq = tl.zeros((N, D), tl.float32)
+    for n in tl.range(tl.maximum(m - window, 0) // N * N, m + N, N):
+        k = k_tiles.load([row + n, kv_col])
+        p = tl.math.exp2(tl.dot(q, k.T) * log2_scale - lse)
+        p = _hide(p, i[:, None], (n + tl.arange(0, N))[None, :], m, n, window, 0.0, N)
+        ds = p * (tl.dot(do, v_tiles.load([row + n, kv_col]).T) - delta[:, None])
+        dq = tl.dot(ds.to(tl.bfloat16), k, dq)
+    dq_tiles.store([row + m, h * D], (dq * scale).to(tl.bfloat16))
+
+
+@jit
+def _attend_dkv(
+    q_tiles, k_tiles, v_tiles, do_tiles, dk_tiles, dv_tiles, lses, deltas, T, window, scale, log2_scale,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The gradients of keys and values n to n + N of one KV head, from all the query heads that share it."""
+    n, b, kv = tl.program_id(0) * N, tl.program_id(1) // (H // GROUP), tl.program_id(1) % (H // GROUP)
+    row, j = b * T, n + tl.arange(0, N)
+    k, v = k_tiles.load([row + n, kv * D]), v_tiles.load([row + n, kv * D])
+    dk, dv = tl.zeros((N, D), tl.float32), tl.zeros((N, D), tl.float32)
+    for h in range(kv * GROUP, kv * GROUP + GROUP):
+        stat = (b * H + h) * T
+        for m in tl.range(n, tl.minimum(n + tl.cdiv(N + window, N) * N, T), N):
+            q, i = q_tiles.load([row + m, h * D]), m + tl.arange(0, N)
+            p = tl.math.exp2(tl.dot(k, q.T) * log2_scale - tl.load(lses + stat + i)[None, :])
+            p = _hide(p, i[None, :], j[:, None], m, n, window, 0.0, N)
+            do = do_tiles.load([row + m, h * D])
+            dv = tl.dot(p.to(tl.bfloat16), do, dv)
+            ds = p * (tl.dot(v, do.T) - tl.load(deltas + stat + i)[None, :])
+            dk = tl.dot(ds.to(tl.bfloat16), q, dk)
+    dk_tiles.store([row + n, kv * D], (dk * scale).to(tl.bfloat16))
+    dv_tiles.store([row + n, kv * D], dv.to(tl.bfloat16))
+
+
+def can_attend_window(seq_len: int, head_dim: int, device: torch.device) -> bool:
+    return has_kernels(device) and seq_len % ATTENTION_TILE == 0 and head_dim in (64, 128)
+
+
+def _attention_setup(q: torch.Tensor, k: torch.Tensor) -> tuple[Callable, list[int]]:
+    """What the three kernels share: how to cut q, k, v and their gradients into tiles, and the shape constants."""
+    (B, T, H, D), KV = q.shape, k.size(2)
+    return lambda t: _tiles(t.view(B * T, -1), ATTENTION_TILE, D), [H, H // KV, D, ATTENTION_TILE]
+
+
+@torch.library.custom_op("auto_log_research::window_attention", mutates_args=())
+def _window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels_used.add("window attention")
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    (B, T, H, D), (tiles, shape) = q.shape, _attention_setup(q, k)
+    o, lses = torch.empty_like(q), q.new_empty((B, H, T), dtype=torch.float32)
+    _attend[(T // ATTENTION_TILE, B * H)](
+        tiles(q), tiles(k), tiles(v), tiles(o), lses, T, window, D**-0.5 * LOG2_E, *shape, num_warps=4, num_stages=3
+    )
+    return o, lses
+
+
+@_window_attention.register_fake
+def _(q, k, v, window):
+    return torch.empty_like(q), q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
+
+
+@torch.library.custom_op("auto_log_research::window_attention_backward", mutates_args=())
+def _window_attention_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lses: torch.Tensor,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    do, q, k, v = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    (B, T, H, D), KV, (tiles, shape) = q.shape, k.size(2), _attention_setup(q, k)
+    dq, dk, dv, deltas = (torch.empty_like(t) for t in (q, k, v, lses))
+    q, k, v, do = tiles(q), tiles(k), tiles(v), tiles(do)
+    rest = [lses, deltas, T, window, D**-0.5, D**-0.5 * LOG2_E, *shape]
+    _attend_dq[(T // ATTENTION_TILE, B * H)](q, k, v, tiles(o), do, tiles(dq), *rest, num_warps=4, num_stages=2)
+    _attend_dkv[(T // ATTENTION_TILE, B * KV)](q, k, v, do, tiles(dk), tiles(dv), *rest, num_warps=4, num_stages=2)
+    return dq, dk, dv
+
+
+@_window_attention_backward.register_fake
+def _(do, q, k, v, o, lses, window):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _attention_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.window = inputs[3]
+
+
+def _attention_gradients(ctx, do, _):
+    return *_window_attention_backward(do, *ctx.saved_tensors, ctx.window), None
+
+
+_window_attention.register_autograd(_attention_gradients, setup_context=_attention_context)
+
+
+def window_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """Causal attention in which a query sees itself and the `window` positions before it.
+
+    q (B, T, H, D), k and v (B, T, KV, D), H a multiple of KV, where `can_attend_window`. Computed in bf16, with sums in
+    fp32. Returns (B, T, H, D) bf16.
+    """
+    return _window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)[0]
+
+
+# The MLP, relu(x W_in^T)^2 W_out^T. The square is taken while a tile of the first product is still in registers, and so
+# is its derivative, 2 sqrt(post): that saves five passes over the largest activation.
+
+
+@jit
+def _relu2_tile(product, post_tiles, at_m, at_n, IS_BACKWARD: tl.constexpr):
+    product = product.to(tl.bfloat16).to(tl.float32)  # rounded as a product of its own would be
+    if IS_BACKWARD:
+        return (product * 2 * tl.sqrt(post_tiles.load([at_m, at_n]).to(tl.float32))).to(tl.bfloat16)
+    product = tl.maximum(product, 0.0)
+    return (product * product).to(tl.bfloat16)
+
+
+@jit
+def _relu2_product(
+    a_tiles, b_tiles, out_tiles, post_tiles, M, N, K, IS_BACKWARD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """out = relu(a b^T)^2, or with IS_BACKWARD a b^T * 2 sqrt(post). a: (M, K), b: (N, K)."""
+    num_n = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * num_n, PROGRAMS, flatten=True):
+        m, n = tile // num_n * BM, tile % num_n * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            acc = tl.dot(a_tiles.load([m, k]), b_tiles.load([n, k]).T, acc)
+        # Halves: a whole tile would not fit into shared memory beside the operands.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        out_tiles.store([m, n], _relu2_tile(left, post_tiles, m, n, IS_BACKWARD))
+        out_tiles.store([m, n + BN // 2], _relu2_tile(right, post_tiles, m, n + BN // 2, IS_BACKWARD))
+
+
+def _relu2_launch(a: torch.Tensor, b: torch.Tensor, post: torch.Tensor | None) -> torch.Tensor:
+    (M, K), N, BM, BN, BK = a.shape, b.size(0), 256, 128, 64
+    out = a.new_empty(M, N)
+    out_tiles = _tiles(out, BM, BN // 2)
+    post_tiles = out_tiles if post is None else _tiles(post, BM, BN // 2)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count
+    sizes = [M, N, K, post is not None, BM, BN, BK, programs]
+    _relu2_product[(programs,)](
+        _tiles(a, BM, BK), _tiles(b, BN, BK), out_tiles, post_tiles, *sizes, num_warps=8, num_stages=3
+    )
+    return out
+
+
+@torch.library.custom_op("auto_log_research::relu2_mlp", mutates_args=())
+def _relu2_mlp(x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels_used.add("mlp")
+    post = _relu2_launch(x, w_in, None)
+    return post @ w_out.T, post
+
+
+@_relu2_mlp.register_fake
+def _(x, w_in, w_out):
+    return torch.empty_like(x), x.new_empty(x.size(0), w_in.size(0))
+
+
+@torch.library.custom_op("auto_log_research::relu2_backward", mutates_args=())
+def _relu2_backward(dout: torch.Tensor, w_out: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
+    return _relu2_launch(dout.contiguous(), w_out.T.contiguous(), post)
+
+
+@_relu2_backward.register_fake
+def _(dout, w_out, post):
+    return torch.empty_like(post)
+
+
+def _mlp_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _mlp_gradients(ctx, dout, _):
+    x, w_in, w_out, post = ctx.saved_tensors
+    dpre = _relu2_backward(dout, w_out, post)
+    return dpre @ w_in, dpre.T @ x, dout.T @ post
+
+
+_relu2_mlp.register_autograd(_mlp_gradients, setup_context=_mlp_context)
+
+
+def relu2_mlp(x: torch.Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) -> torch.Tensor:
+    """c_out(relu(c_in(x)) ** 2), x: (..., width). Fused where gradients are wanted, x is bf16 on a GPU for which
+    `has_kernels`, and both widths are multiples of 8, as the copy engine demands; the plain modules elsewhere."""
+    is_bf16 = x.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if not (is_bf16 and has_kernels(x.device)) or c_in.in_features % 8 or c_in.out_features % 8:
+        return c_out(torch.nn.functional.relu(c_in(x)).square())
+    flat = x.reshape(-1, x.size(-1))
+    return _relu2_mlp(flat, c_in.weight.to(x.dtype), c_out.weight.to(x.dtype))[0].view(x.shape)
+
+
+# The loss: soft-capped logits and their cross-entropy. One kernel reads a row of logits, computes its loss, and puts in
+# the logits' place what their gradient is if that of the loss is 1. What it really is comes in later as a factor a row,
+# on tensors that are (rows, width) instead of (rows, vocab).
+
+
+MAX_FUSED_VOCAB = 2**15
+
+
+@jit
+def _one_less_tanh_half(x, scale):
+    """s = (1 - tanh u) / 2 = 1 / (1 + exp 2u), where exp2(x * scale) is exp 2u. A root takes less than a division."""
+    root = tl.rsqrt(1 + tl.math.exp2(x * scale))
+    return root * root
+
+
+@jit
+def _softcap_loss(logits, targets, losses, vocab, cap, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr):
+    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at, target = logits + row * vocab + cols, tl.load(targets + row).to(tl.int32)
+    target_logit = tl.load(logits + row * vocab + tl.maximum(target, 0)).to(tl.float32)
+    x = tl.load(at, mask=IS_WHOLE or cols < vocab, other=0.0).to(tl.float32)
+    # The capped logit less the cap is -2 cap s: at most 0, so that the exponential needs no maximum.
+    to_bits = 2.8853900817779268  # 2 log2(e)
+    s = _one_less_tanh_half(x, to_bits / cap)
+    p = tl.math.exp2(s * (-to_bits * cap))
+    if not IS_WHOLE:
+        p = tl.where(cols < vocab, p, 0.0)
+    total = tl.sum(p)
+    is_counted = target != -1
+    loss = tl.log(total) + 2 * cap * _one_less_tanh_half(target_logit, to_bits / cap)
+    tl.store(losses + row, tl.where(is_counted, loss, 0.0))
+    share = tl.where(is_counted, 4 / total, 0.0)  # the 4 is the derivative's: d tanh(u) / du = 4 s (1 - s)
+    gradient = (p * share - tl.where(cols == target, tl.where(is_counted, 4.0, 0.0), 0.0)) * (s - s * s)
+    tl.store(at, gradient.to(logits.dtype.element_ty), mask=IS_WHOLE or cols < vocab)
+
+
+@torch.library.custom_op("auto_log_research::head_loss", mutates_args=())
+def _head_loss(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels_used.add("loss")
+    logits = x @ weight.T
+    num_rows, vocab = logits.shape
+    losses = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(vocab)
+    options = {"num_warps": max(1, min(block // 1024, 16))}
+    _softcap_loss[(num_rows,)](logits, targets, losses, vocab, cap, block, block == vocab, **options)
+    return losses, logits
+
+
+@_head_loss.register_fake
+def _(x, weight, targets, cap):
+    return x.new_empty(x.size(0), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))
+
+
+def _loss_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def _loss_gradients(ctx, dlosses, _):
+    x, weight, dlogits = ctx.saved_tensors
+    factor = dlosses.unsqueeze(1)
+    return (dlogits @ weight * factor).to(x.dtype), dlogits.T @ (x * factor).to(x.dtype), None, None
+
+
+_head_loss.register_autograd(_loss_gradients, setup_context=_loss_context)
+
+
+def softcap_loss(x: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, cap: float) -> torch.Tensor:
+    """Cross-entropy (N,) in nats of the logits cap * tanh(head(x) / cap); 0 where the target is -1.
+
+    x: (N, width), targets: (N,). Logits come out of the product in its own precision (bf16 under autocast); all that
+    follows is fp32. Fused for bf16 on any GPU that Triton knows and a vocabulary that fits into registers.
+    """
+    if triton is None or not x.is_cuda or x.dtype != torch.bfloat16 or head.out_features > MAX_FUSED_VOCAB:
+        logits = cap * torch.tanh(head(x).float() / cap)
+        return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+    return _head_loss(x, head.weight.to(x.dtype), targets, cap)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation; read when torch starts
+# Read when torch starts. Less fragmentation; and the compiler chooses by rule, not by timing, so that every run of the
+# same code has the same kernels.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+if __name__ == "__main__":
+    gc.disable()  # a tenth off the imports below, and no collection in mid-run that would hold up the GPU
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +37,17 @@ from prepare import (
     Clock,
     Run,
     Tokenizer,
+    can_attend_window,
     copy_weights,
     evaluate_bpb,
     get_device,
+    kernels_used,
     layer_stats,
     make_dataloader,
     parameter_stats,
+    relu2_mlp,
+    softcap_loss,
+    window_attention,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +105,7 @@ def window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
     return (age >= 0) & (age <= window)
 
 
-def make_attention(window: int, seq_len: int, device: torch.device) -> tuple[str, Callable]:
+def make_attention(window: int, seq_len: int, head_dim: int, device: torch.device) -> tuple[str, Callable]:
     """The fastest exact attention here: its name, and a function of q (B, T, H, D) and k, v (B, T, KV, D).
 
     Causal; `window` counts the positions before the query that it sees, `seq_len` or more being all of them.
@@ -103,13 +113,14 @@ def make_attention(window: int, seq_len: int, device: torch.device) -> tuple[str
     is_full = window >= seq_len - 1
     if device.type != "cuda":
         return "masked sdpa", partial(_sdpa, attn_mask=window_mask(seq_len, window, device))
-    if _has_flash_attention_3():
-        return ("fa3", _flash_full) if is_full else ("fa3 window", partial(_flash_window, window=window))
+    has_fa3 = has_flash_attention_3()
     if is_full:
-        # On Hopper, forward + backward of 128 x 2048 x 4 heads: cuDNN 4.35 ms, FlexAttention 6.6, FlashAttention-2 7.3.
-        has_cudnn = torch.cuda.get_device_capability(device) >= (9, 0)
-        return ("cudnn sdpa", _cudnn_full) if has_cudnn else ("flash sdpa", _flash_full)
-    # The same with a window of 1024: FlexAttention 5.3 ms, FlashAttention-2 6.2.
+        return "fa3" if has_fa3 else "sdpa", partial(_sdpa, is_causal=True)  # sdpa_order() says whose
+    if has_fa3:
+        return "fa3 window", partial(_flash_window, window=window)
+    # The same with a window of 1024: our kernel 4.2 ms, FlexAttention 5.4, FlashAttention-2 6.2.
+    if can_attend_window(seq_len, head_dim, device):
+        return "kernel window", partial(window_attention, window=window)
     from torch.nn.attention.flex_attention import create_block_mask
 
     block_mask = create_block_mask(
@@ -121,16 +132,6 @@ def make_attention(window: int, seq_len: int, device: torch.device) -> tuple[str
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **options).transpose(1, 2)
-
-
-def _cudnn_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        return _sdpa(q, k, v, is_causal=True)
-
-
-def _flash_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return _sdpa(q, k, v, is_causal=True)
 
 
 def _flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -152,7 +153,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: object, mask: Tensor) -> 
     return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-def _has_flash_attention_3() -> bool:
+@cache
+def has_flash_attention_3() -> bool:
     """FlashAttention-3 is used where it is installed (flash_attn_interface) and the GPU is a Hopper."""
     if torch.cuda.get_device_capability()[0] != 9:
         return False
@@ -165,6 +167,14 @@ def _has_flash_attention_3() -> bool:
     return True
 
 
+def sdpa_order() -> list[SDPBackend]:
+    """Whose scaled_dot_product_attention to take, the first that can. The full context, 128 x 2048 x 4 heads, forward
+    and backward on Hopper: FlashAttention-3 4.0 ms, cuDNN 4.3, FlexAttention 6.6, FlashAttention-2 7.3."""
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0) and not has_flash_attention_3()
+    return [SDPBackend.CUDNN_ATTENTION, *order] if is_cudnn_first else order
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,17 +185,17 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary_tables(seq_len: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (T, 1, head_dim / 2)."""
+    """(cos, cos) and (sin, -sin), each (T, 1, head_dim)."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies)[:, None, :]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split. x: (B, T, H, D)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    """Rotary position embedding, half-split: (x1 cos + x2 sin, x2 cos - x1 sin). x: (B, T, H, D)."""
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 def layer_windows(config: Config, seq_len: int) -> list[int]:
@@ -234,7 +244,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return relu2_mlp(x, self.c_fc, self.c_proj)  # c_proj(relu(c_fc(x)) ** 2), fused where it can be
 
 
 class Block(nn.Module):
@@ -259,7 +269,7 @@ class GPT(nn.Module):
         if heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide the number of heads, {heads}")
         self.windows = layer_windows(config, seq_len)
-        kinds = {w: make_attention(w, seq_len, device) for w in sorted(set(self.windows))}
+        kinds = {w: make_attention(w, seq_len, config.head_dim, device) for w in sorted(set(self.windows))}
         self.attentions = [kinds[w] for w in self.windows]
         with torch.device("meta"):  # shapes alone: init_weights is then the only use of random numbers
             self.wte = nn.Embedding(vocab_size, self.width)
@@ -305,16 +315,20 @@ class GPT(nn.Module):
 
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each target (B * T,). Compiled; training and evaluation share the one graph."""
-        return F.cross_entropy(self.logits(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+        return softcap_loss(self.trunk(idx).flatten(0, 1), self.lm_head, targets.flatten(), self.config.logit_cap)
 
     def logits(self, idx: Tensor) -> Tensor:
+        """What `softcap_loss` computes the loss of, for those who want to look at it."""
+        logits = self.lm_head(self.trunk(idx)).float()
+        return self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
+
+    def trunk(self, idx: Tensor) -> Tensor:
         x = x0 = norm(self.wte(idx))
         mixes = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True)
         for i, (block, mix) in enumerate(zip(self.blocks, mixes, strict=True)):
             ve_table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
             x = block(x, x0, mix, idx, ve_table, self.cos, self.sin)
-        logits = self.lm_head(norm(x)).float()
-        return self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
+        return norm(x)
 
     def num_params_by_group(self) -> dict[str, int]:
         groups = {
@@ -482,9 +496,15 @@ def set_schedules(optimizers: list[torch.optim.Optimizer], config: Config, step:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 matrix products on the GPU; the CPU computes in fp32."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def autocast(device: torch.device) -> Iterator[None]:
+    """bf16 matrix products and the fastest attention on the GPU; the CPU computes in fp32."""
+    if device.type != "cuda":
+        yield
+        return
+    # Set here and not where attention is called: inside the graph, it would keep the compiler's cache from being used.
+    with torch.autocast("cuda", torch.bfloat16), sdpa_kernel(sdpa_order(), set_priority=True):
+        yield
 
 
 def forward_backward(model: nn.Module, batches: Iterator, num_micro_steps: int) -> tuple[Tensor, tuple]:
@@ -557,10 +577,8 @@ def train(run: Run) -> None:
     batches = make_dataloader(tokenizer, CONFIG.device_batch_size, MAX_SEQ_LEN, "train")
     first = next(batches)
     warm_up(model, optimizers, first)
+    print(f"kernels: {', '.join(sorted(kernels_used)) or 'none'}")
     batches = itertools.chain([first], batches)  # the warm-up used up nothing of the data
-    gc.collect()
-    gc.freeze()  # a collection in mid-run would hold up the GPU
-    gc.disable()
 
     clock = Clock(device)
     run.start_training(clock, CONFIG.total_batch_size, facts)

@@ -1,6 +1,7 @@
 """prepare.py: text in, tokens packed, the score by hand, downloads from a server that misbehaves, what a run leaves."""
 
 import base64
+import functools
 import gzip
 import io
 import itertools
@@ -1571,3 +1572,107 @@ def test_an_interrupted_move_is_finished_by_the_next_call(work):
 def test_an_empty_working_folder_stays_empty(work):
     prepare.set_aside_earlier_run()
     assert list(work.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels (against plain mathematics in float64, on what they are given rounded to bf16)
+# ---------------------------------------------------------------------------------------------------------------------
+
+on_hopper = pytest.mark.skipif(not prepare.has_kernels(torch.device("cuda")), reason="no Hopper GPU here")
+
+
+def bf16(*shape, scale=1.0):
+    """Numbers that bf16 holds exactly, as a float32 leaf on the GPU."""
+    random = torch.Generator().manual_seed(len(shape) + sum(shape))
+    return (scale * torch.randn(shape, generator=random)).bfloat16().float().cuda().requires_grad_()
+
+
+def gradient_errors(function, plain, *leaves):
+    """Relative errors of the output and of every leaf's gradient, for random output gradients."""
+    copies = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out, expected = function(*leaves), plain(*copies)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)).cuda().bfloat16()
+    out.backward(weights.to(out.dtype))
+    expected.backward(weights.double())
+    pairs = [(out, expected), *((leaf.grad, copy.grad) for leaf, copy in zip(leaves, copies, strict=True))]
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("H", "KV", "D"), [(4, 4, 128), (4, 2, 128), (3, 1, 64)])
+@pytest.mark.parametrize(
+    ("T", "window"), [(256, 128), (256, 100), (320, 1), (192, 0), (128, 64), (128, 127), (64, 9999)]
+)
+def test_the_window_kernel_is_plain_attention(H, KV, D, T, window):
+    age = torch.arange(T, device="cuda").view(-1, 1) - torch.arange(T, device="cuda")
+    mask = (age >= 0) & (age <= window)
+
+    def plain(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        k, v = (t.repeat_interleave(H // KV, dim=1) for t in (k, v))
+        scores = (q @ k.mT / D**0.5).masked_fill(~mask, -math.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    leaves = [bf16(2, T, H, D), bf16(2, T, KV, D), bf16(2, T, KV, D)]
+    function = functools.partial(prepare.window_attention, window=window)
+    # With a window of 0 only the value counts, and the other two gradients are exactly 0.
+    errors = gradient_errors(function, plain, *leaves)
+    assert max(errors[0], errors[3], *(errors[1:3] if window else [])) < 1e-2
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("rows", "width", "hidden"), [(512, 128, 512), (300, 72, 200), (1, 8, 8)])
+def test_the_mlp_kernel_is_the_plain_mlp(rows, width, hidden):
+    c_in, c_out = nn.Linear(width, hidden, bias=False).cuda(), nn.Linear(hidden, width, bias=False).cuda()
+
+    x, w_in, w_out = bf16(rows, width), bf16(hidden, width, scale=0.1), bf16(width, hidden, scale=0.1)
+    prepare.kernels_used.clear()
+    plain = [t.detach().double().requires_grad_() for t in (x, w_in, w_out)]
+    expected = (plain[0] @ plain[1].T).relu().square() @ plain[2].T
+    c_in.weight, c_out.weight = nn.Parameter(w_in.detach()), nn.Parameter(w_out.detach())
+    out = prepare.relu2_mlp(x.bfloat16(), c_in, c_out)
+    weights = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).cuda().bfloat16()
+    out.backward(weights)
+    expected.backward(weights.double())
+    assert prepare.kernels_used == {"mlp"}
+    results = (out, x.grad, c_in.weight.grad, c_out.weight.grad)
+    for got, wanted in zip(results, (expected, *(t.grad for t in plain)), strict=True):
+        assert (got.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize(("rows", "width", "vocab"), [(64, 128, 8192), (100, 64, 1000), (3, 16, 5), (16, 64, 32768)])
+def test_the_loss_kernel_is_plain_cross_entropy(rows, width, vocab):
+    x, weight = bf16(rows, width), bf16(vocab, width)
+    targets = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(0)).cuda()
+    targets[1] = -1
+    head = nn.Linear(width, vocab, bias=False).cuda()
+    head.weight = nn.Parameter(weight.detach())
+    factors = torch.rand(rows, generator=torch.Generator().manual_seed(1)).cuda()
+    prepare.kernels_used.clear()
+    losses = prepare.softcap_loss(x.bfloat16(), head, targets, 15.0)
+    losses.backward(factors)
+    assert prepare.kernels_used == {"loss"}
+    plain_x, plain_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits = (plain_x @ plain_weight.T).bfloat16().double()  # the product's own rounding
+    logits = logits.detach() + (plain_x @ plain_weight.T) - (plain_x @ plain_weight.T).detach()
+    log_p = (15 * torch.tanh(logits / 15)).log_softmax(-1)
+    expected = -log_p.gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1) * (targets != -1)
+    expected.backward(factors.double())
+    assert losses[1] == 0
+    assert torch.allclose(losses.double(), expected, rtol=1e-4, atol=1e-4)
+    for got, wanted in ((x.grad, plain_x.grad), (head.weight.grad, plain_weight.grad)):
+        assert (got.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_without_a_gpu_mlp_and_loss_are_the_plain_ones():
+    torch.manual_seed(0)
+    c_in, c_out, x = nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False), torch.randn(2, 3, 4)
+    assert torch.equal(prepare.relu2_mlp(x, c_in, c_out), c_out(c_in(x).relu() ** 2))
+    head, targets = nn.Linear(4, 5, bias=False), torch.tensor([0, 4, -1])
+    log_p = (15 * torch.tanh(head(x[0]) / 15)).log_softmax(-1)
+    expected = torch.stack([-log_p[0, 0], -log_p[1, 4], torch.tensor(0.0)])
+    assert torch.allclose(prepare.softcap_loss(x[0], head, targets, 15.0), expected)
