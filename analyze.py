@@ -728,7 +728,7 @@ def compute_crash(run: Run) -> dict:
     if reason is None:
         reason = "the log just stops: killed" if lines else "no log was kept"
         cause = ("killed from outside, or out of time",
-                 "a time limit, a kill, or the machine's own memory; see whether steps became slow, and run again")
+                 "see whether steps became slow or the machine's own memory ran out, and run it again")
     return {
         "reason": reason.removeprefix("crash:").strip(),
         "exception": raised,
@@ -1534,7 +1534,8 @@ def render_why(why: dict | None, cost: list[list] | None, difference: float | No
     if why and why["speed_bpb"] is not None:
         low, high = why["speed_range"]
         speed = f"{why['speed_bpb']:+.5f} ({low:+.5f} to {high:+.5f})" if why["speed_bpb"] else "0 (equal tokens)"
-        lines.append(f"Of {difference:+.5f} bpb: speed {speed}, learning and noise {why['learning_bpb']:+.5f}, an estimate.")
+        lines.append(f"Of {difference:+.5f} bpb, an estimate: speed {speed}, "
+                     f"learning and noise {why['learning_bpb']:+.5f}.")
     if why:
         ratio = f"{why['token_ratio'] - 1:+.1%} tokens" if why["token_ratio"] else "tokens unknown"
         lines.append(f"Basis: {ratio}; {why['basis']}.")
