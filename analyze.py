@@ -1322,6 +1322,10 @@ def compute_scalars(run: Run) -> list[str]:
         values = [number(v) for v in (with_key[-1][key] if with_key else [])]
         known = [v for v in values if v is not None]
         low, high = min(known, default=0.0), max(known, default=0.0)
+        early = [v for x in (with_key[0][key] if with_key else []) if (v := number(x)) is not None]
+        before, after = (float(np.median(v)) if v else 0.0 for v in (early, known))
+        if before and not 1 / 3 < after / before < 3:
+            found.append(f"{key.removeprefix('scalars/')} moved: median {before:.3g} at first, {after:.3g} at the end")
         if high - low > 0.5 * max(abs(high), abs(low)):
             found.append(f"{key.removeprefix('scalars/')}: {low:.3g} (layer {values.index(low)}) to {high:.3g} "
                          f"(layer {values.index(high)})" + (", of both signs" if low < 0 < high else ""))
@@ -2017,6 +2021,7 @@ def draw_layers(run: Run) -> bytes | None:
         values = np.array([math.nan if (v := number(x)) is None else v for x in run.records_with(key)[-1][key]])
         lines.append(Line(key.removeprefix("scalars/"), np.arange(len(values)), values, color))
     draw(panels[3], lines, "scalars at the end, by layer", "layer")
+    panels[3].xaxis.get_major_locator().set_params(integer=True)
     return png(figure)
 
 
@@ -2040,7 +2045,7 @@ def draw_heat(figure: Figure, axes: Axes, columns: list[dict[str, float]], last_
 def label_names(axes: Axes, names: list[str]) -> None:
     every = math.ceil(len(names) / 24)
     axes.set_yticks(range(0, len(names), every))
-    axes.set_yticklabels([clip(n, 24) for n in names[::every]], fontsize=7)
+    axes.set_yticklabels([clip(n.removesuffix(".weight"), 24) for n in names[::every]], fontsize=7)
 
 
 def draw_bars(axes: Axes, last: list[dict]) -> None:
@@ -2048,8 +2053,8 @@ def draw_bars(axes: Axes, last: list[dict]) -> None:
     kinds = (("layers/input_zeros", "inputs", SKY), ("layers/dead", "dead units", VERMILION))
     shown = [(values, label, color) for key, label, color in kinds
              for r in last if (values := named_values(r, "layers/names", key))]
-    names = list(dict.fromkeys(name for values, _, _ in shown for name in values))
-    draw(axes, [], "near zero at the end", "fraction", empty="" if names else "not logged")
+    names = list(dict.fromkeys(name for values, _, _ in shown for name in values if values[name] >= 0.01))
+    draw(axes, [], "near zero at the end", "fraction", empty="" if names else "nowhere" if shown else "not logged")
     if not names:
         return
     for i, (values, label, color) in enumerate(shown):

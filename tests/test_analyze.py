@@ -1362,6 +1362,9 @@ def test_only_layers_that_stand_out_are_named():
         records[i] |= layers | params
     run, _ = curve(records)
     assert analyze.compute_layers(run) == ["no gradient reaches 1 parameter(s): d"]
+    moved = [records[0] | {"scalars/x0_lambdas": [0.1, 0.1]}, *records[1:19]]
+    moved.append(records[19] | {"scalars/x0_lambdas": [4.0, 5.0]})
+    assert analyze.compute_layers(curve(moved)[0])[1:] == ["x0_lambdas moved: median 0.1 at first, 4.5 at the end"]
     slow = {"params/names": [*"abcd", "resid_lambdas"], "params/weight_rms": [1.0] * 5,
             "params/update_rms": [1e-3] * 4 + [1e-6], "scalars/resid_lambdas": [1.0, 1.0]}
     assert analyze.compute_layers(curve([*records[:8], records[8] | slow, *records[9:]])[0]) == [
