@@ -1389,22 +1389,21 @@ def _one_less_tanh_half(x, scale):
 @jit
 def _softcap_loss(logits, targets, losses, vocab, cap, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr):
     row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    at, target = logits + row * vocab + cols, tl.load(targets + row).to(tl.int32)
+    at, is_inside = logits + row * vocab + cols, (cols < vocab) | IS_WHOLE
+    target = tl.load(targets + row).to(tl.int32)
     target_logit = tl.load(logits + row * vocab + tl.maximum(target, 0)).to(tl.float32)
-    x = tl.load(at, mask=IS_WHOLE or cols < vocab, other=0.0).to(tl.float32)
+    x = tl.load(at, mask=is_inside, other=0.0).to(tl.float32)
     # The capped logit less the cap is -2 cap s: at most 0, so that the exponential needs no maximum.
     to_bits = 2.8853900817779268  # 2 log2(e)
     s = _one_less_tanh_half(x, to_bits / cap)
-    p = tl.math.exp2(s * (-to_bits * cap))
-    if not IS_WHOLE:
-        p = tl.where(cols < vocab, p, 0.0)
+    p = tl.where(is_inside, tl.math.exp2(s * (-to_bits * cap)), 0.0)
     total = tl.sum(p)
     is_counted = target != -1
     loss = tl.log(total) + 2 * cap * _one_less_tanh_half(target_logit, to_bits / cap)
     tl.store(losses + row, tl.where(is_counted, loss, 0.0))
     share = tl.where(is_counted, 4 / total, 0.0)  # the 4 is the derivative's: d tanh(u) / du = 4 s (1 - s)
     gradient = (p * share - tl.where(cols == target, tl.where(is_counted, 4.0, 0.0), 0.0)) * (s - s * s)
-    tl.store(at, gradient.to(logits.dtype.element_ty), mask=IS_WHOLE or cols < vocab)
+    tl.store(at, gradient.to(logits.dtype.element_ty), mask=is_inside)
 
 
 @torch.library.custom_op("auto_log_research::head_loss", mutates_args=())

@@ -10,6 +10,7 @@ eval_record.json and, when all is done, run_summary.json. This is the one file t
 import contextlib
 import gc
 import itertools
+import math
 import os
 import sys
 import time
@@ -253,8 +254,7 @@ class Block(nn.Module):
         self.attn = Attention(model, layer)
         self.mlp = MLP(model.width, model.config.mlp_ratio * model.width)
 
-    def forward(self, x: Tensor, x0: Tensor, mix: tuple[Tensor, Tensor], *attention_inputs: Tensor | None) -> Tensor:
-        x = mix[0] * x + mix[1] * x0
+    def forward(self, x: Tensor, *attention_inputs: Tensor | None) -> Tensor:
         x = x + self.attn(norm(x), *attention_inputs)
         return x + self.mlp(norm(x))
 
@@ -308,27 +308,36 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """idx, targets: int64 (B, T). Returns the loss in nats ("none": (B * T,)), or logits (B, T, vocab)."""
+        x = x0 = self.embed(idx, self.wte.weight)
+        tables = {int(i): embedding.weight for i, embedding in self.value_embeds.items()}
+        ve_tables = [tables.get(i) for i in range(len(self.blocks))]
+        layers = list(zip(self.blocks, self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), ve_tables, strict=True))
+        # A period of layers at a time: the compiler sees one graph, however many there are.
+        period = math.lcm(len(self.config.window_pattern), 2)
+        for first in range(0, len(layers), period):
+            x = self.run_layers(layers[first : first + period], x.view_as(x), x0, idx, self.cos, self.sin)
         if targets is None:
-            return self.logits(idx)
-        losses = self.token_losses(idx, targets)
+            logits = self.lm_head(norm(x)).float()
+            return self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
+        losses = self.token_losses(x, self.lm_head, targets, self.config.logit_cap)
         return losses if reduction == "none" else losses.sum() / (targets != -1).sum()
 
-    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each target (B * T,). Compiled; training and evaluation share the one graph."""
-        return softcap_loss(self.trunk(idx).flatten(0, 1), self.lm_head, targets.flatten(), self.config.logit_cap)
+    # These three are compiled, each by itself; training and evaluation share their graphs.
 
-    def logits(self, idx: Tensor) -> Tensor:
-        """What `softcap_loss` computes the loss of, for those who want to look at it."""
-        logits = self.lm_head(self.trunk(idx)).float()
-        return self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
+    @staticmethod
+    def embed(idx: Tensor, table: Tensor) -> Tensor:
+        return norm(F.embedding(idx, table))
 
-    def trunk(self, idx: Tensor) -> Tensor:
-        x = x0 = norm(self.wte(idx))
-        mixes = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True)
-        for i, (block, mix) in enumerate(zip(self.blocks, mixes, strict=True)):
-            ve_table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
-            x = block(x, x0, mix, idx, ve_table, self.cos, self.sin)
-        return norm(x)
+    @staticmethod
+    def run_layers(layers: list[tuple], x: Tensor, x0: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        for block, resid_lambda, x0_lambda, ve_table in layers:
+            x = block(resid_lambda * x + x0_lambda * x0, idx, ve_table, cos, sin)
+        return x
+
+    @staticmethod
+    def token_losses(x: Tensor, lm_head: nn.Linear, targets: Tensor, logit_cap: float) -> Tensor:
+        """Cross-entropy of each target (B * T,), of logits computed as in `forward`."""
+        return softcap_loss(norm(x).flatten(0, 1), lm_head, targets.flatten(), logit_cap)
 
     def num_params_by_group(self) -> dict[str, int]:
         groups = {
@@ -536,13 +545,19 @@ def warm_up(model: GPT, optimizers: list[torch.optim.Optimizer], batch: tuple) -
         optimizer.state.clear()
 
 
+def compile_parts(model: GPT) -> None:
+    # The compiler's cache goes by names: give an operator of your own (torch.library) a new one when you change it.
+    for name in ("embed", "run_layers", "token_losses"):
+        setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
+
+
 def build(device: torch.device) -> tuple[Tokenizer, GPT]:
     torch.manual_seed(CONFIG.seed)
     torch.set_float32_matmul_precision("high")
     tokenizer = Tokenizer.from_directory()
     model = GPT(CONFIG, tokenizer.get_vocab_size(), MAX_SEQ_LEN, device)
     if device.type == "cuda":
-        model.token_losses = torch.compile(model.token_losses, dynamic=False)
+        compile_parts(model)
     return tokenizer, model
 
 

@@ -177,7 +177,7 @@ def test_kill_9_leaves_every_finished_step_readable(cache, tmp_path):
 def test_a_crashed_run_never_inherits_the_last_score(finished, cache, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "w")
     old = json.loads((folder / "run_summary.json").read_text())
-    workspace(folder, replaced("self.c_proj(F.relu(self.c_fc(x)).square())", "self.c_proj(self.c_fc(x)[..., :-1])"))
+    workspace(folder, replaced("relu2_mlp(x, self.c_fc, self.c_proj)", "self.c_proj(self.c_fc(x)[..., :-1])"))
     code, log = train(folder, cache)
     assert code == 1
     assert "RuntimeError" in log.splitlines()[-1]

@@ -1581,9 +1581,9 @@ def test_an_empty_working_folder_stays_empty(work):
 on_hopper = pytest.mark.skipif(not prepare.has_kernels(torch.device("cuda")), reason="no Hopper GPU here")
 
 
-def bf16(*shape, scale=1.0):
+def bf16(*shape, seed=0, scale=1.0):
     """Numbers that bf16 holds exactly, as a float32 leaf on the GPU."""
-    random = torch.Generator().manual_seed(len(shape) + sum(shape))
+    random = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(shape, generator=random)).bfloat16().float().cuda().requires_grad_()
 
 
@@ -1614,7 +1614,7 @@ def test_the_window_kernel_is_plain_attention(H, KV, D, T, window):
         scores = (q @ k.mT / D**0.5).masked_fill(~mask, -math.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
-    leaves = [bf16(2, T, H, D), bf16(2, T, KV, D), bf16(2, T, KV, D)]
+    leaves = [bf16(2, T, heads, D, seed=i) for i, heads in enumerate((H, KV, KV))]
     function = functools.partial(prepare.window_attention, window=window)
     # With a window of 0 only the value counts, and the other two gradients are exactly 0.
     errors = gradient_errors(function, plain, *leaves)
@@ -1627,7 +1627,7 @@ def test_the_window_kernel_is_plain_attention(H, KV, D, T, window):
 def test_the_mlp_kernel_is_the_plain_mlp(rows, width, hidden):
     c_in, c_out = nn.Linear(width, hidden, bias=False).cuda(), nn.Linear(hidden, width, bias=False).cuda()
 
-    x, w_in, w_out = bf16(rows, width), bf16(hidden, width, scale=0.1), bf16(width, hidden, scale=0.1)
+    x, w_in, w_out = bf16(rows, width), bf16(hidden, width, seed=1, scale=0.1), bf16(width, hidden, seed=2, scale=0.1)
     prepare.kernels_used.clear()
     plain = [t.detach().double().requires_grad_() for t in (x, w_in, w_out)]
     expected = (plain[0] @ plain[1].T).relu().square() @ plain[2].T
@@ -1646,7 +1646,7 @@ def test_the_mlp_kernel_is_the_plain_mlp(rows, width, hidden):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 @pytest.mark.parametrize(("rows", "width", "vocab"), [(64, 128, 8192), (100, 64, 1000), (3, 16, 5), (16, 64, 32768)])
 def test_the_loss_kernel_is_plain_cross_entropy(rows, width, vocab):
-    x, weight = bf16(rows, width), bf16(vocab, width)
+    x, weight = bf16(rows, width), bf16(vocab, width, seed=1)
     targets = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(0)).cuda()
     targets[1] = -1
     head = nn.Linear(width, vocab, bias=False).cuda()

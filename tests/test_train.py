@@ -163,7 +163,7 @@ def test_the_forward_pass_is_the_specification(changes):
     ],
 )
 def test_on_the_gpu_the_model_and_its_gradients_are_those_of_plain_mathematics(changes, vocab_size, seq_len):
-    config = replace(SMALL, num_kv_heads=2, depth=3, aspect_ratio=64, head_dim=64)
+    config = replace(SMALL, num_kv_heads=2, depth=3, aspect_ratio=128, head_dim=64)
     config = replace(config, **changes)
     model = train.GPT(config, vocab_size, seq_len, torch.device("cuda"))
     with torch.no_grad():
@@ -174,8 +174,9 @@ def test_on_the_gpu_the_model_and_its_gradients_are_those_of_plain_mathematics(c
     plain = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
     expected = reference_losses(model, idx, targets, plain).mean()
     expected.backward()
+    train.compile_parts(model)
     with train.autocast(torch.device("cuda")):
-        loss = torch.compile(model.token_losses, dynamic=False)(idx, targets).mean()
+        loss = model(idx, targets)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     for name, p in model.named_parameters():
