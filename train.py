@@ -592,7 +592,8 @@ def train(run: Run) -> None:
     batches = make_dataloader(tokenizer, CONFIG.device_batch_size, MAX_SEQ_LEN, "train")
     first = next(batches)
     warm_up(model, optimizers, first)
-    print(f"kernels: {', '.join(sorted(kernels_used)) or 'none'}")
+    facts["kernels"] = ", ".join(sorted(kernels_used)) or "none"  # those of prepare.py that took part
+    print(f"kernels: {facts['kernels']}")
     batches = itertools.chain([first], batches)  # the warm-up used up nothing of the data
 
     clock = Clock(device)

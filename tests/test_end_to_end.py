@@ -259,7 +259,8 @@ def test_a_shorter_budget_is_for_the_demo_alone(cache, tmp_path):
 
 
 def test_a_leaking_model_is_caught(cache, tmp_path):
-    edit = replaced("x = x0 = norm(self.wte(idx))", "x = x0 = norm(self.wte(idx) + 0.1 * self.wte(idx.roll(-1, 1)))")
+    ahead = "norm(F.embedding(idx, table) + 0.1 * F.embedding(idx.roll(-1, 1), table))"
+    edit = replaced("norm(F.embedding(idx, table))", ahead)
     folder = workspace(tmp_path, edit)
     code, log = train(folder, cache, budget="1")
     assert code == 0

@@ -1676,3 +1676,11 @@ def test_without_a_gpu_mlp_and_loss_are_the_plain_ones():
     log_p = (15 * torch.tanh(head(x[0]) / 15)).log_softmax(-1)
     expected = torch.stack([-log_p[0, 0], -log_p[1, 4], torch.tensor(0.0)])
     assert torch.allclose(prepare.softcap_loss(x[0], head, targets, 15.0), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells when a process started")
+def test_the_clock_of_a_run_begins_with_its_process():
+    begin = time.monotonic()
+    code = "import prepare; print(prepare.process_age_s())"
+    age_s = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
+    assert 0.3 < age_s < time.monotonic() - begin + 0.02  # importing torch alone takes longer; a tick is 0.01 s
