@@ -14,9 +14,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
 from pathlib import Path
 
 # Read when torch starts. Less fragmentation; and the compiler chooses by rule, not by timing, so that every run of the
@@ -29,7 +28,7 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from prepare import (
     DEMO,
@@ -38,17 +37,17 @@ from prepare import (
     Clock,
     Run,
     Tokenizer,
-    can_attend_window,
     copy_weights,
     evaluate_bpb,
     get_device,
     kernels_used,
     layer_stats,
+    make_attention,
     make_dataloader,
     parameter_stats,
     relu2_mlp,
+    sdpa_order,
     softcap_loss,
-    window_attention,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,87 +92,6 @@ class Config:
 CONFIG = Config()
 if DEMO:  # sizes that two CPU cores can train; everything else is as above
     CONFIG = replace(CONFIG, depth=4, aspect_ratio=32, head_dim=32, total_batch_size=2**11, device_batch_size=8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention (every backend gives exactly the window it is asked for)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def window_mask(seq_len: int, window: int, device: torch.device) -> Tensor:
-    """(T, T) bool: each query sees itself and the `window` positions before it."""
-    age = torch.arange(seq_len, device=device).view(-1, 1) - torch.arange(seq_len, device=device)
-    return (age >= 0) & (age <= window)
-
-
-def make_attention(window: int, seq_len: int, head_dim: int, device: torch.device) -> tuple[str, Callable]:
-    """The fastest exact attention here: its name, and a function of q (B, T, H, D) and k, v (B, T, KV, D).
-
-    Causal; `window` counts the positions before the query that it sees, `seq_len` or more being all of them.
-    """
-    is_full = window >= seq_len - 1
-    if device.type != "cuda":
-        return "masked sdpa", partial(_sdpa, attn_mask=window_mask(seq_len, window, device))
-    has_fa3 = has_flash_attention_3()
-    if is_full:
-        return "fa3" if has_fa3 else "sdpa", partial(_sdpa, is_causal=True)  # sdpa_order() says whose
-    if has_fa3:
-        return "fa3 window", partial(_flash_window, window=window)
-    # The same with a window of 1024: our kernel 4.2 ms, FlexAttention 5.4, FlashAttention-2 6.2.
-    if can_attend_window(seq_len, head_dim, device):
-        return "kernel window", partial(window_attention, window=window)
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    block_mask = create_block_mask(
-        lambda b, h, q, k: (q >= k) & (q - k <= window), None, None, seq_len, seq_len, device=device
-    )
-    return "flex window", partial(_flex, block_mask=block_mask, mask=window_mask(seq_len, window, device))
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **options).transpose(1, 2)
-
-
-def _flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    B, T, H, _ = q.shape
-    k, v = (t.repeat_interleave(H // t.size(2), dim=2) for t in (k, v))
-    starts = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
-    q, k, v = (t.reshape(B * T, H, -1) for t in (q, k, v))
-    return varlen_attn(q, k, v, starts, starts, T, T, window_size=(window, 0)).view(B, T, H, -1)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: object, mask: Tensor) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if not torch.compiler.is_compiling():  # uncompiled, FlexAttention is slower than this
-        return _sdpa(q, k, v, attn_mask=mask)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-
-@cache
-def has_flash_attention_3() -> bool:
-    """FlashAttention-3 is used where it is installed (flash_attn_interface) and the GPU is a Hopper."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        return False
-    try:
-        from torch.nn.attention import activate_flash_attention_impl
-
-        activate_flash_attention_impl("FA3")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-def sdpa_order() -> list[SDPBackend]:
-    """Whose scaled_dot_product_attention to take, the first that can. The full context, 128 x 2048 x 4 heads, forward
-    and backward on Hopper: FlashAttention-3 4.0 ms, cuDNN 4.3, FlexAttention 6.6, FlashAttention-2 7.3."""
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0) and not has_flash_attention_3()
-    return [SDPBackend.CUDNN_ATTENTION, *order] if is_cudnn_first else order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,12 +535,14 @@ def train(run: Run) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
         clock.end_step([loss, grad_norm])
+        # After a look at the layers nothing is queued: what it takes to queue the next step belongs to the next step.
+        values = clock.read_step() if stats_due else None
         facts_of_step = {"train/progress": progress, "train/epoch": epoch} | schedule | stats
         # The next step's gradients are queued before this step is read, so that the GPU does not wait for Python.
         # They are dropped when the budget is used up: only a step that changes weights counts.
         loss, (x, y, epoch) = forward_backward(model, batches, num_micro_steps)
         # Clock and log
-        loss_value, grad_norm_value = clock.read_step()
+        loss_value, grad_norm_value = values or clock.read_step()
         run.log_step(step, loss_value, {"train/grad_norm": grad_norm_value} | facts_of_step)
         if clock.seconds >= TIME_BUDGET:
             break

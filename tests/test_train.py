@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import prepare
 import train
 
 CPU = torch.device("cpu")
@@ -54,14 +55,14 @@ def relative_errors(attend, tensors, window):
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [0, 1, 5, 8, 15, 16])
 def test_attention_on_the_cpu_sees_exactly_its_window(window, num_kv_heads):
-    _, attend = train.make_attention(window, 16, 8, CPU)
+    _, attend = prepare.make_attention(window, 16, 8, CPU)
     assert max(relative_errors(attend, qkv(2, 16, 4, num_kv_heads, 8), window)) < 1e-5
 
 
 def sdpa_of(backend):
     def attend(q, k, v):
         with sdpa_kernel(backend):
-            return train._sdpa(q, k, v, is_causal=True)
+            return prepare._sdpa(q, k, v, is_causal=True)
 
     return attend
 
@@ -69,7 +70,7 @@ def sdpa_of(backend):
 GPU_ATTENTIONS = {
     "cudnn": (sdpa_of(SDPBackend.CUDNN_ATTENTION), 512),
     "flash": (sdpa_of(SDPBackend.FLASH_ATTENTION), 512),
-    "varlen": (partial(train._flash_window, window=100), 100),
+    "varlen": (partial(prepare._flash_window, window=100), 100),
     "chosen full": (None, 512),
     "chosen window": (None, 100),
     "chosen odd": (None, 100),  # no kernel of ours takes heads of 32
@@ -84,7 +85,7 @@ def test_every_attention_on_the_gpu_sees_exactly_its_window(name, num_kv_heads):
     device, head_dim = torch.device("cuda"), 32 if "odd" in name else 128
     attend, window = GPU_ATTENTIONS[name]
     if attend is None:
-        _, attend = train.make_attention(window, 512, head_dim, device)
+        _, attend = prepare.make_attention(window, 512, head_dim, device)
     tensors = qkv(2, 512, 4, num_kv_heads, head_dim, device, torch.bfloat16)
     with train.autocast(device):
         errors = relative_errors(torch.compile(attend), tensors, window)
