@@ -1639,7 +1639,7 @@ def _git(*args: str) -> str | None:
 
 
 def _archive_dir() -> Path:
-    return Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research")
+    return Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
 
 
 def _run_id(start_file: Path) -> str | None:
@@ -1855,7 +1855,9 @@ def _reason(error: BaseException) -> str:
         ours = torch.cuda.memory_reserved()
         ours, others, total = (n / 2**30 for n in (ours, max(total - free - ours, 0), total))
         return f"out of GPU memory ({ours:.1f} of {total:.1f} GiB ours, {others:.1f} GiB other processes')"
-    first = (str(error).strip() or "no message").splitlines()[0]
+    text = str(error).strip() or "no message"
+    inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # what torch.compile's page of explanation is about
+    first = inside[1] if inside else text.splitlines()[0]
     return str(error) if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {first[:300]}"
 
 

@@ -1684,3 +1684,13 @@ def test_the_clock_of_a_run_begins_with_its_process():
     code = "import prepare; print(prepare.process_age_s())"
     age_s = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout)
     assert 0.3 < age_s < time.monotonic() - begin + 0.02  # importing torch alone takes longer; a tick is 0.01 s
+
+
+def test_the_reason_for_a_crash_in_compiled_code_is_the_error_itself():
+    product = torch.compile(lambda a, b: a @ b, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="fake tensor") as caught:
+        product(torch.ones(2, 3), torch.ones(4, 5))
+    reason = prepare._reason(caught.value)
+    assert "\n" not in reason
+    assert reason.startswith("TorchRuntimeError: RuntimeError(")
+    assert "[2, 3] X [4, 5]" in reason
