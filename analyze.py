@@ -32,6 +32,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -77,7 +78,7 @@ PAGE_LINES, PAGE_BYTES = 120, 8000
 PRIOR_SIGMA = 0.001
 PRIOR_WEIGHT = 2
 GAIN_ERRORS = 2.0  # standard errors from which on a difference is called one
-PLATEAU_RUNS = 5
+PLATEAU_IDEAS = 5
 SMOOTHING = 0.9
 TRAJECTORY = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 1.00)
 DWARFING = 0.12  # of the budget: what pictures leave off the scale, because it would flatten the rest
@@ -87,7 +88,8 @@ STEP_TIME_TOLERANCE = 0.05  # of the median: identical programs on an idle GPU a
 RESULT_KEYS = {"val_bpb", "training_seconds", "total_seconds", "startup_seconds", "eval_seconds", "stats_seconds"} | {
     "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps", "run_id", "git_commit", "git_dirty", "train_sha256",
     "prepare_sha256", "data_fingerprint"}
-MACHINE_KEYS = {"gpu_name", "torch_version", "attention_backend"}
+KERNEL_KEYS = ("attention_backend", "kernels")
+MACHINE_KEYS = ("gpu_name", "torch_version", *KERNEL_KEYS)
 
 # Failures of the machine or its set-up: reported, and not filed as an experiment.
 ENVIRONMENT_SIGNS = re.compile(
@@ -583,7 +585,7 @@ def program_hash(text: str | None, hide_seed: bool = True) -> str | None:
 
 
 def configuration(summary: dict) -> dict:
-    return {k: v for k, v in summary.items() if k not in RESULT_KEYS | MACHINE_KEYS}
+    return {k: v for k, v in summary.items() if k not in RESULT_KEYS.union(MACHINE_KEYS)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,7 +673,7 @@ def compute_record(run: Run, context: dict) -> dict:
         "program_and_seed": program_hash(run.train_py, hide_seed=False),
         "seed": s.get("seed"),
         "data_fingerprint": data_fingerprint(run),
-        "gpu_name": s.get("gpu_name"),
+        **{key: s.get(key) for key in MACHINE_KEYS},
         "time_budget": number(s.get("time_budget")),
         "num_steps": number(s.get("num_steps")) or (len(run.records) or None),
         "tokens_m": tokens_m,
@@ -885,8 +887,8 @@ def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text
                          if this.record.get("program") and e.record.get("program") == this.record.get("program")],
         "same_config": [[e.name, e.status, e.val_bpb] for e in comparable
                         if {k: v for k, v in e.record.get("config", {}).items() if k != "seed"} == config],
-        "machine": {k: [best.record.get(k), this.record.get(k)] for k in ("gpu_name",)
-                    if best and this.val_bpb and best.record.get(k) != this.record.get(k)},
+        "machine": {k: pair for k in MACHINE_KEYS if best and None not in
+                    (pair := [best.record.get(k), this.record.get(k)]) and pair[0] != pair[1]},
     }
 
 
@@ -1339,7 +1341,9 @@ def list_worst(values: dict[str, float], form: Callable[[float], str], highest: 
 
 
 def compute_history(entries: list[Entry]) -> dict:
-    """Counts, lineage of kept programs (mean over replicates), gain per hour, and runs since the best was found."""
+    """Counts, lineage of kept programs (mean over replicates), gain per hour, and ideas since the best was found.
+
+    An idea is a program with a valid score, from its first run on: neither a replicate nor a crash tells of another."""
     best, groups, lineage, seen = compute_best(entries), compute_groups(entries), [], set()
     for e in entries:
         if e.status == "keep" and e.is_valid and e.group not in seen:
@@ -1347,21 +1351,20 @@ def compute_history(entries: list[Entry]) -> dict:
             lineage.append([e.name, mean_bpb(groups[e.group]), e.description])
     hours = sum(e.record.get("total_s") or e.record.get("training_s") or 0.0 for e in entries) / 3600
     counts = {status: sum(e.status == status for e in entries) for status in STATUSES}
-    num_programs = len({e.group for e in entries})  # a replicate is no idea that could hit
     gain = lineage[0][1] - best.mean if lineage and best else None
-    since = len(entries) - 1 - max((i for i, e in enumerate(entries) if best and e.name == best.name), default=-1)
+    since = len(groups) - 1 - list(groups).index(best.group) if best else None
     starts = [t for e in entries if (t := e.record.get("started_unix"))]
     return {
         "num_runs": len(entries),
         "counts": counts,
         "lineage": lineage,
-        "hit_rate": (len(lineage) - 1) / (num_programs - 1) if num_programs > 1 and lineage else None,
+        "hit_rate": (len(lineage) - 1) / (len(groups) - 1) if len(groups) > 1 and lineage else None,
         "hours": hours,
         "first_start_unix": min(starts, default=None),
         "gain": gain,
         "gain_per_hour": gain / hours if gain is not None and hours > 0 else None,
-        "runs_since_best": since if best else None,
-        "is_plateau": bool(best) and since >= PLATEAU_RUNS,
+        "ideas_since_best": since,
+        "is_plateau": best is not None and since >= PLATEAU_IDEAS,
         "last": [[e.name, e.val_bpb, e.status, e.description] for e in entries[-5:]],
     }
 
@@ -1521,8 +1524,10 @@ def render_changes(changes: dict) -> list[str]:
         lines.append(f"- `{key}`: {clip(json.dumps(before), 60)} -> {clip(json.dumps(after), 60)}")
     if len(config) > 7:
         lines.append(f"- and {len(config) - 7} more: {clip(', '.join(list(config)[7:]), 120)}")
-    for key, (before, after) in changes["machine"].items():
-        lines.append(f"- another machine, scores may not compare: `{key}` {before} -> {after}")
+    told = {key: f"`{key}` {clip(str(a), 70)} -> {clip(str(b), 70)}" for key, (a, b) in changes["machine"].items()}
+    for is_kernel, what in enumerate(("another machine, scores may not compare", "other kernels, so another speed")):
+        if which := "; ".join(text for key, text in told.items() if (key in KERNEL_KEYS) == is_kernel):
+            lines.append(f"- {what}: {which}")
     for what, key in (
         ("This very program was", "same_program"),
         ("This configuration, with other code, was", "same_config"),
@@ -1635,7 +1640,7 @@ def render_history(h: dict) -> list[str]:
     lines = [f"{render_counts(h)}, {h['hours']:.1f} h; hit rate {show(h['hit_rate'], '.0%')}, "
              f"gain per hour {show(h['gain_per_hour'], '.5f')} bpb."]
     if h["is_plateau"]:
-        lines.append(f"Plateau: {h['runs_since_best']} runs since the best was found. Change direction.")
+        lines.append(f"Plateau: {h['ideas_since_best']} ideas since the best was found. Change direction.")
     lines += [f"- {name} {show(val)} {status}: {clip(text, 60)}" for name, val, status, text in h["last"]]
     chain = [f"{name} {val:.6f}" for name, val, _ in h["lineage"]]
     if chain:
@@ -1738,7 +1743,7 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "here": describe_outputs(folder, book),
         "pending": [e.name for e in book.entries if e.status == "pending"],
         "unfiled": unfiled + book.unbooked,
-        **{key: history[key] for key in ("num_runs", "counts", "last", "runs_since_best", "is_plateau", "gain")},
+        **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "is_plateau", "gain")},
         "queue_length": count_ideas(read_text(archive / QUEUE)),
         "hours_used": history["hours"],
         "hours_since_first_start": (time.time() - started) / 3600 if started else None,
@@ -1765,7 +1770,7 @@ def render_status(s: dict) -> str:
     if s["unfiled"]:
         lines.append(f"not filed yet, run `uv run analyze.py`: {', '.join(s['unfiled'][:10])}")
     if s["is_plateau"]:
-        lines.append(f"plateau: {s['runs_since_best']} runs since the best was found; change direction")
+        lines.append(f"plateau: {s['ideas_since_best']} ideas since the best was found; change direction")
     if s["rerun"]:
         lines.append(f"within noise of the best, run once: {', '.join(s['rerun'])}")
     lines += [f"problem: {p}" for p in s["problems"][:10]]
@@ -1807,7 +1812,7 @@ def render_report(book: Book) -> str:
         lines.append(f"**Best: {best.mean:.6f}** ({best.name}, {len(best.names)} run(s)"
                      f"{'' if best.is_kept else ', not kept yet'}): {e.description}")
     lines += [
-        f"- {render_counts(h)}; {h['hours']:.1f} h; {show(h['runs_since_best'], '.0f')} since the best",
+        f"- {render_counts(h)}; {h['hours']:.1f} h; {show(h['ideas_since_best'], '.0f')} idea(s) since the best",
         f"- gain since the first kept run: {show(h['gain'])} bpb, {show(h['gain_per_hour'], '.5f')} per hour; "
         f"hit rate {show(h['hit_rate'], '.0%')}",
         f"- noise between identical runs: sigma {noise.sigma:.6f} bpb ({noise.source})",
@@ -2347,7 +2352,8 @@ def file_run(outputs: Outputs, archive: Path, folder: Path, book: Book) -> str:
     taken = {p.name for p in archive.iterdir()} | {row.name for row in book.rows}
     name = next(n for i in range(1, 10**6) if (n := origin.name + (f".{i}" if i > 1 else "")) not in taken)
     record = compute_record(run, context) | {
-        "identity": outputs.identity, "name": name, "description": origin.description}
+        "identity": outputs.identity, "name": name, "description": origin.description,
+        "folder": str(outputs.run.path)}  # where it was trained, or put away: not always where it is filed from
     staging = archive / f".tmp-{os.getpid()}" / name  # two levels down, where train.py does not take it for archived
     staging.mkdir(parents=True)
     for file, path in outputs.files.items():
@@ -2536,7 +2542,8 @@ def print_verdict(archive: Path, name: str, is_new: bool) -> None:
 
 
 def decided_run(name: str | None, archive: Path, folder: Path, book: Book) -> Entry:
-    """The run a decision is about: the one named, else the newest whose outputs lie here, else the only one pending."""
+    """The run a decision is about: the one named, else the newest whose outputs lie here, else the only one
+    pending that was trained here. Never another folder's in a shared archive: its agent has yet to decide."""
     names = [e.name for e in book.entries]
     if name is not None:
         return book.entry(resolve_name(name, names))
@@ -2548,10 +2555,13 @@ def decided_run(name: str | None, archive: Path, folder: Path, book: Book) -> En
         if filed not in names:
             raise AnalyzeError(f"the row of {filed} was removed from {RESULTS}: name the run you mean")
         return book.entry(filed)
-    pending = [e for e in book.entries if e.status == "pending"]
-    if len(pending) != 1:
-        raise AnalyzeError(f"no run's outputs in {folder} and {len(pending)} runs are pending: name the run you mean")
-    return pending[0]
+    pending = {e.name: e.record.get("folder") for e in book.entries if e.status == "pending"}
+    mine = [n for n, trained_in in pending.items() if trained_in == str(folder)]
+    if len(mine) != 1:
+        listed = ", ".join(f"{n} (trained in {where or 'an unknown folder'})" for n, where in [*pending.items()][-5:])
+        raise AnalyzeError(f"no run's outputs in {folder}, and {len(mine)} pending runs were trained there; pending: "
+                           f"{listed or 'none'}; name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`")
+    return book.entry(mine[0])
 
 
 def set_status(archive: Path, book: Book, name: str, status: str) -> None:
@@ -2686,4 +2696,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `status | head` ends quietly, as any filter does
     sys.exit(main())

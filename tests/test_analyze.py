@@ -1,5 +1,6 @@
 """analyze.py against hand-made runs whose answers are known, in real git repositories; one night is trained."""
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -37,6 +38,7 @@ def train(config):
     """Train."""
     return config.depth * config.matrix_lr
 '''
+OUTPUTS = ("run.log", "run_start.json", "metrics.jsonl", "eval_record.json", "run_summary.json")
 BUDGET_S = 300.0
 BATCH = 524_288
 NATS_PER_TOKEN_TO_BPB = 0.32  # what the made-up evaluation records amount to
@@ -387,8 +389,8 @@ def test_a_night_of_real_runs_on_the_cpu_demo(demo, tmp_path):
     assert said == f"{worse} discarded; train.py is back to that of the best, {better}, and committed\n"
     assert (night.folder / "train.py").read_text() == good
 
-    embedding = "x = x0 = norm(self.wte(idx))"
-    cut = (embedding, "x = x0 = norm(self.wte(idx)[..., :-1])")
+    embedding = "x = x0 = self.embed(idx, self.wte.weight)"
+    cut = (embedding, f"{embedding}[..., :-1]")
     broken = night.commit("too narrow", cut, unembedding_lr=0.004)
     assert night.train() == 1
     shutil.copy(night.archive / better / "run_summary.json", night.folder)  # a stale summary
@@ -405,7 +407,7 @@ def test_a_night_of_real_runs_on_the_cpu_demo(demo, tmp_path):
     assert f"Counted as a replicate: nothing but the seed differs from {better}." in said
     night.analyze("discard")
 
-    ahead = (embedding, "x = x0 = norm(self.wte(idx) + 0.1 * self.wte(idx.roll(-1, 1)))")
+    ahead = (embedding, f"{embedding} + 0.1 * self.embed(idx.roll(-1, 1), self.wte.weight)")
     leaking = night.commit("look ahead", ahead, unembedding_lr=0.004)
     assert night.train() == 0
     assert "**INVALID**, not a result: val_bpb " in (said := night.analyze())
@@ -711,7 +713,7 @@ def test_two_filings_at_once_lose_no_row(lab, tmp_path):
         lab.train(0.99 + i / 1000)
         folders.append(tmp_path / f"worktree{i}")
         lab.git("worktree", "add", "-q", "--detach", str(folders[-1]))
-        for file in ("run.log", "run_start.json", "metrics.jsonl", "eval_record.json", "run_summary.json"):
+        for file in OUTPUTS:
             (folders[-1] / file).write_bytes((lab.folder / file).read_bytes())
     environment = os.environ | {"AUTO_LOG_RESEARCH_DIR": str(shared)}
     calls = [subprocess.Popen([sys.executable, str(SCRIPT)], cwd=f, env=environment, stdout=subprocess.PIPE, text=True)
@@ -967,6 +969,115 @@ def test_discarding_an_old_run_leaves_a_newer_train_py_alone(lab):
     assert lab.git("rev-parse", "HEAD")[:7] == head
 
 
+def remove_outputs(lab):
+    for file in OUTPUTS:
+        (lab.folder / file).unlink()
+
+
+def add_worktree(lab, folder, monkeypatch):
+    """A second folder on a branch of its own that shares the archive with the first."""
+    lab.git("worktree", "add", "-q", "-b", "other", str(folder))
+    monkeypatch.setenv("AUTO_LOG_RESEARCH_DIR", str(lab.archive))
+    other = copy.copy(lab)
+    other.folder, other.count = folder, 50
+    return other
+
+
+def state(lab):
+    """All that a command called elsewhere must leave alone."""
+    git = [lab.git("rev-parse", "HEAD"), lab.git("status", "--porcelain"), lab.git("stash", "list")]
+    return git, {p.name: p.read_bytes() for p in lab.folder.iterdir() if p.is_file()}
+
+
+def test_a_run_filed_earlier_from_this_folder_is_decided_without_its_outputs(lab):
+    base = lab.baseline()
+    name = lab.commit("depth 9", variant(depth=9))
+    lab.train(1.1, config={"depth": 9})
+    lab.analyze()
+    remove_outputs(lab)
+    assert (
+        lab.analyze("discard")[1] == f"{name} discarded; train.py is back to that of the best, {base}, and committed\n"
+    )
+    assert lab.analyze("keep") == (1, "", (
+        f"error: no run's outputs in {lab.folder}, and 0 pending runs were trained there; pending: none; "
+        "name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
+
+
+def test_a_run_pending_in_another_folder_is_decided_there_or_by_name(lab, monkeypatch):
+    base = lab.commit("baseline")
+    lab.train(0.998)
+    lab.analyze()
+    other = add_worktree(lab, lab.folder / "other", monkeypatch)  # at the very commit of the run
+    monkeypatch.chdir(other.folder)
+    for command in ("keep", "discard"):
+        assert other.analyze(command) == (1, "", (
+            f"error: no run's outputs in {other.folder}, and 0 pending runs were trained there; pending: {base} "
+            f"(trained in {lab.folder}); name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
+    assert [row[3] for row in lab.rows()] == ["pending"]
+    second = other.commit("depth 9", variant(depth=9))
+    other.train(0.99, config={"depth": 9})
+    other.analyze()
+    for _ in range(2):  # its own run, decided or not, and never the other's
+        assert other.analyze("keep")[1] == f"{second} kept; the best is {second} at 0.990000 (1 run(s))\n"
+        assert [row[3] for row in lab.rows()] == ["pending", "keep"]
+    assert other.analyze("keep", base)[0] == 0
+    assert [row[3] for row in lab.rows()] == ["keep", "keep"]
+
+
+def test_a_run_put_away_in_one_folder_and_filed_from_another_is_not_the_others_to_decide(lab, monkeypatch):
+    base = lab.commit("baseline")
+    lab.train(0.998)
+    lab.set_aside()
+    other = add_worktree(lab, lab.folder / "other", monkeypatch)
+    monkeypatch.chdir(other.folder)
+    assert "unfiled run 20260301-000001-abcd filed as" in other.analyze()[1]
+    assert f"pending: {base} (trained in " in other.analyze("discard")[2]
+    assert [row[3] for row in lab.rows()] == ["pending"]
+
+
+def test_discard_in_one_of_two_worktrees_restores_the_best_of_both_there_alone(lab, monkeypatch):
+    lab.baseline()
+    other = add_worktree(lab, lab.folder / "other", monkeypatch)
+    best = lab.commit("depth 9", variant(depth=9))
+    lab.train(0.98, config={"depth": 9})
+    lab.analyze()
+    lab.analyze("keep")
+    lab.commit("depth 10", variant(depth=10))
+    lab.train(0.99, config={"depth": 10})
+    lab.analyze()  # not decided yet
+
+    monkeypatch.chdir(other.folder)
+    worse = other.commit("matrix_lr 0.4", variant(matrix_lr=0.4))
+    other.train(1.1, config={"matrix_lr": 0.4})
+    assert f"best so far 0.980000 ({best})" in other.analyze()[1]
+    before = state(lab)
+    assert other.analyze("discard")[1] == (
+        f"{worse} discarded; train.py is back to that of the best, {best}, and committed\n")
+    assert state(lab) == before
+    assert (other.folder / "train.py").read_text() == variant(depth=9)
+    assert other.git("log", "-2", "--format=%s") == f"Back to the best, {best}, after {worse}\nmatrix_lr 0.4"
+    assert other.git("status", "--porcelain", "--untracked-files=no") == ""
+    assert [row[3] for row in lab.rows()] == ["keep", "keep", "pending", "discard"]
+
+    monkeypatch.chdir(lab.folder)
+    before = state(other)
+    assert f"train.py is back to that of the best, {best}, and committed" in lab.analyze("discard")[1]
+    assert state(other) == before
+    assert (lab.folder / "train.py").read_text() == variant(depth=9)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_of_the_status_ends_it_quietly(lab, unbuffered):
+    lab.baseline()
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(SCRIPT), "status"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, cwd=lab.folder, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
 def test_a_gain_inside_the_noise_may_be_kept_and_is_called_that(lab):
     lab.baseline(0.998)
     name = lab.commit("depth 9", variant(depth=9))
@@ -1172,15 +1283,29 @@ def test_history_counts_ideas_not_replicates_and_sees_a_plateau_until_a_new_best
         lab.analyze()
         lab.analyze("discard")
     history = lab.stats(last)["history"]
-    assert (history["runs_since_best"], history["is_plateau"], history["hit_rate"]) == (5, True, 0.0)
-    assert "Plateau: 5 runs since the best was found. Change direction." in lab.page(last)
+    assert (history["ideas_since_best"], history["is_plateau"], history["hit_rate"]) == (4, False, 0.0)
+    assert "Plateau" not in lab.page(last)
+    crash = lab.commit("huge", variant(depth=900))
+    lab.crash("crash: out of GPU memory at step 0, loss 9.0\n")
+    lab.analyze()
+    history = lab.stats(crash)["history"]
+    assert (history["ideas_since_best"], history["is_plateau"], history["hit_rate"]) == (4, False, 0.0)
+    last = lab.commit("idea 4", variant(matrix_lr=5.0))
+    lab.train(1.4)
+    lab.analyze()
+    history = lab.stats(last)["history"]
+    assert (history["ideas_since_best"], history["is_plateau"], history["hit_rate"]) == (5, True, 0.0)
+    assert "Plateau: 5 ideas since the best was found. Change direction." in lab.page(last)
+    assert "plateau: 5 ideas since the best was found; change direction" in lab.analyze("status")[1]
+    assert "; 5 idea(s) since the best\n" in (lab.archive / "report.md").read_text()
     good = lab.commit("depth 9", variant(depth=9))
     lab.train(0.9, config={"depth": 9})
     lab.analyze()
     assert "Plateau" not in lab.page(good)
     lab.analyze("keep")
     history = analyze.compute_history(analyze.load_book(lab.archive).entries)
-    assert history["hit_rate"] == pytest.approx(1 / 5)  # five ideas after the baseline, one kept
+    assert history["hit_rate"] == pytest.approx(1 / 6)  # six ideas with a score after the baseline, one kept
+    assert history["ideas_since_best"] == 0
     assert [name for name, *_ in history["lineage"]] == [base, good]
     assert history["gain"] == pytest.approx(0.9981 - 0.9)
 
@@ -1198,6 +1323,34 @@ def test_a_program_tried_before_is_named(lab):
     again = lab.rows()[-1][0]
     assert f"This very program was tried before: {first} (1.100000, discard)." in lab.page(again)
     assert lab.stats(again)["verdict"]["mean"] == pytest.approx(1.101)
+
+
+def test_other_kernels_are_one_line_and_no_other_configuration(lab):
+    here = {"attention_backend": "windowed", "kernels": "loss, mlp, window attention"}
+    base = lab.baseline(config=here)
+    same = lab.commit("same kernels", PROGRAM + "A = 1\n")
+    lab.train(1.0, config=here)
+    lab.analyze()
+    assert "other kernels" not in lab.page(same)
+    assert "kernels`" not in lab.page(same)
+    name = lab.commit("plain torch", PROGRAM + "B = 1\n")
+    lab.train(1.0, config={"attention_backend": "flex", "kernels": "none"})
+    lab.analyze()
+    assert lab.stats(name)["changes"]["machine"] == {
+        "attention_backend": ["windowed", "flex"], "kernels": ["loss, mlp, window attention", "none"]}
+    assert lab.page(name).partition("## What changed\n")[2].partition("\n\n")[0] == (
+        "train.py: +1 -0 lines (`train.diff`).\n"
+        "Resolved configuration: the same, every key.\n"
+        "- other kernels, so another speed: `attention_backend` windowed -> flex; "
+        "`kernels` loss, mlp, window attention -> none\n"
+        "This configuration, with other code, was tried before: "
+        f"{base} (0.998000, keep), {same} (1.000000, pending).")
+    assert load_runs()["kernels"].tolist() == [here["kernels"], here["kernels"], "none"]
+    unknown = lab.commit("says nothing of its kernels", PROGRAM + "C = 1\n")
+    lab.train(1.0, config={"gpu_name": "Abacus 4000"})
+    lab.analyze()
+    assert "other kernels" not in lab.page(unknown)
+    assert "\n- another machine, scores may not compare: `gpu_name` Abacus 3000 -> Abacus 4000\n" in lab.page(unknown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1338,6 +1491,8 @@ def test_a_throttled_run_is_noticed_within_itself_and_against_its_replicates(lab
     assert machine["usual_ms"] == pytest.approx(1000)
     assert machine["median_ms"] == 1500  # 120 slow steps of 230: the first ten do not count
     assert "steps took 1.50 times what they took in earlier runs of this program: a second job on the GPU, thr" in said
+    assert "\n- 52% of the steps were 50% slower than the rest: throttling or a second job.\n" in lab.page(name)
+    assert "?." not in lab.page(name)
 
 
 def test_a_stall_is_counted_with_the_time_it_cost():
