@@ -12,7 +12,8 @@ Everything lands in the cache (AUTORESEARCH_CACHE, default ~/.cache/autoresearch
     manifest.json       which data this is; a shard counts when it is listed here
 
 Imported by train.py, this file also holds what an experiment has no reason to change: the loader, `evaluate_bpb`,
-the budget's clock, layer statistics, and the files that a run leaves in the working folder.
+layer statistics, kernels and the choice of attention, the budget's clock, and the files that a run leaves in the
+working folder.
 """
 
 import argparse
@@ -1105,8 +1106,6 @@ def _to_floats(values: list[torch.Tensor | None]) -> list[float | None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOG2_E = 1.4426950408889634
-
-
 kernels_used: set[str] = set()  # in this process: what the log says of them is what has run
 
 
@@ -1376,8 +1375,8 @@ def relu2_mlp(x: torch.Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) ->
 # the logits' place what their gradient is if that of the loss is 1. What it really is comes in later as a factor a row,
 # on tensors that are (rows, width) instead of (rows, vocab).
 
-
-MAX_FUSED_VOCAB = 2**15
+MAX_FUSED_VOCAB = 2**15  # a row of logits has to fit into registers
+MAX_FUSED_CAP = 40.0  # exp(-2 cap), the least that a logit can add to the sum, has to be a number in fp32
 
 
 @jit
@@ -1443,9 +1442,10 @@ def softcap_loss(x: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, 
     """Cross-entropy (N,) in nats of the logits cap * tanh(head(x) / cap); 0 where the target is -1.
 
     x: (N, width), targets: (N,). Logits come out of the product in its own precision (bf16 under autocast); all that
-    follows is fp32. Fused for bf16 on any GPU that Triton knows and a vocabulary that fits into registers.
+    follows is fp32. Fused for bf16 on any GPU that Triton knows, up to MAX_FUSED_VOCAB and MAX_FUSED_CAP.
     """
-    if triton is None or not x.is_cuda or x.dtype != torch.bfloat16 or head.out_features > MAX_FUSED_VOCAB:
+    is_bf16 = triton is not None and x.is_cuda and x.dtype == torch.bfloat16
+    if not is_bf16 or head.out_features > MAX_FUSED_VOCAB or cap > MAX_FUSED_CAP:
         logits = cap * torch.tanh(head(x).float() / cap)
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     return _head_loss(x, head.weight.to(x.dtype), targets, cap)[0]
