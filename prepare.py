@@ -44,6 +44,7 @@ from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ try:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # a torch without CUDA: the kernels below cannot be called, and are not
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=None)
 jit = triton.jit if triton else lambda function: function
 
 # pyarrow, requests, rustbpe and tiktoken are imported where they are used: train.py imports this file for every run.

@@ -1682,6 +1682,12 @@ def test_without_a_gpu_mlp_and_loss_are_the_plain_ones():
     assert torch.allclose(prepare.softcap_loss(x[0], head, targets, 15.0), expected)
 
 
+def test_without_triton_everything_else_works():
+    code = "import sys; sys.modules['triton'] = None; import prepare; print(prepare.triton, prepare.jit(len)('four'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "None 4\n", done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells when a process started")
 def test_the_clock_of_a_run_begins_with_its_process():
     begin = time.monotonic()
