@@ -229,14 +229,15 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """idx, targets: int64 (B, T). Returns the loss in nats ("none": (B * T,)), or logits (B, T, vocab)."""
-        x = x0 = self.embed(idx, self.wte.weight)
+        x0 = self.embed(idx, self.wte.weight)
+        x = x0.view_as(x0)  # not x0 itself: for two arguments that are one, the compiler makes a graph of its own
         tables = {int(i): embedding.weight for i, embedding in self.value_embeds.items()}
         ve_tables = [tables.get(i) for i in range(len(self.blocks))]
         layers = list(zip(self.blocks, self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), ve_tables, strict=True))
         # A period of layers at a time: the compiler sees one graph, however many there are.
         period = math.lcm(len(self.config.window_pattern), 2)
         for first in range(0, len(layers), period):
-            x = self.run_layers(layers[first : first + period], x.view_as(x), x0, idx, self.cos, self.sin)
+            x = self.run_layers(layers[first : first + period], x, x0, idx, self.cos, self.sin)
         if targets is None:
             logits = self.lm_head(norm(x)).float()
             return self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)

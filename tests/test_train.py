@@ -185,6 +185,20 @@ def test_on_the_gpu_the_model_and_its_gradients_are_those_of_plain_mathematics(c
         assert error < (0.2 if "lambdas" in name else 0.05), name  # bf16; the scalars' gradients are sums that cancel
 
 
+@pytest.mark.parametrize(
+    ("depth", "pattern", "num_graphs"), [(8, "SSSL", 1), (12, "SSL", 1), (6, "L", 1), (9, "SSSL", 2)]
+)
+def test_the_compiler_sees_one_graph_for_all_periods_of_layers(depth, pattern, num_graphs):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small_model(replace(SMALL, depth=depth, window_pattern=pattern, num_kv_heads=1))
+    idx = torch.arange(32).view(2, 16)
+    expected = model(idx, idx)
+    model.run_layers = torch.compile(model.run_layers, dynamic=False, backend="eager")
+    assert model(idx, idx).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
+
+
 def test_targets_of_minus_one_do_not_count():
     model, idx = small_model(), torch.arange(32).view(2, 16)
     targets = idx.roll(-1, 1)
