@@ -389,7 +389,7 @@ def test_a_night_of_real_runs_on_the_cpu_demo(demo, tmp_path):
     assert said == f"{worse} discarded; train.py is back to that of the best, {better}, and committed\n"
     assert (night.folder / "train.py").read_text() == good
 
-    embedding = "x = x0 = self.embed(idx, self.wte.weight)"
+    embedding = "x0 = self.embed(idx, self.wte.weight)"
     cut = (embedding, f"{embedding}[..., :-1]")
     broken = night.commit("too narrow", cut, unembedding_lr=0.004)
     assert night.train() == 1
