@@ -1149,10 +1149,10 @@ def _attend(
     q = q_tiles.load([row + m, h * D])
     o, total, peak = tl.zeros((N, D), tl.float32), tl.zeros((N,), tl.float32), tl.full((N,), -1e30, tl.float32)
     for n in tl.range(tl.maximum(m - window, 0) // N * N, m + N, N):
-        scores = tl.dot(q, k_tiles.load([row + n, kv_col]).T) * scale
-        scores = _hide(scores, i[:, None], (n + tl.arange(0, N))[None, :], m, n, window, -1e30, N)
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        p = tl.math.exp2(scores - new_peak[:, None])
+        scores = tl.dot(q, k_tiles.load([row + n, kv_col]).T)
+        scores = _hide(scores, i[:, None], (n + tl.arange(0, N))[None, :], m, n, window, float("-inf"), N)
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+        p = tl.math.exp2(scores * scale - new_peak[:, None])
         shrink = tl.math.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
         o = tl.dot(p.to(tl.bfloat16), v_tiles.load([row + n, kv_col]), o * shrink[:, None])
@@ -1287,43 +1287,35 @@ def window_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: 
 # is its derivative, 2 sqrt(post): that saves five passes over the largest activation.
 
 
-@jit
-def _relu2_tile(product, post_tiles, at_m, at_n, IS_BACKWARD: tl.constexpr):
-    product = product.to(tl.bfloat16).to(tl.float32)  # rounded as a product of its own would be
-    if IS_BACKWARD:
-        return (product * 2 * tl.sqrt(post_tiles.load([at_m, at_n]).to(tl.float32))).to(tl.bfloat16)
-    product = tl.maximum(product, 0.0)
-    return (product * product).to(tl.bfloat16)
+MLP_TILE, MLP_TILE_K = 128, 64
 
 
 @jit
 def _relu2_product(
-    a_tiles, b_tiles, out_tiles, post_tiles, M, N, K, IS_BACKWARD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
+    a_tiles, b_tiles, out_tiles, post_tiles, K, IS_BACKWARD: tl.constexpr, N: tl.constexpr, N_K: tl.constexpr
 ):  # fmt: skip
-    """out = relu(a b^T)^2, or with IS_BACKWARD a b^T * 2 sqrt(post). a: (M, K), b: (N, K)."""
-    num_n = tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * num_n, PROGRAMS, flatten=True):
-        m, n = tile // num_n * BM, tile % num_n * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, K, BK):
-            acc = tl.dot(a_tiles.load([m, k]), b_tiles.load([n, k]).T, acc)
-        # Halves: a whole tile would not fit into shared memory beside the operands.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-        out_tiles.store([m, n], _relu2_tile(left, post_tiles, m, n, IS_BACKWARD))
-        out_tiles.store([m, n + BN // 2], _relu2_tile(right, post_tiles, m, n + BN // 2, IS_BACKWARD))
+    """One N x N tile of relu(a b^T)^2, or with IS_BACKWARD of a b^T * 2 sqrt(post). a: (rows, K), b: (columns, K)."""
+    m, n = tl.program_id(1) * N, tl.program_id(0) * N
+    product = tl.zeros((N, N), tl.float32)
+    for k in range(0, K, N_K):
+        product = tl.dot(a_tiles.load([m, k]), b_tiles.load([n, k]).T, product)
+    product = product.to(tl.bfloat16).to(tl.float32)  # rounded as a product of its own would be
+    if IS_BACKWARD:
+        product *= 2 * tl.sqrt(post_tiles.load([m, n]).to(tl.float32))
+    else:
+        product = tl.maximum(product, 0.0)
+        product *= product
+    out_tiles.store([m, n], product.to(tl.bfloat16))
 
 
 def _relu2_launch(a: torch.Tensor, b: torch.Tensor, post: torch.Tensor | None) -> torch.Tensor:
-    (M, K), N, BM, BN, BK = a.shape, b.size(0), 256, 128, 64
+    (M, K), N = a.shape, b.size(0)
     out = a.new_empty(M, N)
-    out_tiles = _tiles(out, BM, BN // 2)
-    post_tiles = out_tiles if post is None else _tiles(post, BM, BN // 2)
-    programs = torch.cuda.get_device_properties(a.device).multi_processor_count
-    sizes = [M, N, K, post is not None, BM, BN, BK, programs]
-    _relu2_product[(programs,)](
-        _tiles(a, BM, BK), _tiles(b, BN, BK), out_tiles, post_tiles, *sizes, num_warps=8, num_stages=3
-    )
+    a_tiles, b_tiles = (_tiles(t, MLP_TILE, MLP_TILE_K) for t in (a, b))
+    out_tiles, post_tiles = (_tiles(t, MLP_TILE, MLP_TILE) for t in (out, out if post is None else post))
+    grid = (triton.cdiv(N, MLP_TILE), triton.cdiv(M, MLP_TILE))
+    sizes = [K, post is not None, MLP_TILE, MLP_TILE_K]
+    _relu2_product[grid](a_tiles, b_tiles, out_tiles, post_tiles, *sizes, num_warps=4, num_stages=3)
     return out
 
 
@@ -1817,7 +1809,8 @@ class Run:
         """Write SUMMARY_FILE and print the closing block. Raises FloatingPointError on a score that is no number."""
         if not math.isfinite(val_bpb):
             raise FloatingPointError("val_bpb is not a number")
-        total = summary["total_seconds"] + eval_seconds
+        # Of a run that is scored later, the time in between is no part.
+        total = time.perf_counter() - self.begin if self.is_new else summary["total_seconds"] + eval_seconds
         summary = {"val_bpb": val_bpb, **summary, "eval_seconds": eval_seconds, "total_seconds": total}
         write_atomic(Path(SUMMARY_FILE), finite_json(summary, indent=2) + "\n")
         print(closing_block(summary), flush=True)

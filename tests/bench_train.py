@@ -2,11 +2,13 @@
 
     uv run python tests/bench_train.py          as an experiment finds it: compile caches where they are
     uv run python tests/bench_train.py --cold   with empty compile caches
+    uv run python tests/bench_train.py --parts  what each change for speed brings: a step without it, side by side
 
-Needs a GPU and prepared data. Takes about a minute; nothing is written but compile caches.
+Needs a GPU and prepared data. Takes about a minute, --parts about three; nothing is written but compile caches.
 """
 
 import argparse
+import contextlib
 import gc
 import os
 import re
@@ -14,7 +16,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -142,10 +146,94 @@ def bench() -> None:
         print(f"\nevaluation: {time.perf_counter() - begin:.2f} s (val_bpb {val_bpb:.3f} after {len(step_ms)} steps)")
 
 
+@contextlib.contextmanager
+def patched(changes: list[tuple[object, str, object]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module, name, value in changes:
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+def bench_parts() -> None:
+    """A step's time with each part replaced by plain torch: one process, one GPU, the variants by turns."""
+    gc.disable()
+    import train
+    import torch  # isort: skip
+    from torch.nn import functional as F
+
+    import prepare
+
+    def plain_loss(x, head, targets, cap):
+        logits = cap * torch.tanh(head(x).float() / cap)
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+    def rotate_halves(x, cos, sin):
+        (x1, x2), cos, sin = x.chunk(2, -1), cos.chunk(2, -1)[0], sin.chunk(2, -1)[0]
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1)
+
+    def compile_whole(model):
+        model.forward = torch.compile(model.forward, dynamic=False)
+
+    parts = {
+        "FlexAttention for the windows": [(prepare, "can_attend_window", lambda *sizes: False)],
+        "plain MLP": [(train, "relu2_mlp", lambda x, c_in, c_out: c_out(F.relu(c_in(x)).square()))],
+        "plain soft cap and loss": [(train, "softcap_loss", plain_loss)],
+        "rotary position embedding by halves": [(train, "rotate", rotate_halves)],
+        "all layers in one graph": [(train, "compile_parts", compile_whole)],
+    }
+    variants = {"as it is": []} | parts | {"all of these": [change for changes in parts.values() for change in changes]}
+    torch._dynamo.config.recompile_limit = 100  # the variants share code
+    device = prepare.get_device()
+    tokenizer = prepare.Tokenizer.from_directory()
+    batches = prepare.make_dataloader(tokenizer, train.CONFIG.device_batch_size, prepare.MAX_SEQ_LEN, "train")
+    first = next(batches)
+    num_micro_steps = train.CONFIG.total_batch_size // first[0].numel()
+    trained, step_ms, losses, peak_mb = {}, {}, {}, {}
+    for name, changes in variants.items():
+        with patched(changes):
+            begin = time.perf_counter()
+            _, model = train.build(device)
+            trained[name] = model, train.make_optimizers(model)
+            train.warm_up(*trained[name], first)
+            torch.cuda.synchronize()
+            print(f"{name}: compiled in {time.perf_counter() - begin:.1f} s", flush=True)
+        train.set_schedules(trained[name][1], train.CONFIG, 0, 0.0)
+        step_ms[name], losses[name] = [], []
+    steps, turns = 6, 5
+    data = [[next(batches) for _ in range(num_micro_steps)] for _ in range(steps * turns)]  # the same for each variant
+    for turn in range(turns):
+        for name, (model, optimizers) in trained.items():
+            with patched(variants[name]):
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()  # by all variants
+                begin = time.perf_counter()
+                for step in range(turn * steps, (turn + 1) * steps):
+                    loss, _ = train.forward_backward(model, iter(data[step]), num_micro_steps)
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+                torch.cuda.synchronize()
+                step_ms[name].append(1000 * (time.perf_counter() - begin) / steps)
+            peak_mb[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
+            losses[name].append(loss.item())
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: {turns} turns of {steps} steps each")
+    print(f"  {'':38} {'step, median':>12} {'lowest':>9} {'to as it is':>11} {'memory':>9}  last loss")
+    base = step_ms["as it is"]
+    for name, ms in step_ms.items():
+        ratio = statistics.median(a / b for a, b in zip(ms, base, strict=True))
+        row = f"{statistics.median(ms):9.1f} ms {min(ms):6.1f} ms {ratio:11.3f} {peak_mb[name]:6.0f} MB"
+        print(f"  {name:38} {row}  {losses[name][-1]:.4f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Where the time of a run goes.")
     parser.add_argument("--cold", action="store_true", help="use empty compile caches")
-    if not parser.parse_args().cold:
+    parser.add_argument("--parts", action="store_true", help="what each change for speed brings")
+    options = parser.parse_args()
+    if options.parts:
+        return bench_parts()
+    if not options.cold:
         return bench()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor", "TRITON_CACHE_DIR": f"{scratch}/triton"}
