@@ -273,6 +273,12 @@ class Run:
         """The records of the steps at which this list was logged, as layer statistics are."""
         return [r for r in self.records if isinstance(r.get(key), list)]
 
+    @property
+    def scalars(self) -> dict[str, list[list]]:
+        """Name to values at each step at which they were logged, of the residual scalars and the like, by name."""
+        keys = sorted({k for r in self.records for k in r if k.startswith("scalars/")})
+        return {k.removeprefix("scalars/"): [r[k] for r in self.records_with(k)] for k in keys}
+
     def series(self, key: str) -> np.ndarray:
         """One metric over the steps, float, NaN where a step lacks it."""
         return np.array([math.nan if (v := number(r.get(key))) is None else v for r in self.records], dtype=float)
@@ -1262,8 +1268,7 @@ def compute_layers(run: Run) -> list[str]:
         # From a quarter of the run on: output projections start at zero and grow a lot before as a matter of course.
         found += compute_activations(with_layers[len(with_layers) // 4], with_layers[-1])
     if with_params:
-        scalars = {k.removeprefix("scalars/") for r in run.records for k in r if k.startswith("scalars/")}
-        found += compute_updates(with_params[len(with_params) // 2], with_params[-1], scalars)
+        found += compute_updates(with_params[len(with_params) // 2], with_params[-1], set(run.scalars))
     last = next((r for r in reversed(run.records) if number(r.get("logits/max_abs")) is not None), None)
     if last and (number(last.get("logits/max_prob")) or 0) > 0.9:
         found.append(f"logits saturate: largest {last['logits/max_abs']:.1f}, mean top probability "
@@ -1319,17 +1324,16 @@ def compute_updates(middle: dict, last: dict, scalars: set[str]) -> list[str]:
 
 def compute_scalars(run: Run) -> list[str]:
     found = []
-    for key in sorted({k for r in run.records for k in r if k.startswith("scalars/")}):
-        with_key = run.records_with(key)
-        values = [number(v) for v in (with_key[-1][key] if with_key else [])]
+    for name, logged in run.scalars.items():
+        values = [number(v) for v in (logged[-1] if logged else [])]
         known = [v for v in values if v is not None]
         low, high = min(known, default=0.0), max(known, default=0.0)
-        early = [v for x in (with_key[0][key] if with_key else []) if (v := number(x)) is not None]
+        early = [v for x in (logged[0] if logged else []) if (v := number(x)) is not None]
         before, after = (float(np.median(v)) if v else 0.0 for v in (early, known))
         if before and not 1 / 3 < after / before < 3:
-            found.append(f"{key.removeprefix('scalars/')} moved: median {before:.3g} at first, {after:.3g} at the end")
+            found.append(f"{name} moved: median {before:.3g} at first, {after:.3g} at the end")
         if high - low > 0.5 * max(abs(high), abs(low)):
-            found.append(f"{key.removeprefix('scalars/')}: {low:.3g} (layer {values.index(low)}) to {high:.3g} "
+            found.append(f"{name}: {low:.3g} (layer {values.index(low)}) to {high:.3g} "
                          f"(layer {values.index(high)})" + (", of both signs" if low < 0 < high else ""))
     return found
 
@@ -2021,10 +2025,10 @@ def draw_layers(run: Run) -> bytes | None:
     draw_heat(figure, panels[0], rms, last_step, "output RMS, log10")
     draw_bars(panels[1], with_layers[-1:])
     draw_heat(figure, panels[2], [update_ratios(r) for r in with_params], last_step, "update / weight RMS, log10")
-    lines, scalars = [], sorted({k for r in run.records for k in r if k.startswith("scalars/")})
-    for key, color in zip(scalars, COLORS, strict=False):
-        values = np.array([math.nan if (v := number(x)) is None else v for x in run.records_with(key)[-1][key]])
-        lines.append(Line(key.removeprefix("scalars/"), np.arange(len(values)), values, color))
+    lines = []
+    for (name, logged), color in zip(run.scalars.items(), COLORS, strict=False):
+        values = np.array([math.nan if (v := number(x)) is None else v for x in logged[-1]])
+        lines.append(Line(name, np.arange(len(values)), values, color))
     draw(panels[3], lines, "scalars at the end, by layer", "layer")
     panels[3].xaxis.get_major_locator().set_params(integer=True)
     return png(figure)
