@@ -1,5 +1,7 @@
-"""What several tests need: a cache of their own, the real commands, and a web server that misbehaves as told."""
+"""What several tests need: a cache of their own, the real commands, a web server that misbehaves as told, and
+attention as it is defined."""
 
+import math
 import os
 import re
 import subprocess
@@ -31,6 +33,17 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv("AUTO_LOG_RESEARCH_DIR", raising=False)
     monkeypatch.chdir(work)
     return folder
+
+
+def explicit_attention(q, k, v, window):
+    """softmax(q k^T / sqrt(D)) v over the keys from `window` positions before the query up to itself, in float64."""
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+    scores = q @ k.mT / math.sqrt(q.size(-1))
+    for i in range(q.size(2)):
+        scores[:, :, i, i + 1 :] = -math.inf
+        scores[:, :, i, : max(i - window, 0)] = -math.inf
+    return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 def command_env(cache_dir: Path, **variables: str) -> dict[str, str]:
