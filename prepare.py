@@ -1002,12 +1002,27 @@ def _first_tensor(value: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() else None
 
 
-def _activation_stats(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMS; fraction of entries below a thousandth of it (near zero); fraction of features near zero on every token."""
-    t = t.detach().float().reshape(-1, t.shape[-1] if t.dim() else 1)
-    rms = t.square().mean().sqrt()
-    is_zero = t.abs() <= 1e-3 * rms
-    return rms, is_zero.float().mean(), is_zero.all(0).float().mean()
+def _as_rows(t: torch.Tensor) -> torch.Tensor:
+    """A copy (tokens, features), which no operation in place can change."""
+    return t.detach().reshape(-1, t.shape[-1] if t.dim() else 1).clone()
+
+
+def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float | None]]:
+    """Of each (tokens, features): RMS; fraction of entries below a thousandth of it (near zero); fraction of features
+    near zero on every token. Those of one shape at once: to launch a thousand small kernels would take longest."""
+    alike: dict[tuple, list[int]] = {}
+    for i, t in enumerate(activations):
+        if t is not None:
+            alike.setdefault((t.shape, t.dtype), []).append(i)
+    stats: list[list[float | None]] = [[None] * 3 for _ in activations]
+    for indices in alike.values():
+        t = torch.stack([activations[i] for i in indices]).float()
+        rms = t.square().mean((1, 2)).sqrt()
+        is_zero = t.abs() <= 1e-3 * rms[:, None, None]
+        zeros, dead = is_zero.mean((1, 2), dtype=torch.float32), is_zero.all(1).mean(1, dtype=torch.float32)
+        for i, row in zip(indices, torch.stack((rms, zeros, dead), 1).tolist(), strict=True):
+            stats[i] = _rounded(row)
+    return stats
 
 
 def _watched_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -1029,15 +1044,14 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
     that cannot be looked at this way gives `layers/error` instead: statistics must never end a run.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    seen: dict[str, list] = {}
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def watch(name: str) -> Callable:
         def hook(module: torch.nn.Module, inputs: tuple, output: object) -> None:
             out, given = _first_tensor(output), _first_tensor(inputs)
             if out is not None and name not in seen:
                 of_input = given is not None and isinstance(module, torch.nn.Linear)
-                stats_in = _activation_stats(given)[1:] if of_input else (None, None)
-                seen[name] = [*_activation_stats(out)[:2], *stats_in]
+                seen[name] = _as_rows(out), _as_rows(given) if of_input else None
 
         return hook
 
@@ -1054,21 +1068,21 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
     finally:
         for handle in handles:
             handle.remove()
-    flat = [value for row in seen.values() for value in row]
+    of_activations = _activation_stats([t for pair in seen.values() for t in pair])
+    of_outputs, of_inputs = of_activations[::2], of_activations[1::2]
+    stats["layers/names"] = list(seen)
+    stats["layers/rms"] = [rms for rms, _, _ in of_outputs]
+    stats["layers/zeros"] = [zeros for _, zeros, _ in of_outputs]
+    stats["layers/input_zeros"] = [zeros for _, zeros, _ in of_inputs]
+    stats["layers/dead"] = [dead for _, _, dead in of_inputs]
     if logits is not None and logits.dim() == 3:
         logits = logits.float()
         log_p = logits.log_softmax(-1)
-        keys = ["logits/rms", "logits/max_abs", "logits/entropy", "logits/max_prob"]
         entropy = -(log_p.exp() * log_p).sum(-1).mean()
-        flat += [logits.square().mean().sqrt(), logits.abs().max(), entropy, log_p.amax(-1).exp().mean()]
-    else:
-        keys = []
-    values = _to_floats(flat)
-    columns = [values[i : i + 4] for i in range(0, 4 * len(seen), 4)]
-    stats["layers/names"] = list(seen)
-    for i, key in enumerate(("layers/rms", "layers/zeros", "layers/input_zeros", "layers/dead")):
-        stats[key] = [column[i] for column in columns]
-    return stats | dict(zip(keys, values[4 * len(seen) :], strict=True))
+        values = [logits.square().mean().sqrt(), logits.abs().max(), entropy, log_p.amax(-1).exp().mean()]
+        keys = ("logits/rms", "logits/max_abs", "logits/entropy", "logits/max_prob")
+        stats |= dict(zip(keys, _rounded(torch.stack(values).tolist()), strict=True))
+    return stats
 
 
 def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -1082,24 +1096,28 @@ def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> 
     `scalars/NAME`."""
     named = {name: p for name, p in model.named_parameters() if name in before}
 
-    def rms(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else torch.linalg.vector_norm(t, dtype=torch.float32) / max(t.numel(), 1) ** 0.5
+    def rms(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+        if not tensors:
+            return {}
+        norms = torch.stack(torch._foreach_norm(list(tensors.values()), dtype=torch.float32)).tolist()
+        pairs = zip(norms, tensors.values(), strict=True)
+        return dict(zip(tensors, _rounded([norm / max(t.numel(), 1) ** 0.5 for norm, t in pairs]), strict=True))
 
-    flat = [value for n, p in named.items() for value in (rms(p.grad), rms(p), rms(p - before[n]))]
-    scalars = {n.removeprefix("_orig_mod."): p for n, p in named.items() if p.dim() < 2 and p.numel() <= 64}
-    values = _to_floats(flat + [value for p in scalars.values() for value in p.flatten().float().unbind()])
-    stats = {"params/names": [name.removeprefix("_orig_mod.") for name in named]}
-    for i, key in enumerate(("params/grad_rms", "params/weight_rms", "params/update_rms")):
-        stats[key] = values[i : len(flat) : 3]
-    rest = iter(values[len(flat) :])
-    return stats | {f"scalars/{name}": list(itertools.islice(rest, p.numel())) for name, p in scalars.items()}
+    of_each = {
+        "params/grad_rms": rms({name: p.grad for name, p in named.items() if p.grad is not None}),
+        "params/weight_rms": rms(named),
+        "params/update_rms": rms({name: p - before[name] for name, p in named.items()}),
+    }
+    shown = {name: name.removeprefix("_orig_mod.") for name in named}
+    stats = {"params/names": list(shown.values())}
+    stats |= {key: [values.get(name) for name in named] for key, values in of_each.items()}
+    scalars = {name: p for name, p in named.items() if p.dim() < 2 and p.numel() <= 64}
+    return stats | {f"scalars/{shown[name]}": _rounded(p.flatten().tolist()) for name, p in scalars.items()}
 
 
-def _to_floats(values: list[torch.Tensor | None]) -> list[float | None]:
-    """One transfer for all: a synchronisation each would cost more than the statistics."""
-    tensors = [value.float() for value in values if value is not None]
-    floats = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [None if value is None else float(f"{next(floats):.6g}") for value in values]
+def _rounded(values: list[float]) -> list[float]:
+    """To six digits: about what single precision holds, in a third of the bytes."""
+    return [float(f"{value:.6g}") for value in values]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
