@@ -1127,6 +1127,10 @@ def _rounded(values: list[float]) -> list[float]:
 LOG2_E = 1.4426950408889634
 kernels_used: set[str] = set()  # in this process: what the log says of them is what has run
 
+# The compiler's cache knows an operator by its name, and keeps the gradient that was registered for it at the time. So
+# another prepare.py gets another cache, and so does every train.py with operators of its own (in `Run`).
+torch.compiler.config.cache_key_tag = sha256_file(Path(__file__))
+
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels below run here: they were written for Hopper (H100, H200) and measured there alone."""
@@ -1714,6 +1718,8 @@ class Run:
             "prepare_sha256": sha256_file(Path(__file__)),
         }
         self._source = source.decode()
+        own_operators = self.identity["train_sha256"] if "torch.library" in self._source else ""
+        torch.compiler.config.cache_key_tag = self.identity["prepare_sha256"] + own_operators
 
     def __enter__(self) -> "Run":
         try:

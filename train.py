@@ -468,7 +468,6 @@ def warm_up(model: GPT, optimizers: list[torch.optim.Optimizer], batch: tuple) -
 
 
 def compile_parts(model: GPT) -> None:
-    # The compiler's cache goes by names: give an operator of your own (torch.library) a new one when you change it.
     for name in ("embed", "run_layers", "token_losses"):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
 

@@ -1612,6 +1612,38 @@ def test_the_window_kernel_is_plain_attention(H, KV, D, T, window):
     assert all(error < 1e-2 for error in (errors[0], errors[3], *(errors[1:3] if window else [])))
 
 
+OPERATOR = """
+import torch.library
+
+@torch.library.custom_op("test::scaled", mutates_args=())
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x * factor
+
+scaled.register_fake(lambda x, factor: torch.empty_like(x))
+scaled.register_autograd(lambda ctx, grad: (scaled(grad, FACTOR), None))
+"""
+COMPILED_GRADIENT = """
+prepare.Run(Path(__file__))
+x = torch.ones(2, requires_grad=True)
+torch.compile(lambda x: scaled(x, 1.0))(x).backward(torch.ones(2))
+print(x.grad.tolist())
+"""
+
+
+@pytest.mark.parametrize("place", ["prepare.py", "train.py"])
+def test_a_changed_gradient_is_not_taken_from_the_compilers_cache(place, tmp_path):
+    for factor in (2.0, 3.0):
+        operator = OPERATOR.replace("FACTOR", str(factor))
+        ours, theirs = (operator, "") if place == "prepare.py" else ("", operator)
+        (tmp_path / "prepare.py").write_text((ROOT / "prepare.py").read_text() + ours)
+        head = "from pathlib import Path\nimport torch\nimport prepare\n"
+        imported = "from prepare import scaled\n" if ours else theirs
+        (tmp_path / "train.py").write_text(head + imported + COMPILED_GRADIENT)
+        variables = {"PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+        result = run_command(tmp_path / "cache", tmp_path / "train.py", **variables)
+        assert result.stdout == f"{[factor, factor]}\n", result.stderr
+
+
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize(("rows", "width", "hidden"), [(512, 128, 512), (300, 72, 200), (1, 8, 8)])
