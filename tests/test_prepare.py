@@ -1644,6 +1644,13 @@ def test_a_changed_gradient_is_not_taken_from_the_compilers_cache(place, tmp_pat
         assert result.stdout == f"{[factor, factor]}\n", result.stderr
 
 
+def test_an_edit_without_operators_of_its_own_keeps_the_compilers_cache(tmp_path):
+    edited = tmp_path / "train.py"
+    edited.write_text((ROOT / "train.py").read_text() + "# edited\n")
+    prepare.Run(edited)
+    assert torch.compiler.config.cache_key_tag == prepare.sha256_file(ROOT / "prepare.py")
+
+
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize(("rows", "width", "hidden"), [(512, 128, 512), (300, 72, 200), (1, 8, 8)])
