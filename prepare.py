@@ -124,6 +124,9 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+PREPARE_SHA256 = sha256_file(Path(__file__))  # of the code that runs, whatever becomes of the file meanwhile
+
+
 def finite_json(value: object, indent: int | None = None) -> str:
     """JSON in which NaN and infinity are null, so that any parser reads it."""
 
@@ -984,7 +987,7 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
         "tokens": num_batches * batch_size * MAX_SEQ_LEN,
         "causal": is_causal,
         "data_fingerprint": load_manifest()["fingerprint"],
-        "prepare_sha256": sha256_file(Path(__file__)),
+        "prepare_sha256": PREPARE_SHA256,
         "num_calls": _num_evaluations,
     }
     write_atomic(Path(EVAL_FILE), finite_json(record, indent=2) + "\n")
@@ -1129,7 +1132,7 @@ kernels_used: set[str] = set()  # in this process: what the log says of them is 
 
 # The compiler's cache knows an operator by its name, and keeps the gradient that was registered for it at the time. So
 # another prepare.py gets another cache, and so does every train.py with operators of its own (in `Run`).
-torch.compiler.config.cache_key_tag = sha256_file(Path(__file__))
+torch.compiler.config.cache_key_tag = PREPARE_SHA256
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -1715,11 +1718,11 @@ class Run:
             "git_commit": _git("rev-parse", "HEAD"),
             "git_dirty": None if status is None else bool(status),
             "train_sha256": hashlib.sha256(source).hexdigest(),
-            "prepare_sha256": sha256_file(Path(__file__)),
+            "prepare_sha256": PREPARE_SHA256,
         }
         self._source = source.decode()
         own_operators = self.identity["train_sha256"] if "torch.library" in self._source else ""
-        torch.compiler.config.cache_key_tag = self.identity["prepare_sha256"] + own_operators
+        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + own_operators
 
     def __enter__(self) -> "Run":
         try:

@@ -1613,7 +1613,7 @@ def test_the_window_kernel_is_plain_attention(H, KV, D, T, window):
 
 
 OPERATOR = """
-import torch.library
+import torch, torch.library
 
 @torch.library.custom_op("test::scaled", mutates_args=())
 def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -1623,9 +1623,13 @@ scaled.register_fake(lambda x, factor: torch.empty_like(x))
 scaled.register_autograd(lambda ctx, grad: (scaled(grad, FACTOR), None))
 """
 COMPILED_GRADIENT = """
+from pathlib import Path
+import torch
+import prepare
+
 prepare.Run(Path(__file__))
 x = torch.ones(2, requires_grad=True)
-torch.compile(lambda x: scaled(x, 1.0))(x).backward(torch.ones(2))
+torch.compile(lambda x: torch.ops.test.scaled(x, 1.0))(x).backward(torch.ones(2))
 print(x.grad.tolist())
 """
 
@@ -1633,12 +1637,12 @@ print(x.grad.tolist())
 @pytest.mark.parametrize("place", ["prepare.py", "train.py"])
 def test_a_changed_gradient_is_not_taken_from_the_compilers_cache(place, tmp_path):
     for factor in (2.0, 3.0):
-        operator = OPERATOR.replace("FACTOR", str(factor))
-        ours, theirs = (operator, "") if place == "prepare.py" else ("", operator)
-        (tmp_path / "prepare.py").write_text((ROOT / "prepare.py").read_text() + ours)
-        head = "from pathlib import Path\nimport torch\nimport prepare\n"
-        imported = "from prepare import scaled\n" if ours else theirs
-        (tmp_path / "train.py").write_text(head + imported + COMPILED_GRADIENT)
+        (tmp_path / "prepare.py").write_text((ROOT / "prepare.py").read_text())
+        (tmp_path / "train.py").write_text("")
+        with open(tmp_path / place, "a") as f:
+            f.write(OPERATOR.replace("FACTOR", str(factor)))
+        with open(tmp_path / "train.py", "a") as f:
+            f.write(COMPILED_GRADIENT)
         variables = {"PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
         result = run_command(tmp_path / "cache", tmp_path / "train.py", **variables)
         assert result.stdout == f"{[factor, factor]}\n", result.stderr
