@@ -38,7 +38,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -193,6 +193,11 @@ def number(value: object) -> float | None:
     return None
 
 
+def numbers(values: Iterable) -> np.ndarray:
+    """The values as floats, NaN for anything else."""
+    return np.array([math.nan if (v := number(value)) is None else v for value in values], dtype=float)
+
+
 def show(value: float | None, form: str = ".6f", unit: str = "") -> str:
     return "unknown" if value is None or not math.isfinite(value) else f"{value:{form}}{unit}"
 
@@ -275,13 +280,13 @@ class Run:
 
     @property
     def scalars(self) -> dict[str, list[list]]:
-        """Name to values at each step at which they were logged, of the residual scalars and the like, by name."""
+        """Name to lists of values, one of each step that logged it, of the residual scalars and the like, by name."""
         keys = sorted({k for r in self.records for k in r if k.startswith("scalars/")})
-        return {k.removeprefix("scalars/"): [r[k] for r in self.records_with(k)] for k in keys}
+        return {k.removeprefix("scalars/"): [r[k] for r in some] for k in keys if (some := self.records_with(k))}
 
     def series(self, key: str) -> np.ndarray:
         """One metric over the steps, float, NaN where a step lacks it."""
-        return np.array([math.nan if (v := number(r.get(key))) is None else v for r in self.records], dtype=float)
+        return numbers(r.get(key) for r in self.records)
 
 
 def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
@@ -1325,10 +1330,10 @@ def compute_updates(middle: dict, last: dict, scalars: set[str]) -> list[str]:
 def compute_scalars(run: Run) -> list[str]:
     found = []
     for name, logged in run.scalars.items():
-        values = [number(v) for v in (logged[-1] if logged else [])]
+        values = [number(v) for v in logged[-1]]
         known = [v for v in values if v is not None]
         low, high = min(known, default=0.0), max(known, default=0.0)
-        early = [v for x in (logged[0] if logged else []) if (v := number(x)) is not None]
+        early = [v for x in logged[0] if (v := number(x)) is not None]
         before, after = (float(np.median(v)) if v else 0.0 for v in (early, known))
         if before and not 1 / 3 < after / before < 3:
             found.append(f"{name} moved: median {before:.3g} at first, {after:.3g} at the end")
@@ -2027,7 +2032,7 @@ def draw_layers(run: Run) -> bytes | None:
     draw_heat(figure, panels[2], [update_ratios(r) for r in with_params], last_step, "update / weight RMS, log10")
     lines = []
     for (name, logged), color in zip(run.scalars.items(), COLORS, strict=False):
-        values = np.array([math.nan if (v := number(x)) is None else v for x in logged[-1]])
+        values = numbers(logged[-1])
         lines.append(Line(name, np.arange(len(values)), values, color))
     draw(panels[3], lines, "scalars at the end, by layer", "layer")
     panels[3].xaxis.get_major_locator().set_params(integer=True)

@@ -1642,7 +1642,8 @@ def test_all_pictures_are_made_where_there_is_something_to_show(lab):
     for i in range(0, 100, 10):
         records[i] |= {"layers/names": ["a", "b"], "layers/rms": [1.0, 2.0], "layers/input_zeros": [None, 0.5],
                        "layers/dead": [None, 0.1], "params/names": ["w"], "params/weight_rms": [1.0],
-                       "params/update_rms": [0.001], "scalars/x0_lambdas": [0.1, 0.2]}
+                       "params/update_rms": [0.001], "scalars/x0_lambdas": [0.1, 0.2],
+                       "scalars/temperature": 0.5}  # an experiment's own, not by layer
     name = lab.baseline(records=records)
     assert lab.stats(name)["failed"] == {}
     for picture in ("loss_curve", "lr_and_schedule", "gpu_perf", "layers"):
