@@ -1,6 +1,6 @@
 """File a training run, compute what can be known about it, draw it, and keep the books of a night of experiments.
 
-    uv run analyze.py [--wait]           after `uv run train.py > run.log 2>&1`, finished or crashed; or wait for its end
+    uv run analyze.py [--wait]           after `uv run train.py > run.log 2>&1`, finished or crashed (or wait for that)
     uv run analyze.py keep [RUN]         the run of this folder (or RUN) is kept
     uv run analyze.py discard [RUN]      it is not; the best run's train.py is restored and committed
     uv run analyze.py status [--json]    where the search stands, on one page
@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import csv
 import difflib
 import fcntl
 import hashlib
@@ -67,7 +66,8 @@ START, LOG, METRICS, EVAL, SUMMARY = (
     "eval_record.json",
     "run_summary.json",
 )
-RESULTS, INSIGHTS, QUEUE, FACTS = "results.tsv", "insights.md", "ideas_queue.md", "archive.json"
+RESULTS, DAMAGED, FACTS = "results.tsv", "results.damaged.tsv", "archive.json"
+INSIGHTS, QUEUE = "insights.md", "ideas_queue.md"
 STATS, ANALYSIS = "stats.json", "analysis.md"
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 STATUSES = ("pending", "keep", "discard", "crash", "invalid")
@@ -98,11 +98,12 @@ STATUS_LINES = 60
 LOCK_PATIENCE_S = 5.0  # filing a run takes less than that
 
 # What a summary holds besides the configuration: results, identity, and the machine.
-RESULT_KEYS = set(
-    "val_bpb training_seconds total_seconds startup_seconds eval_seconds stats_seconds peak_vram_mb mfu_percent "
-    "total_tokens_M num_steps run_id git_commit git_dirty train_sha256 prepare_sha256 measurement_sha256 "
-    "data_fingerprint eval_tokens seed seed_offset profile other_gpu_mb pauses_over".split()
-)
+RESULT_KEYS = {
+    *("val_bpb", "training_seconds", "total_seconds", "startup_seconds", "eval_seconds", "stats_seconds", "num_steps"),
+    *("peak_vram_mb", "mfu_percent", "total_tokens_M", "run_id", "git_commit", "git_dirty", "train_sha256"),
+    *("prepare_sha256", "measurement_sha256", "data_fingerprint", "eval_tokens", "seed", "seed_offset", "profile"),
+    *("other_gpu_mb", "pauses_over"),
+}
 KERNEL_KEYS = ("attention_backend", "kernels")
 MACHINE_KEYS = ("gpu_name", "torch_version", *KERNEL_KEYS)
 # What all runs of an archive share: how it is called, and how to get back to it.
@@ -114,18 +115,14 @@ COMPARABLE = {
     "eval_tokens": ("the number of tokens scored", "call evaluate_bpb as before"),
     "demo": ("AUTORESEARCH_DEMO", "set it as before"),
 }
-# Fields that the books rely on, by type. One of another type is damage: named, and taken for missing.
-FIELD_TYPES = {
-    str: "run_id git_commit train_py train_sha256 prepare_sha256 measurement_sha256 analyze_program analyze_sha256 "
-    "data_fingerprint ended host finding gpu_name torch_version attention_backend kernels",
-    float: "started_unix created_unix pid val_bpb nats bytes tokens num_calls eval_tokens time_budget training_seconds "
-    "total_seconds startup_seconds eval_seconds stats_seconds peak_vram_mb mfu_percent total_tokens_M num_steps "
-    "num_params_M flops_per_token seed_offset other_gpu_mb audit_bpb",
-    bool: "demo git_dirty causal",
-    dict: "modules profile",
-    list: "faults",
-}
-TYPE_OF = {name: kind for kind, names in FIELD_TYPES.items() for name in names.split()}
+# Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go through number().
+FIELD_TYPES = {"modules": dict, "faults": list, "demo": bool, "git_dirty": bool, "causal": bool} | dict.fromkeys(
+    (
+        *("run_id", "git_commit", "train_py", "measurement_sha256", "analyze_program", "analyze_sha256"),
+        *("data_fingerprint", "ended", "host", "finding", *MACHINE_KEYS),
+    ),
+    str,
+)
 
 # Failures of the machine or its set-up: reported, and not filed as an experiment.
 ENVIRONMENT_SIGNS = re.compile(
@@ -163,7 +160,8 @@ KILLED = "killed from outside, or out of time"
 KILLED_HELP = "the idea was not tested: train the same commit again; see whether the machine's own memory ran out"
 # What a terminal or a page must not receive: escape sequences, control characters, marks that reverse the text.
 UNPRINTABLE = re.compile(
-    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
 
 
@@ -276,12 +274,9 @@ def read_fields(path: Path, damage: list[str]) -> dict | None:
     except ValueError as e:
         damage.append(str(e))
         return None
-    for key in [*(value or {})]:
-        kind = TYPE_OF.get(key)
-        is_right = number(value[key]) is not None if kind is float else isinstance(value[key], kind or object)
-        if value[key] is not None and not is_right:
-            damage.append(f"{path.name}: {key} is {clip(repr(value[key]), 40)}, taken for missing")
-            del value[key]
+    for key, kind in FIELD_TYPES.items():
+        if value and not isinstance(value.get(key), kind | None):
+            damage.append(f"{path.name}: {key} is {clip(repr(value.pop(key)), 40)}, taken for missing")
     return value
 
 
@@ -346,40 +341,37 @@ def git_commit(folder: Path, message: str, files: list[str]) -> None:
         who = ["-c", "user.name=auto-log-research", "-c", "user.email=auto-log-research@localhost"]
     done = run_git(folder, *who, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "-m", message, "--", *files)
     if done.returncode:
-        raise AnalyzeError(f"git would not commit: {clip(one_line((done.stderr + done.stdout).decode(errors='replace')), 300)}")
+        said = one_line((done.stderr + done.stdout).decode(errors="replace"))
+        raise AnalyzeError(f"git would not commit it: {clip(said, 300)}")
 
 
-def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock on this file. The kernel releases it when that one dies, however it dies."""
+def try_lock(file: IO, how: int) -> bool:
+    """Lock an open file, unless another process has it. The kernel lets go when that one dies, however it dies."""
     try:
-        with open(path, "rb") as f:
-            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
+def is_locked(path: Path) -> bool:
+    try:
+        with open(path, "rb") as f:
+            return not try_lock(f, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def locked(archive: Path) -> Iterator[None]:
-    """Hold the archive alone. A lock that somebody else holds for long is named, and waited for."""
+    """Hold the archive alone. Whoever holds it for long is named, and waited for."""
     archive.mkdir(parents=True, exist_ok=True)
     with open(archive / ".lock", "a+") as lock:
-        begin, is_named = time.monotonic(), False
-        while not try_lock(lock):
-            if not is_named and time.monotonic() - begin > LOCK_PATIENCE_S:
-                holder = (archive / ".lock").read_text().strip() or "an unknown process"
-                print(f"waiting for {archive / '.lock'}, held by {holder}", file=sys.stderr, flush=True)
-                is_named = True
+        told_at = time.monotonic() + LOCK_PATIENCE_S
+        while not try_lock(lock, fcntl.LOCK_EX):
+            if time.monotonic() > told_at:
+                print(f"waiting for {archive}, held by {one_line(read_text(archive / '.lock'))}", file=sys.stderr)
+                told_at = math.inf
             time.sleep(0.02)
         lock.truncate(0)
         print(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)[:200]}", file=lock, flush=True)
@@ -540,7 +532,7 @@ def run_folders(archive: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of results.tsv. `problem` says why a line cannot be read; it is kept as it is and not counted."""
+    """One line of results.tsv. `problem` says why a line cannot be read."""
 
     line: str
     name: str = ""
@@ -587,6 +579,7 @@ class Entry:
 class Book:
     entries: list[Entry]
     rows: list[Row]
+    damaged: list[Row]  # lines that are no row of a run
     unbooked: list[str]  # filed, without a row
     facts: dict
     problems: list[str]
@@ -626,16 +619,8 @@ def format_row(name: str, record: dict, status: str, description: str) -> str:
 
 
 def load_rows(archive: Path) -> list[Row]:
-    """The rows of results.tsv, also as a spreadsheet saves it: in UTF-16, or with commas."""
-    path = archive / RESULTS
-    data = path.read_bytes() if path.exists() else b""
-    is_wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
-    text = data.decode("utf-16", "replace") if is_wide else data.decode("utf-8", "surrogateescape")
-    lines = text.removeprefix("\ufeff").splitlines(keepends=True)
-    if lines and re.match(r'"?commit"?[,;]', lines[0]):
-        table = csv.reader(lines, delimiter=lines[0].replace('"', "")[len("commit")])
-        lines = ["\t".join(cells[:4] + [one_line(",".join(cells[4:]))]) for cells in table]
-    return [parse_row(line) for line in lines if line.strip() and not line.startswith("commit\t")]
+    lines = (read_text(archive / RESULTS) or "").splitlines(keepends=True)
+    return [parse_row(line) for line in lines if line.strip("\0 \r\n") and not line.startswith("commit\t")]
 
 
 def read_stats(folder: Path) -> dict:
@@ -656,8 +641,9 @@ def parse_stats(path: Path, written_ns: int) -> dict:
 
 def load_record(folder: Path) -> dict:
     """What the books need of a run, from its stats.json; worked out again where that is lost or damaged."""
-    record = read_stats(folder).get("record")
-    return record or compute_record(load_folder(folder, folder.name), load_facts(folder.parent, []), Origin(folder.name))
+    if record := read_stats(folder).get("record"):
+        return record
+    return compute_record(load_folder(folder, folder.name), load_facts(folder.parent, []), Origin(folder.name))
 
 
 def is_run_complete(folder: Path) -> bool:
@@ -687,7 +673,7 @@ def load_book(archive: Path) -> Book:
     problems: list[str] = []
     rows, facts = load_rows(archive), load_facts(archive, problems)
     records, identities = load_records(archive, problems)
-    entries, seen = [], set()
+    entries, seen, damaged = [], set(), []
     for i, row in enumerate(rows, 2):
         problem = row.problem
         if problem is None and row.name in seen:
@@ -695,7 +681,8 @@ def load_book(archive: Path) -> Book:
         elif problem is None and row.name not in records:
             problem = f"no files of a run {clip(row.name, 40)!r} in the archive"
         if problem:
-            problems.append(f"{RESULTS} line {i}: {problem}; kept, not counted")
+            problems.append(f"{RESULTS} line {i}: {problem}: not counted")
+            damaged.append(row)
             continue
         seen.add(row.name)
         this = Entry(row.name, row.status, row.description, records[row.name], read_stats(archive / row.name))
@@ -705,7 +692,7 @@ def load_book(archive: Path) -> Book:
                 f"{RESULTS} line {i}: {row.val_bpb:.6f} is not what {row.name} scored: {this.val_bpb:.6f} counts"
             )
     unbooked = sorted(records.keys() - seen, key=lambda name: number(records[name].get("started_unix")) or math.inf)
-    return Book(entries, rows, unbooked, facts, problems, identities)
+    return Book(entries, [row for row in rows if row not in damaged], damaged, unbooked, facts, problems, identities)
 
 
 def save_rows(archive: Path, rows: list[Row]) -> None:
@@ -775,14 +762,6 @@ class _Functional(ast.NodeTransformer):
             return None
         elif isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant) and is_seed(name_of(node.left)):
             return node.left
-        elif isinstance(node, ast.arguments):
-            named = [*node.posonlyargs, *node.args][-len(node.defaults) :] if node.defaults else []
-            node.defaults = [
-                nothing if is_seed(a.arg) else d for a, d in zip(named, node.defaults, strict=True)
-            ]
-            node.kw_defaults = [
-                nothing if is_seed(a.arg) and d else d for a, d in zip(node.kwonlyargs, node.kw_defaults, strict=True)
-            ]
         return node
 
 
@@ -823,44 +802,23 @@ def analyze_program() -> str:
     return program_hash(Path(__file__).read_text(encoding="utf-8"))
 
 
-def split_config(text: str) -> tuple[ast.Module, dict]:
-    """The program without the values of its configuration, and those values: the constants of the class Config, and
-    of a later `CONFIG = replace(CONFIG, depth=9)`. What is computed stays in the program. SyntaxError if it is none."""
-    tree, values = ast.parse(str(normal(text))), {}
-    for node in [*tree.body]:
+def static_config(text: str) -> dict:
+    """The configuration as it can be read without running the program: the constants of the class Config."""
+    values = {}
+    for node in ast.walk(ast.parse(str(normal(text)))):
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             for part in node.body:
-                if isinstance(part, ast.AnnAssign) and part.value and is_constant(part.value):
-                    values[name_of(part.target)] = constant(part.value)
-                    part.value = ast.Constant(0)
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            call = node.value
-            if name_of(call.func) in ("Config", "replace"):
-                given = {k.arg: constant(k.value) for k in call.keywords if k.arg and is_constant(k.value)}
-                call.keywords = [k for k in call.keywords if k.arg not in given]
-                values |= given
-            if name_of(call.func) == "replace" and not call.keywords:
-                tree.body.remove(node)
-    return tree, values
+                if isinstance(part, ast.AnnAssign) and part.value and is_literal(part.value):
+                    value = eval(compile(ast.Expression(part.value), "train.py", "eval"), {"__builtins__": {}})
+                    values[name_of(part.target)] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
-def is_constant(node: ast.AST) -> bool:
-    """Whether an expression is made of literals alone, like 2**19."""
-    allowed = ast.Constant | ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop | ast.Tuple | ast.List | ast.expr_context
+def is_literal(node: ast.AST) -> bool:
+    """Whether an expression is made of numbers and texts alone, like 2**19."""
+    operators = ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop
+    allowed = ast.Constant | ast.Tuple | ast.List | ast.expr_context | operators
     return all(isinstance(part, allowed) for part in ast.walk(node))
-
-
-def constant(node: ast.AST) -> object:
-    value = eval(compile(ast.Expression(node), "train.py", "eval"), {"__builtins__": {}})
-    return list(value) if isinstance(value, tuple) else value
-
-
-def code_hash(text: str | None, modules: dict | None = None) -> str | None:
-    """Equal for programs that differ in nothing but their configuration and the form in which it is written."""
-    try:
-        return program_hash(ast.unparse(split_config(text or "")[0]), modules=modules)
-    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -900,7 +858,7 @@ def compute_comparable(run: Run) -> dict:
 
 
 def compute_invalid(run: Run, facts: dict) -> list[str]:
-    """The reasons why a finished run's score must not be compared, each with what can be done; empty for a valid run."""
+    """Why a finished run's score must not be compared, each reason with what can be done; empty for a valid run."""
     summary, record, reasons = run.summary, run.evaluation, []
     val = number(summary.get("val_bpb"))
     if val is None or val <= 0:
@@ -910,7 +868,7 @@ def compute_invalid(run: Run, facts: dict) -> list[str]:
     else:
         reasons += compute_evaluation_faults(record, val)
     if facts.get("analyze_sha256") and not facts.get("analyze_program"):
-        reasons.append("an earlier version of analyze.py began this archive: `uv run analyze.py new-archive` begins one")
+        reasons.append("an earlier analyze.py began this archive: `uv run analyze.py new-archive` begins another")
     for key, mine in compute_comparable(run).items():
         began, (what, remedy) = facts.get(key), COMPARABLE[key]
         if None not in (mine, began) and mine != began:
@@ -987,7 +945,6 @@ def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | 
         "modules": {name: sha256(normal(str(text))) for name, text in modules.items()},
         "program": program_hash(run.train_py, modules=modules),
         "program_and_seed": program_hash(run.train_py, hide_seed=False, modules=modules),
-        "code": code_hash(run.train_py, modules),
         "seed": s.get("seed"),
         "seed_offset": number(run.first_of("seed_offset")),
         **compute_comparable(run),
@@ -2552,7 +2509,9 @@ def find_outputs(folder: Path) -> list[Outputs]:
 
 # What the log of a program shows that died before it could write its start file. Without one of these the log is of a
 # program that has only just been started, or of something else.
-ENDED = re.compile(r"crash:|Error\b|error:|Exception|Traceback|Interrupt|Killed|Terminated|not found|core dumped|No such file")
+ENDED = re.compile(
+    r"crash:|Error\b|error:|Exception|Traceback|Interrupt|Killed|Terminated|not found|core dumped|No such file"
+)
 
 
 def find_unmarked_outputs(folder: Path, log: str) -> list[Outputs]:
@@ -2564,7 +2523,8 @@ def find_unmarked_outputs(folder: Path, log: str) -> list[Outputs]:
     if summary and is_confirmed:
         return [outputs_of(folder, {LOG, METRICS, EVAL, SUMMARY})]
     if scored is not None or ENDED.search(log):
-        return [outputs_of(folder, {LOG}, *([f"{SUMMARY} is not of the run that wrote {LOG}: left out"] if summary else []))]
+        note = [f"{SUMMARY} is not of the run that wrote {LOG}: left out"] if summary else []
+        return [outputs_of(folder, {LOG}, *note)]
     return []
 
 
@@ -2637,12 +2597,12 @@ def file_run(outputs: Outputs, archive: Path, folder: Path, book: Book) -> str:
     if origin.train_py is not None:
         write_atomic(target / "train.py", origin.train_py)
     if is_again:
-        book_run(archive, name, record)
+        book_run(archive, name, record, book)
     write_json(target / STATS, {"record": record})
     if not is_again:
         os.rename(target, archive / name)
         target.parent.rmdir()
-        book_run(archive, name, record)
+        book_run(archive, name, record, book)
     return name
 
 
@@ -2655,28 +2615,35 @@ def copy_file(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def book_run(archive: Path, name: str, record: dict, at: int | None = None) -> None:
-    """The row of a filed run: in place of its old one, else at the end, or where `at` says."""
-    rows = load_rows(archive)
-    new = parse_row(format_row(name, record, filing_status(record), record.get("description") or ""))
-    if any(row.name == name for row in rows):
-        return save_rows(archive, [new if row.name == name else row for row in rows])
-    at = len(rows) if at is None else at
-    save_rows(archive, [*rows[:at], new, *rows[at:]])
+def new_row(name: str, record: dict) -> Row:
+    return parse_row(format_row(name, record, filing_status(record), record.get("description") or ""))
+
+
+def book_run(archive: Path, name: str, record: dict, book: Book) -> None:
+    """The row of a filed run: in place of its old one, else at the end."""
+    new, names = new_row(name, record), [row.name for row in book.rows]
+    save_rows(archive, [new if row.name == name else row for row in book.rows] + ([] if name in names else [new]))
 
 
 def repair_books(archive: Path, book: Book) -> list[str]:
-    """Records that were lost, and rows for runs that have none, before those that started later. Says what was done."""
+    """Records that were lost; rows for runs that have none, before those that started later; and the lines that are no
+    rows, as a spreadsheet leaves them, into a file of their own. Says what was done."""
     for name in [e.name for e in book.entries if not read_stats(archive / e.name)]:
         write_json(archive / name / STATS, {"record": load_record(archive / name)})
-    starts = {e.name: e.record.get("started_unix") for e in book.entries}
-    told = []
+    told, rows = [], book.rows
+    starts = {e.name: e.record.get("started_unix") or 0.0 for e in book.entries}
     for name in book.unbooked:
         record = load_record(archive / name)
-        starts[name] = record.get("started_unix")
-        later = (i for i, row in enumerate(load_rows(archive)) if (starts.get(row.name) or 0) > (starts[name] or math.inf))
-        book_run(archive, name, record, next(later, None))
+        starts[name] = record.get("started_unix") or math.inf
+        at = next((i for i, row in enumerate(rows) if starts.get(row.name, 0.0) > starts[name]), len(rows))
+        rows = [*rows[:at], new_row(name, record), *rows[at:]]
         told.append(f"{name} had no row in {RESULTS}: added, as {filing_status(record)}")
+    if book.damaged:
+        with open(archive / DAMAGED, "ab") as f:
+            f.writelines(row.line.encode("utf-8", "surrogateescape") for row in book.damaged)
+        told.append(f"{len(book.damaged)} line(s) of {RESULTS} were no rows: moved to {DAMAGED}")
+    if told:
+        save_rows(archive, rows)
     return told
 
 
@@ -2862,7 +2829,8 @@ def list_items(text: str | None) -> list[str]:
 
 def list_claims(text: str | None) -> list[str]:
     """The claims of insights.md, without the lines on the best that analyze.py writes."""
-    return [item for item in list_items(BEST_LINES.sub("", text or "")) if not item.startswith(("Current Best", "Claims"))]
+    items = list_items(BEST_LINES.sub("", text or ""))
+    return [item for item in items if not item.startswith(("Current Best", "Claims"))]
 
 
 def compute_status(archive: Path, folder: Path) -> dict:
@@ -2904,7 +2872,7 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
         return []
     share = trained_s / budget_s
     line = f"{share:.0%} of the budget, {max(budget_s - trained_s, 0):.0f} s left before the score"
-    paired = compute_paired(run, [load_folder(archive / best.name, best.name)])
+    paired = globals().get("compute_paired", lambda *_: None)(run, [load_folder(archive / best.name, best.name)])
     if not paired or not paired["windows"]:
         return [line]
     last = paired["windows"][-1]
@@ -2992,52 +2960,34 @@ def imported_modules(folder: Path, text: str) -> dict[str, str]:
 
 def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
     """What speaks against training train.py as it lies here, and what else is worth knowing, a line each."""
-    text = read_text(folder / "train.py")
-    if text is None:
-        return [f"there is no train.py in {folder}"], []
+    text = read_text(folder / "train.py") or ""
     try:
-        values = split_config(text)[1]
+        values = static_config(text)
     except (SyntaxError, ValueError, RecursionError) as e:
         return [f"train.py does not parse: line {getattr(e, 'lineno', '?')}: {getattr(e, 'msg', e)}"], []
-    except (TypeError, ArithmeticError):
-        values = {}
     book, modules = load_book(archive), imported_modules(folder, text)
-    best = compute_best(book.entries)
-    against = book.entry(best.name) if best else None
-    faults = find_repeats(book, folder, text, modules, values, against)
+    faults = find_repeats(book, folder, text, modules)
     faults += find_changed_files(folder, modules) + find_batch_fault(folder, values)
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < DISK_GB:
         faults.append(f"the disk is nearly full: {free_gb:.1f} GB are free; a run needs {DISK_GB:.0f}")
-    told = [describe_change(archive, against, text, values)] if against and not faults else []
-    return faults, told
+    return faults, describe_change(archive, book, text, values)
 
 
-def find_repeats(
-    book: Book, folder: Path, text: str, modules: dict, values: dict, best: Entry | None
-) -> list[str]:
-    """Runs, filed or under way elsewhere, that this program would repeat."""
+def find_repeats(book: Book, folder: Path, text: str, modules: dict) -> list[str]:
+    """The newest run that this program would repeat, and those under way elsewhere."""
     program, exact = program_hash(text, modules=modules), program_hash(text, hide_seed=False, modules=modules)
-    code, faults = code_hash(text, modules), []
-    for e in book.entries:
-        result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}"
-        if e.record.get("program") == program:
-            if e.record.get("was_killed"):
-                continue
-            seed = "" if e.record.get("program_and_seed") == exact else " but for its seed"
-            again = "; `uv run analyze.py rerun` runs the best again" if best and e.group == best.group else ""
-            faults.append(f"this program{seed} was trained before: {result}{again}")
-        elif code and e.record.get("code") == code and is_same_config(values, e.record.get("config", {})):
-            faults.append(f"this resolved configuration, written in another way, was trained before: {result}")
+    same = [e for e in book.entries if e.record.get("program") == program and not e.record.get("was_killed")]
+    best, faults = compute_best(book.entries), []
+    for e in same[-1:]:
+        seed = "" if e.record.get("program_and_seed") == exact else " but for its seed"
+        again = "; `uv run analyze.py rerun` runs the best again" if best and e.group == best.group else ""
+        result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}{again}"
+        faults.append(f"this program{seed} was trained before: {result}")
     for run in find_running(book, folder):
         if program_hash(run.start.get("train_py"), modules=run.start.get("modules")) == program:
             faults.append(f"this program is being trained now: {describe_running(run)}")
-    return faults[-3:]
-
-
-def is_same_config(values: dict, config: dict) -> bool:
-    known = {k: v for k, v in values.items() if k in config and not is_seed(k)}
-    return len(known) > 0 and all(config[k] == v for k, v in known.items())
+    return faults
 
 
 def find_changed_files(folder: Path, modules: dict) -> list[str]:
@@ -3045,7 +2995,9 @@ def find_changed_files(folder: Path, modules: dict) -> list[str]:
     used = ["prepare.py", "analyze.py", *modules]
     changed = git(folder, "status", "--porcelain", "--", *used) or ""
     names = sorted(line[3:].strip() for line in changed.splitlines())
-    return [f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest"] if names else []
+    if not names:
+        return []
+    return [f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest"]
 
 
 def find_batch_fault(folder: Path, values: dict) -> list[str]:
@@ -3055,17 +3007,27 @@ def find_batch_fault(folder: Path, values: dict) -> list[str]:
     if not found or not total or not rows or is_demo():  # the demo has sizes of its own
         return []
     tokens = rows * int(found[2])
-    return [f"total_batch_size {total:.0f} is no multiple of {tokens:.0f}, the tokens of one pass"] if total % tokens else []
+    if total % tokens == 0:
+        return []
+    return [f"total_batch_size {total:.0f} is no multiple of {tokens:.0f}, the tokens of one pass"]
 
 
-def describe_change(archive: Path, best: Entry, text: str, values: dict) -> str:
-    """One line on what a program changes against the best."""
-    config = best.record.get("config", {})
-    keys = [k for k, v in values.items() if k in config and config[k] != v and not is_seed(k)]
-    knobs = [f"{k} {json.dumps(config[k])} -> {json.dumps(values[k])}" for k in keys]
+def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[str]:
+    """What a program changes against the best, and which other runs had its configuration."""
+    best = compute_best(book.entries)
+    if best is None:
+        return ["nothing to compare with: this is the first program"]
+    config = book.entry(best.name).record.get("config", {})
+    knobs = [f"{k} {json.dumps(config[k])} -> {json.dumps(v)}" for k, v in values.items() if config.get(k, v) != v]
     diff = diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), best.name)
     added, removed = (sum(d.startswith(sign) and not d.startswith(sign * 3) for d in diff) for sign in "+-")
-    return f"against {best.name}: {', '.join([*knobs, f'+{added} -{removed} lines of train.py'])}"
+    told = [f"against {best.name}: {', '.join([*knobs, f'+{added} -{removed} lines of train.py'])}"]
+    for e in book.entries if knobs else []:
+        theirs = e.record.get("config", {})
+        if theirs and all(theirs.get(k, v) == v for k, v in values.items() if not is_seed(k)):
+            result = f"{e.name} scored {show(e.val_bpb)}, {e.status}"
+            told.append(f"this configuration, with other code, was trained before: {result}")
+    return told[:1] + told[1:][-1:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3092,7 +3054,7 @@ momentum 0.90 to 0.93, q-k scale 1.1 to 1.2, hashed bigram value embeddings | ? 
 embeddings in the last layers only (+0.007), no mask on the cautious decay (+0.005), depth 11 at width 640 (+0.007), \
 any warm-up | | better
 """
-TRAIN_COMMAND = "timeout --kill-after=10 600 uv run train.py > run.log 2>&1"
+TRAIN = "uv run train.py > run.log 2>&1"
 
 
 def wait_for_run(folder: Path) -> None:
@@ -3123,8 +3085,8 @@ def command_file(archive: Path, folder: Path) -> int:
         if not outputs:
             if told:
                 return 0
-            starting = f"; {describe_outputs(folder, load_book(archive))}" if is_starting(folder) else ""
-            raise AnalyzeError(f"no run's outputs in {folder}: run `uv run train.py > run.log 2>&1` there first{starting}")
+            starting = f" ({describe_outputs(folder, load_book(archive))})" if is_starting(folder) else ""
+            raise AnalyzeError(f"no run's outputs in {folder}{starting}: run `{TRAIN}` there first")
         if name is None:
             return report_environment(outputs[-1])
         print_verdict(archive, name, is_new)
@@ -3248,7 +3210,7 @@ def program_files(archive: Path, name: str) -> dict[str, str]:
 
 
 def check_nothing_is_lost(archive: Path, folder: Path, book: Book, names: list[str]) -> None:
-    """AnalyzeError if a file of the program, here or in git's index, holds text that is neither committed nor archived."""
+    """AnalyzeError if a file of the program, here or in git's index, holds text that is nowhere else."""
     archived = {sha for e in book.entries for sha in (e.record.get("modules") or {}).values()}
     archived |= {e.record.get("train_sha256") for e in book.entries}
     for file in {"train.py"}.union(*(program_files(archive, name) for name in names)):
@@ -3318,7 +3280,7 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
     """A branch for the night, the agent's two files where they are missing, the data checked; then what to do next."""
     check_git(folder)
     if git(folder, "rev-parse", "HEAD") is None:
-        raise AnalyzeError(f"{folder} is no git repository with a commit: `git init && git add . && git commit -m start`")
+        raise AnalyzeError(f"{folder} has no commit yet: `git init && git add . && git commit -m start`")
     branch = (git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or "").strip()
     if not branch.startswith("autoresearch/"):
         wanted = f"autoresearch/{tag or time.strftime('%Y-%m-%d')}"
@@ -3337,7 +3299,7 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
     if done.returncode:
         said = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1])
         raise AnalyzeError(f"the data are not ready: {said}; run `uv run prepare.py`, then this again")
-    print(f"{one_line(done.stdout)}\nnext, the baseline: {TRAIN_COMMAND}")
+    print(f"{one_line(done.stdout)}\nnext, the baseline: timeout --kill-after=10 600 {TRAIN}")
 
 
 def command_rerun(archive: Path, folder: Path) -> None:
@@ -3352,7 +3314,7 @@ def command_rerun(archive: Path, folder: Path) -> None:
         print(bring_back(best.name, archive, folder, f"Run the best, {best.name}, again"))
     offsets = [number(book.entry(name).record.get("seed_offset")) or 0 for name in best.names]
     offset = int(max(max(offsets) + 1, len(offsets)))
-    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} {TRAIN_COMMAND}")
+    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} timeout --kill-after=10 600 {TRAIN}")
 
 
 def command_stop(folder: Path) -> None:
@@ -3390,15 +3352,14 @@ def command_new_archive(archive: Path, folder: Path) -> None:
         names = (f"{archive.name}.{time.strftime('%Y-%m-%d')}" + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
         target = next(path for path in map(archive.with_name, names) if not path.exists())
         os.rename(archive, target)
-    print(f"the archive so far is {target}; the next run that is filed begins a new one. Its {INSIGHTS} and {QUEUE} are "
-          "there too: copy what still holds")
+    print(f"the archive so far is {target}, with its {INSIGHTS} and {QUEUE}; the next run begins a new one")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="File and analyze the run of this folder, or one of the commands below."
     )
-    parser.add_argument("--wait", action="store_true", help="wait for the end of the run in progress here, then file it")
+    parser.add_argument("--wait", action="store_true", help="first wait for the end of the run here")
     commands = parser.add_subparsers(dest="command")
     for name, text in (("keep", "keep a run"), ("discard", "discard a run and go back to the best train.py")):
         commands.add_parser(name, help=text).add_argument(
