@@ -2267,7 +2267,8 @@ def draw_progress(entries: list[Entry]) -> Figure:
     number_of, lineage = {e.name: i for i, e, _ in marks}, compute_history(entries)["lineage"]
     x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
     scores = [e.val_bpb for _, e, mark in marks if mark in SCORED] or [1.0]
-    low, high = min(scores), max([np.percentile(scores, 90), *y])
+    kept = [e.val_bpb for _, e, mark in marks if mark.startswith("kept")]
+    low, high = min(scores), max([np.percentile(scores, 90), *kept])
     room = max(high - low, 0.004 * high)  # one bad run must not flatten the descent, nor one run fill the picture
     for label, (marker, color, inside) in MARKS.items():
         own = [(i, e.val_bpb) for i, e, mark in marks if mark == label]
