@@ -2016,8 +2016,7 @@ def render_report(book: Book, archive: Path, pictures: Iterable[str]) -> str:
     effects = [[x.knob, x.change, x.measured, x.kind, x.entry.name] for x in compute_effects(entries)]
     tried = [[e.name, show(e.val_bpb), mark_of(e), verdict_of(e).get("kind") or "", e.description] for e in entries]
     lines = [f"# Report{' on the demo' * any(e.record.get('demo') for e in entries)}", ""]
-    lines += [render_gain(archive, entries), "", *(f"![]({name})\n" for name in pictures)]
-    lines += ["## Kept, from the first to the best", ""]
+    lines += [render_gain(archive, entries), "", "![](progress.png)", "", "## Kept, from the first to the best", ""]
     lines += render_table(["run", "val_bpb", "effect", "outside the noise", "idea"], render_kept(entries))
     lines += ["## Effects", "", *render_table(["knob", "change", "effect", "verdict", "run"], effects)]
     lines += [f"Never touched: {untouched_knobs(entries)}. {render_calibration(entries)}", ""]
@@ -2026,7 +2025,8 @@ def render_report(book: Book, archive: Path, pictures: Iterable[str]) -> str:
         lines += ["## Without a result", "", *render_table(["run", "", "reason", "description"], reasons)]
     lines += ["## Everything tried", ""]
     lines += render_table(["run", "val_bpb", "decision", "verdict", "description"], tried)
-    lines += [f"- {problem}" for problem in book.problems]
+    lines += [f"- {problem}\n" for problem in book.problems]
+    lines += ["## Pictures of the best run", "", *(f"![]({name})\n" for name in pictures)] if pictures else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -2199,18 +2199,18 @@ def percent(run: Run) -> np.ndarray:
 def draw_layers(run: Run, best: Run | None) -> Figure | None:
     """Three heat maps, over the run and beside the best's end, and the scalars. None without layer statistics."""
     kinds = (
-        ("output RMS, log10", lambda r: log10_of(named_values(r, "layers/names", "layers/rms"))),
-        ("update / weight, log10", lambda r: log10_of(update_ratios(r))),
-        ("share of inputs near zero", lambda r: named_values(r, "layers/names", "layers/input_zeros")),
+        ("output RMS, log10", "layers/names", lambda r: log10_of(named_values(r, "layers/names", "layers/rms"))),
+        ("update / weight, log10", "params/names", lambda r: log10_of(update_ratios(r))),
+        ("share of inputs near zero", "layers/names", lambda r: named_values(r, "layers/names", "layers/input_zeros")),
     )
-    mine = [[*filter(None, map(look, run.records))] for _, look in kinds]
-    theirs = [[*filter(None, map(look, best.records))][-1:] if best else [] for _, look in kinds]
+    mine = [[look(r) for r in run.records_with(names)] for _, names, look in kinds]
+    theirs = [[look(r) for r in best.records_with(names)[-1:]] if best else [] for _, names, look in kinds]
     num_rows = max(len(columns[-1]) if columns else 0 for columns in mine)
     if not num_rows:
         return None
     figure = new_figure(f"{run.name}: layers", run.start, height=4.5 + 0.125 * min(num_rows, MOST_ROWS))
     grid = figure.add_gridspec(2, 3, height_ratios=(3, 1))
-    for i, (title, _) in enumerate(kinds):
+    for i, (title, *_) in enumerate(kinds):
         draw_heat(figure.add_subplot(grid[0, i]), mine[i], theirs[i], len(run.records), title)
     axes = figure.add_subplot(grid[1, :])
     for i, (name, logged) in enumerate(run.scalars.items()):
@@ -2608,7 +2608,7 @@ def write_morning(archive: Path, book: Book) -> None:
     if lineage := compute_history(entries)["lineage"]:
         base, kept = (load_folder(archive / name, name) for name in (lineage[0][0], best.name))
         write_atomic(archive / "best.patch", render_patch(entries, base, kept))
-    report = render_report(book, archive, pictures)
+    report = render_report(book, archive, [*pictures][1:])
     write_atomic(archive / "report.html", render_html(report, pictures))
     write_atomic(archive / "report.md", report)
 
