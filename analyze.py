@@ -31,10 +31,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import contextlib
 import difflib
 import fcntl
 import hashlib
+import html
 import io
 import json
 import math
@@ -44,6 +46,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -2082,108 +2085,290 @@ def render_compare(runs: list[Run], entries: list[Entry]) -> str:
     return "\n".join(["| " + " | ".join(row) + " |" for row in table] + ["", *told]) + "\n"
 
 
-def render_report(book: Book) -> str:
-    """The morning page for a person: what was tried, kept, crashed, and what deserves another run."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The morning: effects, predictions, claims, report.md, report.html, best.patch
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRIED = ("new best", "unproven", "not better")  # verdicts on an idea; the others are on the run
+# What follows from the knobs, or is not train.py's to set: no idea of its own.
+DERIVED = re.compile(
+    r"num_params\w*|flops_per_token|width|num_heads|window_sizes|max_seq_len|time_budget|eval_tokens|demo|seed\w*"
+)
+# "expect -0.0006" in a commit's subject. A number without its sign, or of another unit, is no prediction of val_bpb.
+EXPECTED = re.compile(
+    r",? *\b(?:expect|predict)\w*[^-+\d\u2212\u2013]{0,24}([-+\u2212\u2013] ?\d*[.,]?\d+(?:e-?\d+)?)"
+    r"(?![\d.]| ?(?:%|ms|x|M))", re.I)
+RUN_NAME = re.compile(r"\b(?:unknown-|nogit-)?[0-9a-f]{7}(?:-dirty)?(?:\.\d+)?\b")
+HTML_STYLE = """body {font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem}
+img {width: 100%} table {border-collapse: collapse} tr:first-child {font-weight: bold}
+td {border-bottom: 1px solid #ddd; padding: .2rem .6rem; vertical-align: top}"""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one run changed against the best it was compared with, and what came of it, in bpb."""
+
+    knob: str
+    change: str
+    entry: Entry
+    difference: float
+    error: float | None  # None where the noise is unknown
+    kind: str
+
+    @property
+    def measured(self) -> str:
+        return f"{self.difference:+.5f} ± {show(self.error, '.5f')}"
+
+    @property
+    def is_inside_noise(self) -> bool:
+        return self.kind == "unproven" or not self.error or abs(self.difference) < GAIN_ERRORS * self.error
+
+
+def verdict_of(e: Entry) -> dict:
+    """As it stands on the run's own page: whatever is said of a run elsewhere has the same bar."""
+    return e.stats.get("verdict") or {}
+
+
+def changed_knobs(e: Entry) -> dict[str, str]:
+    """Knob to "before -> after"; a run that changed none changed the code, and goes by its subject."""
+    config = (e.stats.get("changes") or {}).get("config") or {}
+    knobs = {k: pair for k, pair in config.items() if not DERIVED.fullmatch(k)}
+    if knobs.get("num_kv_heads") == config.get("num_heads"):  # as many as heads, whatever their number
+        knobs.pop("num_kv_heads", None)
+    if not knobs:
+        return {clip(idea_of(e.description), 60): "code"}
+    told = {}
+    for knob, (before, after) in knobs.items():
+        others = [other for other in knobs if other != knob]
+        told[knob] = f"{json.dumps(before)} -> {json.dumps(after)}" + (f" with {', '.join(others)}" if others else "")
+    return told
+
+
+def compute_effects(entries: list[Entry]) -> list[Effect]:
+    """Everything tried: gains, then losses, then what the noise hides; the largest first. Of replicates the last one
+    speaks, whose verdict is on the mean of all."""
+    found: dict[tuple, Effect] = {}
+    for e in entries:
+        v = verdict_of(e)
+        if v.get("kind") in TRIED and (difference := number(v.get("difference"))) is not None:
+            for knob, change in changed_knobs(e).items():
+                error = number(v.get("standard_error"))
+                found[knob, e.group] = Effect(knob, change, e, difference, error, v["kind"])
+    return sorted(found.values(), key=lambda x: (x.is_inside_noise, x.difference > 0, -abs(x.difference)))
+
+
+def untouched_knobs(entries: list[Entry]) -> str:
+    configs = [e.record["config"] for e in entries if e.record.get("config")]
+    touched = {knob for e in entries for knob in changed_knobs(e)}
+    return ", ".join(k for k in (configs or [{}])[-1] if k not in touched and not DERIVED.fullmatch(k)) or "none"
+
+
+def render_effects(entries: list[Entry], limit: int) -> list[str]:
+    """A line for each of the `limit` knobs that matter most, then the knobs that nobody has touched."""
+    by_knob: dict[str, list[str]] = {}
+    for x in compute_effects(entries):
+        by_knob.setdefault(x.knob, []).append(f"{x.change} {x.measured} ({x.kind}, {x.entry.name})")
+    lines = [f"{knob}: {'; '.join(told[:3])}" for knob, told in by_knob.items()][:limit]
+    if len(by_knob) > limit:
+        lines.append(f"and {len(by_knob) - limit} more in report.md")
+    return [*lines, f"never touched: {untouched_knobs(entries)}"]
+
+
+def idea_of(description: str) -> str:
+    """A subject without its prediction."""
+    return EXPECTED.split(description)[0]
+
+
+def expected_difference(description: str) -> float | None:
+    found = EXPECTED.search(description)
+    return float(re.sub("[\u2212\u2013]", "-", found[1]).replace(" ", "").replace(",", ".")) if found else None
+
+
+def render_prediction(entry: Entry, difference: float | None, error: float | None) -> str:
+    """What the subject expected and what came, one line; empty where it expected nothing or nothing was measured."""
+    expected = expected_difference(entry.description)
+    if expected is None or difference is None or not error:
+        return ""
+    miss, told = difference - expected, "the error allows both"
+    if abs(miss) > GAIN_ERRORS * error:
+        told = f"{'worse' if miss > 0 else 'better'} than expected by {abs(miss):.4f}"
+    return f"Expected {expected:+.4f}, came {difference:+.4f} ± {error:.4f}: {told}."
+
+
+def render_calibration(entries: list[Entry]) -> str:
+    """How well the author of the subjects predicts; empty before the first prediction that was measured."""
+    effects = {x.entry.name: x for x in compute_effects(entries) if x.error}
+    pairs = [(expected_difference(x.entry.description), x.difference, x.error) for x in effects.values()]
+    pairs = [pair for pair in pairs if pair[0] is not None]
+    if not pairs:
+        return ""
+    expected, came, errors = np.array(pairs).T
+    return (f"{len(pairs)} prediction(s): expected {expected.mean():+.4f} in the mean, came {came.mean():+.4f}; "
+            f"the sign was right in {(expected * came > 0).sum()}, "
+            f"the size within two standard errors in {(abs(came - expected) <= GAIN_ERRORS * errors).sum()}.")
+
+
+def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
+    """Claims of insights.md that cite runs which do not exist, or rest on runs inside the noise alone."""
+    names, lines = {e.name for e in entries}, []
+    is_inside = {x.entry.name: x.is_inside_noise for x in compute_effects(entries)}
+    for claim in re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", (text or "").partition("## Claims")[2], re.M):
+        cited = [name for name in RUN_NAME.findall(claim) if name in names or not name.isdecimal()]
+        if missing := [name for name in cited if name not in names]:
+            lines.append(f"no run is called {', '.join(missing)}: {clip(claim, 80)}")
+        elif cited and all(is_inside.get(name) for name in cited):
+            lines.append(f"rests on runs inside the noise alone: {clip(claim, 80)}")
+    return lines
+
+
+def compute_audit(archive: Path, names: Iterable[str]) -> float | None:
+    """Mean score of these runs on validation text that no score used; None where it was not scored."""
+    scores = numbers((read_json(archive / name / EVAL) or {}).get("audit_bpb") for name in names)
+    return float(np.nanmean(scores)) if np.isfinite(scores).any() else None
+
+
+def render_gain(archive: Path, entries: list[Entry]) -> str:
+    """The paragraph a person can forward."""
+    h, best, noise = compute_history(entries), compute_best(entries), compute_noise(entries)
+    took = f"{h['hours']:.1f} h" if h["hours"] >= 1 else f"{60 * h['hours']:.1f} minutes"
+    night = f"{render_counts(h)}, {took} of training"
+    if h.get("gpu_share"):
+        night += f", the GPU at work {h['gpu_share']:.0%} of the time"
+    if best is None or not h["lineage"] or h["lineage"][0][0] == best.name:
+        return f"{night}. No gain over the first kept run."
+    base, start, _ = h["lineage"][0]
+    base_names = [e.name for e in compute_groups(entries)[next(e.group for e in entries if e.name == base)]]
+    won, lent = start - best.mean, h.get("optimism") or 0.0
+    error = noise.sigma and noise.sigma * math.sqrt(1 / len(base_names) + 1 / len(best.names))
+    text = (f"val_bpb went from {start:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} ± {show(error)} "
+            f"(standard error) over the first kept run, {base}: {night}. ")
+    if lent:
+        text += f"About {lent:.6f} of it is luck, since the best was chosen among equals: {won - lent:.6f} remain. "
+    audits = [compute_audit(archive, names) for names in (base_names, best.names)]
+    if None in audits:
+        text += "It is not confirmed: no text but the score's own was scored. "
+    else:
+        on_audit = audits[0] - audits[1]
+        text += (f"On validation text that no score used the gain is {on_audit:.6f}: "
+                 f"{max(won - on_audit, 0):.6f} of it may be the search fitted to the text of the score. ")
+    helped = [f"{idea} ({measured})" for *_, measured, outside, idea in render_kept(entries) if outside == "yes"]
+    return text + f"What helped: {'; '.join(helped[-6:]) or 'nothing that stands outside the noise'}."
+
+
+def render_kept(entries: list[Entry]) -> list[list[str]]:
+    """The kept chain: run, mean, effect as its verdict measured it, whether that is outside the noise, idea."""
+    effects, groups, rows = {x.entry.group: x for x in compute_effects(entries)}, {e.name: e.group for e in entries}, []
+    for name, mean, description in compute_history(entries)["lineage"]:
+        cells = ["", ""]
+        if x := effects.get(groups[name]):
+            cells = [x.measured, "no" if x.is_inside_noise else "yes"]
+        rows.append([name, f"{mean:.6f}", *cells, idea_of(description)])
+    return rows
+
+
+def render_table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines] + [""]
+
+
+def render_report(book: Book, archive: Path, pictures: Iterable[str]) -> str:
+    """The morning page for a person: what was gained, by what, and all that was tried."""
     entries = book.entries
-    best, noise, h = compute_best(entries), compute_noise(entries), compute_history(entries)
-    lines = ["# Report", ""]
-    if best:
-        e = book.entry(best.name)
-        lines.append(f"**Best: {best.mean:.6f}** ({best.name}, {len(best.names)} run(s)"
-                     f"{'' if best.is_kept else ', not kept yet'}): {e.description}")
-    lines += [
-        f"- {render_counts(h)}; {h['hours']:.1f} h; {show(h['ideas_since_best'], '.0f')} idea(s) since the best",
-        f"- gain since the first kept run: {show(h['gain'])} bpb, {show(h['gain_per_hour'], '.5f')} per hour; "
-        f"hit rate {show(h['hit_rate'], '.0%')}",
-        f"- noise between identical runs: sigma {noise.sigma:.6f} bpb ({noise.source})",
-        "", "![val_bpb over experiments](progress.png)", "", "## Kept", "",
-        "| run | val_bpb (mean) | change | description |", "|---|---|---|---|",
-    ]
-    before = None
-    for name, val, text in h["lineage"]:
-        change = "" if before is None else f"{val - before:+.6f}"
-        small = (
-            " (within noise)" if before is not None and abs(val - before) < GAIN_ERRORS * noise.sigma * 2**0.5 else ""
-        )
-        lines.append(f"| {name} | {val:.6f} | {change}{small} | {text.replace('|', '/')} |")
-        before = val
-    near = compute_near_misses(entries)
-    lines += ["", "## Deserves a rerun", ""]
-    lines += [f"- {e.name} {e.val_bpb:.6f} ({e.status}): {e.description}" for e in near] or ["- nothing"]
-    if best and len(best.names) == 1:
-        lines.append(f"- {best.name}, the best, rests on one run")
-    for status, key in (("crash", "crash"), ("invalid", "invalid")):
-        failed = [e for e in entries if e.status == status]
-        if failed:
-            lines += ["", "## Crashed" if status == "crash" else "## Invalid", ""]
-            reasons = [(e, e.record.get(key) or "no reason recorded") for e in failed]
-            lines += [f"- {e.name} {e.description}: {clip(r if isinstance(r, str) else '; '.join(r), 200)}"
-                      for e, r in reasons]
-    lines += ["", "## Everything tried", "", "| run | val_bpb | status | description |", "|---|---|---|---|"]
-    lines += [f"| {e.name} | {show(e.val_bpb)} | {e.status} | {e.description.replace('|', '/')} |" for e in entries]
-    if book.problems:
-        lines += ["", "## Problems in the books", "", *(f"- {p}" for p in book.problems)]
-    return "\n".join(lines) + "\n"
+    effects = [[x.knob, x.change, x.measured, x.kind, x.entry.name] for x in compute_effects(entries)]
+    tried = [[e.name, show(e.val_bpb), mark_of(e), verdict_of(e).get("kind") or "", e.description] for e in entries]
+    lines = [f"# Report{' on the demo' * any(e.record.get('demo') for e in entries)}", ""]
+    lines += [render_gain(archive, entries), "", "![](progress.png)", "", "## Kept, from the first to the best", ""]
+    lines += render_table(["run", "val_bpb", "effect", "outside the noise", "idea"], render_kept(entries))
+    lines += ["## Effects", "", *render_table(["knob", "change", "effect", "verdict", "run"], effects)]
+    lines += [f"Never touched: {untouched_knobs(entries)}. {render_calibration(entries)}", ""]
+    if failed := [e for e in entries if mark_of(e) not in SCORED]:
+        reasons = [[e.name, mark_of(e), reason_of(e), e.description] for e in failed]
+        lines += ["## Without a result", "", *render_table(["run", "", "reason", "description"], reasons)]
+    lines += ["## Everything tried", ""]
+    lines += render_table(["run", "val_bpb", "decision", "verdict", "description"], tried)
+    lines += [f"- {problem}\n" for problem in book.problems]
+    lines += ["## Pictures of the best run", "", *(f"![]({name})\n" for name in pictures)] if pictures else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def reason_of(e: Entry) -> str:
+    """Why a run has no score that counts."""
+    told = e.record.get("crash") or e.record.get("invalid") or verdict_of(e).get("reasons") or "none recorded"
+    return clip(told if isinstance(told, str) else "; ".join(told), 200)
+
+
+def render_html(report: str, pictures: dict[str, bytes]) -> str:
+    """report.md as one page that needs no other file: the pictures lie in it."""
+    text = re.sub(r"^\| ---.*\n", "", html.escape(report), flags=re.M)
+    text = re.sub(r"^\| (.*) \|$", lambda row: "<tr><td>" + row[1].replace(" | ", "<td>"), text, flags=re.M)
+    text = re.sub(r"((?:^<tr>.*\n)+)", r"<table>\n\1</table>\n", text, flags=re.M)
+    text = re.sub(r"^(#+) (.*)$", lambda found: f"<h{len(found[1])}>{found[2]}</h{len(found[1])}>", text, flags=re.M)
+    text = re.sub(r"\n\n(?=[^<\n])", "\n\n<p>", text)
+    for name, data in pictures.items():
+        text = text.replace(f"![]({name})", f"<img src='data:image/png;base64,{base64.b64encode(data).decode()}'>")
+    return f"<!doctype html>\n<meta charset=utf-8>\n<title>Report</title>\n<style>{HTML_STYLE}</style>\n{text}"
+
+
+def diff_file(name: str, before: str | None, after: str) -> str:
+    """What `git diff` would print; None stands for no such file. Lines end at newlines alone, as git's do."""
+    old, new = ([*io.StringIO(text, newline="\n")] for text in (before or "", after))
+    lines = difflib.unified_diff(old, new, "/dev/null" if before is None else f"a/{name}", f"b/{name}")
+    told = "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+    made = "new file mode 100644\n" if before is None else ""
+    return told and f"diff --git a/{name} b/{name}\n{made}{told}"
+
+
+def render_patch(entries: list[Entry], base: Run, best: Run) -> str:
+    """All that was kept as one diff that `git apply` takes, below the list of the changes and what each brought."""
+    titles = ["run", "val_bpb", "effect", "outside the noise", "idea"]
+    told = [f"# {' | '.join(row)}\n" for row in [titles, *render_kept(entries)]]
+    before, after = ({"train.py": run.train_py or "", **(run.start.get("modules") or {})} for run in (base, best))
+    diffs = [diff_file(name, before.get(name), text) for name, text in after.items()]
+    return f"# train.py of {base.name} -> {best.name}: git apply best.patch\n{''.join([*told, *diffs])}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito: told apart by colour-blind eyes. This run, best and previous have the same colour everywhere.
+# Okabe and Ito: told apart by colour-blind eyes. This run and the best have the same colour everywhere.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
-COLORS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, "#000000", GREY)
+MARKS = {  # how progress.png shows a run: marker, colour, colour inside
+    "kept": ("o", GREEN, GREEN),
+    "kept, unproven": ("o", GREEN, "white"),
+    "discarded": ("o", GREY, GREY),
+    "pending": ("D", ORANGE, ORANGE),
+    "hampered": ("s", PURPLE, "white"),
+    "stopped": ("|", BLUE, BLUE),
+    "crashed": ("x", VERMILION, VERMILION),
+    "invalid": ("*", "black", "white"),
+}
+SCORED = [*MARKS][:4]  # the others have no score that counts
+MOST_ROWS = 100  # of a heat map: the names of more can be read on no screen
 
 
-@dataclass(frozen=True)
-class Line:
-    label: str | None
-    x: np.ndarray
-    y: np.ndarray
-    color: str
-    width: float = 1.6
-    alpha: float = 1.0
-
-
-def new_figure(title: str, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure of 1200 by 750 pixels and its axes as a flat array."""
+def new_figure(title: str, *facts: dict, height: float = 7.5) -> Figure:
+    """An empty figure, 1200 pixels wide. Its title says where `facts`, of a run or of runs, are the demo's."""
     from matplotlib.figure import Figure
 
-    figure = Figure((12, 7.5), dpi=100)
-    figure.suptitle(clip(title, 110), x=0.06, ha="left", fontsize=13)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    figure.subplots_adjust(left=0.065, right=0.98, top=0.9, bottom=0.075, hspace=0.33, wspace=0.17)
-    return figure, axes
+    figure = Figure((12, height), dpi=100, layout="constrained")
+    title = "demo: " * any(fact.get("demo") for fact in facts) + title
+    figure.suptitle(clip(title, 110), x=0.01, ha="left", fontsize=13)
+    return figure
 
 
-def draw(axes: Axes, lines: list[Line], title: str, xlabel: str, *, ylim: tuple[float, float] | None = None,
-         log: bool = False, legend: str = "best", empty: str = "not logged") -> None:
-    """One panel of curves. Lines without a finite point are left out; a panel without any is called `empty`."""
-    lines = [line for line in lines if np.isfinite(line.y).any()]
-    for line in lines:
-        axes.plot(line.x, line.y, color=line.color, lw=line.width, alpha=line.alpha, label=line.label)
+def dress(axes: Axes, title: str, xlabel: str, yscale: str = "linear") -> None:
+    """Titles, grid and legend of a panel whose curves are drawn."""
     axes.set_title(title, fontsize=10.5, loc="left")
     axes.set_xlabel(xlabel, fontsize=9.5)
+    axes.set_yscale(yscale)
     axes.tick_params(labelsize=9)
-    axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if not lines:
-        if empty:
-            axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", color=GREY)
-            axes.tick_params(labelbottom=False, labelleft=False)
-        return
-    if log:
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0) if high > 5 * low else range(1, 10)
-        axes.yaxis.get_major_locator().set_params(subs=steps, numticks=12)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-    if ylim and ylim[0] < ylim[1]:
-        axes.set_ylim(*ylim)
-    if any(line.label for line in lines):
-        axes.legend(fontsize=8.5, frameon=False, loc=legend, ncol=2 if len(lines) > 5 else 1)
+    axes.margins(x=0.01)
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8.5, frameon=False)
 
 
 def png(figure: Figure) -> bytes:
@@ -2194,270 +2379,204 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def limits(curves: list[Curve]) -> tuple[float, float]:
-    """Loss range without the first part of the budget, which would dwarf the rest, nor single spikes."""
-    late = [c.smooth[c.time_s > DWARFING * c.budget_s] for c in curves]
-    late = np.concatenate([x if len(x) else c.smooth for x, c in zip(late, curves, strict=True)])
-    low, high = float(late.min()), float(np.percentile(late, 99.5))
-    return low - 0.06 * (high - low) - 1e-3, high + 0.06 * (high - low) + 1e-3
+def draw_noisy(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, is_best: bool, count: int = 100) -> None:
+    """Every step as a thin line, the means over `count` stretches of x as a thick one; of the best these alone."""
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    if not is_best:
+        axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
+    if len(x) > count:
+        which = np.digitize(x, np.linspace(x[0], x[-1], count + 1)[1:-1])
+        x, y = ([values[which == i].mean() for i in np.unique(which)] for values in (x, y))
+    axes.plot(x, y, color=ORANGE if is_best else BLUE, lw=1.6, label=label)
 
 
-def draw_loss(run: Run, curves: dict[str, Curve | None]) -> bytes | None:
-    known = [(key, c, color) for (key, c), color in zip(curves.items(), (BLUE, ORANGE, GREY), strict=True) if c]
+def draw_loss(run: Run, curves: dict[str, Curve | None], windows: list[dict]) -> Figure | None:
+    """Training loss by tokens; below it the paired difference to the best, where there is one."""
+    known = [(key, curve) for key in ("best", "this") if (curve := curves[key])]
     if curves["this"] is None:
         return None
-    this, best, ylim = curves["this"], curves["best"], limits([c for _, c, _ in known])
-    figure, panels = new_figure(f"{run.name}: training loss, smoothed (nats per token)", 2, 2)
-    for panel, axis, label in ((panels[0], "time_s", "training time, s"), (panels[1], "tokens_m", "tokens, millions")):
-        raw = [Line(None, getattr(this, axis), this.loss, SKY, 0.6, 0.45)]
-        smooth = [Line(f"{key}: {c.name}", getattr(c, axis), c.smooth, color) for key, c, color in reversed(known)]
-        draw(panel, raw + smooth, f"by {label.split(',')[0].split()[-1]}", label, ylim=ylim, legend="upper right")
-    for panel, axis, label in ((panels[2], "time_s", "training time, s"), (panels[3], "tokens_m", "tokens, millions")):
-        lines = []
-        if best:
-            x = getattr(this, axis)
-            other = np.interp(x, getattr(best, axis), best.smooth, right=math.nan)
-            lines = [Line(f"this - {best.name}", x, this.smooth - other, BLUE)]
-        late = lines[0].y[this.time_s > DWARFING * this.budget_s] if lines else np.array([])
-        late = late[np.isfinite(late)]
-        reach = 1.3 * float(np.percentile(np.abs(late), 97)) + 1e-3 if len(late) else 0.0
-        draw(panel, lines, "difference to the best, below zero is better", label, ylim=(-reach, reach),
-             empty="nothing to compare with yet")
-        if lines:
-            panel.axhline(0, color="black", lw=0.8)
-    return png(figure)
+    figure = new_figure(f"{run.name}: training loss", run.start)
+    grid = figure.add_gridspec(2, 1, height_ratios=(5, 3))
+    axes = figure.add_subplot(grid[0] if windows else grid[:])
+    for key, curve in known:
+        draw_noisy(axes, curve.tokens_m, curve.loss, f"{key}: {curve.name}", key == "best")
+    # The start would flatten the rest, and so would single spikes; what is low is never cut off.
+    late = [curve.loss[curve.tokens_m > DWARFING * curve.tokens_m[-1]] for _, curve in known]
+    low, high = min(loss.min() for loss in late), max(np.percentile(loss, 99.5) for loss in late)
+    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    dress(axes, "nats per token", "tokens, millions")
+    if windows:
+        draw_paired(figure.add_subplot(grid[1], sharex=axes), windows)
+    return figure
 
 
-def draw_schedule(run: Run, curve: Curve | None, best: Run | None) -> bytes | None:
-    if curve is None:
+def draw_paired(axes: Axes, windows: list[dict]) -> None:
+    """Difference on the same text by windows, with two standard errors; hollow where the text had been seen before."""
+    for is_repeat, label in ((False, "new text"), (True, "text seen before: no measure of learning")):
+        some = [w for w in windows if bool(w.get("is_repeat")) == is_repeat]
+        start, end, nats, errors = (numbers(w[key] for w in some) for key in ("from_m", "to_m", "nats", "se"))
+        if some:
+            axes.errorbar((start + end) / 2, nats, 2 * errors, (end - start) / 2, fmt="o", color=BLUE,
+                          mfc="white" if is_repeat else BLUE, label=label)
+    axes.axhline(0, color="black", lw=0.8)
+    dress(axes, "this minus best on the same text, nats ± 2 standard errors; below zero is better", "tokens, millions")
+
+
+def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
+    """Schedules, learning rates, gradient norm and step time. None for a run without steps to draw."""
+    if len(run.records) < 3:
         return None
-    x = run.series("train/progress") * 100
-    x = x if np.isfinite(x).all() else np.arange(len(run.records), dtype=float)
-    xlabel = "progress, % of the budget"
-    figure, panels = new_figure(f"{run.name}: schedules, learning rates, gradient norm", 2, 2)
-    draw(panels[0], [Line("learning rate, multiplier", x, run.series("train/lr_multiplier"), BLUE),
-                     Line("Muon momentum", x, run.series("train/muon_momentum"), ORANGE)], "schedules", xlabel)
-    draw(panels[1], [Line(None, x, run.series("train/weight_decay"), GREEN)], "weight decay", xlabel)
+    figure = new_figure(f"{run.name}: schedules and machine", run.start)
+    schedules, rates, gradient, steps = figure.subplots(2, 2).flat
+    for key in ("train/lr_multiplier", "train/muon_momentum", "train/weight_decay"):
+        schedules.plot(percent(run), run.series(key), label=key.removeprefix("train/"))
     groups: dict[bytes, list[str]] = {}  # several of the same rate are one line with all their names
     for key in sorted({k for r in run.records[:3] for k in r if k.startswith("lr/")}):
-        groups.setdefault(run.series(key).tobytes(), []).append(key)
-    rates = [(clip(", ".join(k[3:] for k in keys), 60), run.series(keys[0])) for keys in groups.values()]
-    draw(panels[2], [Line(names, x, np.where(y > 0, y, math.nan), color)
-                     for (names, y), color in zip(rates, COLORS, strict=False)],
-         "resolved learning rates", xlabel, log=True)
-    lines = []
-    for key, r, color in (("best", best, ORANGE), ("this", run, BLUE)):
-        norm = r.series("train/grad_norm") if r else np.array([])
-        if np.isfinite(norm).any():
-            norm = np.where(norm > 0, norm, math.nan)
-            progress = 100 * r.series("train/progress")
-            lines.append(Line(None, progress, norm, color, 0.5, 0.3))
-            lines.append(Line(key, progress, rolling_median(norm, max(5, len(norm) // 50)), color))
-    lines.sort(key=lambda line: line.label is not None)  # medians above what they are of
-    draw(panels[3], lines, "gradient norm and its running median", xlabel, log=True)
-    return png(figure)
+        groups.setdefault(run.series(key).tobytes(), []).append(key.removeprefix("lr/"))
+    for names in groups.values():
+        rates.plot(percent(run), run.series(f"lr/{names[0]}"), label=clip(", ".join(names), 60))
+    both = [r for r in (best, run) if r and r.step_ms is not None]
+    for r in both:
+        draw_noisy(gradient, percent(r), r.series("train/grad_norm"), r.name, r is best)
+        steps_ms = r.series("perf/step_time_ms")
+        label = f"{r.name}: median {r.step_ms:.1f}, slowest {np.nanmax(steps_ms):.0f}"
+        draw_noisy(steps, percent(r), steps_ms, label, r is best)
+    if both:  # a stall of ten seconds must not flatten the rest: the legend tells it
+        steps.set_ylim(0.8 * min(r.step_ms for r in both), 1.4 * max(r.step_ms for r in both))
+    xlabel = "progress, % of the budget"
+    dress(schedules, "schedules", xlabel)
+    dress(rates, "resolved learning rates", xlabel, "log")
+    dress(gradient, "gradient norm", xlabel, "log")
+    dress(steps, "step time, ms", xlabel)
+    return figure
 
 
-def draw_machine(run: Run, best: Run | None) -> bytes | None:
-    steps_ms = run.series("perf/step_time_ms")
-    if np.isfinite(steps_ms).sum() < 3:
-        return None
-    figure, panels = new_figure(f"{run.name}: machine", 2, 2)
-    pairs = [(key, r, color) for key, r, color in (("best", best, ORANGE), ("this", run, BLUE)) if r]
-    for panel, metric, title, scale in ((panels[0], "perf/step_time_ms", "step time, ms", 1.0),
-                                        (panels[1], "perf/tokens_per_sec", "thousand tokens per second", 1e-3),
-                                        (panels[2], "perf/mfu_percent", "MFU, %", 1.0)):
-        lines = [Line(f"{key}: {r.name}", np.nancumsum(r.series("perf/step_time_ms")) / 1e3, r.series(metric) * scale,
-                      color, 1.0, 0.85) for key, r, color in pairs]
-        values = np.concatenate([line.y[5:] if len(line.y) > 20 else line.y for line in lines])
-        values = values[np.isfinite(values)]
-        ylim = None
-        if len(values):  # a stall of ten seconds must not flatten everything else
-            low, high = np.percentile(values, [0.5, 99])
-            ylim = (float(low - 0.1 * (high - low) - 0.02 * high), float(high + 0.3 * (high - low) + 0.02 * high))
-        draw(panel, lines, title, "training time, s", ylim=ylim)
-    for key, r, color in pairs:
-        settled = r.series("perf/step_time_ms")[5:]
-        settled = settled[np.isfinite(settled)]
-        if len(settled) > 1:
-            shown = settled[settled <= np.percentile(settled, 99)]
-            panels[3].hist(shown, bins=50, histtype="stepfilled", color=color, alpha=0.6,
-                           label=f"{key}: median {np.median(settled):.1f} ms")
-    draw(panels[3], [], "how often each step time occurred, the slowest 1 % left out", "ms", empty="")
-    if panels[3].patches:
-        panels[3].legend(fontsize=8.5, frameon=False)
-    return png(figure)
+def percent(run: Run) -> np.ndarray:
+    """Share of the budget before each step; where a program does not log it, the share of its steps."""
+    progress = 100 * run.series("train/progress")
+    return progress if np.isfinite(progress).all() else np.linspace(0, 100, len(progress))
 
 
-def draw_layers(run: Run) -> bytes | None:
-    """None where the program logs no layer statistics."""
-    with_layers, with_params = run.records_with("layers/names"), run.records_with("params/names")
-    if not with_layers and not with_params:
-        return None
-    figure, panels = new_figure(f"{run.name}: layers", 2, 2)
-    figure.subplots_adjust(left=0.13, wspace=0.32)
-    last_step = number(run.records[-1].get("step")) or float(len(run.records))
-    rms = [named_values(r, "layers/names", "layers/rms") for r in with_layers]
-    draw_heat(figure, panels[0], rms, last_step, "output RMS, log10")
-    draw_bars(panels[1], with_layers[-1:])
-    draw_heat(figure, panels[2], [update_ratios(r) for r in with_params], last_step, "update / weight RMS, log10")
-    lines = []
-    for (name, logged), color in zip(run.scalars.items(), COLORS, strict=False):
-        values = numbers(logged[-1])
-        lines.append(Line(name, np.arange(len(values)), values, color))
-    draw(panels[3], lines, "scalars at the end, by layer", "layer")
-    panels[3].xaxis.get_major_locator().set_params(integer=True)
-    return png(figure)
-
-
-def draw_heat(figure: Figure, axes: Axes, columns: list[dict[str, float]], last_step: float, title: str) -> None:
-    """Names down, time across, log10 of the value as colour. `columns` holds the values by name at each moment."""
-    names = list(columns[-1]) if columns else []
-    values = np.array([[c.get(n, math.nan) for c in columns] for n in names])
-    is_known = bool((values > 0).any())
-    draw(axes, [], title, "step", empty="" if is_known else "not logged")
-    if not is_known:
-        return
-    axes.grid(visible=False)
-    values = np.log10(np.where(values > 0, values, math.nan))
-    low, high = np.nanpercentile(values, [1, 99])
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=max(high, low + 1e-3),
-                        extent=(0, last_step, len(names) - 0.5, -0.5), interpolation="nearest")
-    label_names(axes, names)
-    figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05).ax.tick_params(labelsize=8)
-
-
-def label_names(axes: Axes, names: list[str]) -> None:
-    every = math.ceil(len(names) / 24)
-    axes.set_yticks(range(0, len(names), every))
-    axes.set_yticklabels([clip(n.removesuffix(".weight"), 24) for n in names[::every]], fontsize=7)
-
-
-def draw_bars(axes: Axes, last: list[dict]) -> None:
-    """The last shares of inputs near zero, and of units that are so on every token, one bar a layer."""
-    kinds = (("layers/input_zeros", "inputs", SKY), ("layers/dead", "dead units", VERMILION))
-    shown = [(values, label, color) for key, label, color in kinds
-             for r in last if (values := named_values(r, "layers/names", key))]
-    names = list(dict.fromkeys(name for values, _, _ in shown for name in values if values[name] >= 0.01))
-    draw(axes, [], "near zero at the end", "fraction", empty="" if names else "nowhere" if shown else "not logged")
-    if not names:
-        return
-    for i, (values, label, color) in enumerate(shown):
-        y = np.arange(len(names)) + 0.4 * (i - (len(shown) - 1) / 2)
-        axes.barh(y, [values.get(n, 0.0) for n in names], height=0.8 / len(shown), color=color, label=label)
-    label_names(axes, names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.legend(fontsize=8.5, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncol=2)
-
-
-def progress_limits(entries: list[Entry], steps: list[float]) -> tuple[float, float]:
-    """From below the best to above nine tenths of the scores: one bad run must not flatten the descent."""
-    scores = np.array([e.val_bpb for e in entries if e.is_valid])
-    low = float(min([*scores, *steps]))
-    high = max(float(np.percentile(scores, 90)), max(steps, default=low))
-    room = max(high - low, 4 * PRIOR_SIGMA)
-    return low - 0.1 * room, high + 0.12 * room
-
-
-def draw_progress(entries: list[Entry]) -> bytes:
-    figure, (axes,) = new_figure("val_bpb over experiments, lower is better", 1, 1)
-    scored = [(i, e) for i, e in enumerate(entries, 1) if e.is_valid]
-    draw(axes, [], "", "experiment", empty="" if scored else "no valid run yet")
-    if not scored:
-        return png(figure)
-    groups = compute_groups(entries)
-    bests: list[tuple[int, float, Entry]] = []
-    for i, e in scored:
-        mean = mean_bpb(groups[e.group])
-        if e.status == "keep" and (not bests or mean < bests[-1][1]):
-            bests.append((i, mean, e))
-    low, high = progress_limits(entries, [mean for _, mean, _ in bests])
-    axes.set_ylim(low, high)
-    axes.set_xlim(0.4, max(len(entries), 8) + 0.6)
+def draw_layers(run: Run, best: Run | None) -> Figure | None:
+    """Three heat maps, over the run and beside the best's end, and the scalars. None without layer statistics."""
     kinds = (
-        ("discard", "discarded", GREY, "o", 26),
-        ("pending", "pending", ORANGE, "D", 34),
-        ("keep", "kept", GREEN, "o", 60 if len(entries) <= 150 else 34),
+        ("output RMS, log10", "layers/names", lambda r: log10_of(named_values(r, "layers/names", "layers/rms"))),
+        ("update / weight, log10", "params/names", lambda r: log10_of(update_ratios(r))),
+        ("share of inputs near zero", "layers/names", lambda r: named_values(r, "layers/names", "layers/input_zeros")),
     )
-    for status, label, color, marker, size in kinds:
-        points = [(i, e.val_bpb) for i, e in scored if e.status == status and e.val_bpb <= high]
+    mine = [[look(r) for r in run.records_with(names)] for _, names, look in kinds]
+    theirs = [[look(r) for r in best.records_with(names)[-1:]] if best else [] for _, names, look in kinds]
+    num_rows = max(len(columns[-1]) if columns else 0 for columns in mine)
+    if not num_rows:
+        return None
+    figure = new_figure(f"{run.name}: layers", run.start, height=4.5 + 0.125 * min(num_rows, MOST_ROWS))
+    grid = figure.add_gridspec(2, 3, height_ratios=(3, 1))
+    for i, (title, *_) in enumerate(kinds):
+        draw_heat(figure.add_subplot(grid[0, i]), mine[i], theirs[i], len(run.records), title)
+    axes = figure.add_subplot(grid[1, :])
+    for i, (name, logged) in enumerate(run.scalars.items()):
+        axes.plot(numbers(logged[-1]), color=f"C{i}", label=name)
+        if best and name in best.scalars:
+            axes.plot(numbers(best.scalars[name][-1]), color=f"C{i}", ls="--", label=f"{name} of the best")
+    dress(axes, "scalars at the end", "layer")
+    return figure
+
+
+def log10_of(values: dict[str, float]) -> dict[str, float]:
+    return {name: math.log10(v) for name, v in values.items() if v > 0}
+
+
+def draw_heat(axes: Axes, columns: list[dict], theirs: list[dict], num_steps: int, title: str) -> None:
+    """Names down, time across, the value as colour; at the right the best's last column in the same colours.
+    `columns` holds the values by name at each moment."""
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    if names:
+        values = np.array([[column.get(name, math.nan) for column in (*columns, *theirs)] for name in names])
+        low, high = np.nanpercentile(values, [1, 99])
+        look = {"aspect": "auto", "vmin": low, "vmax": max(high, low + 1e-3), "interpolation": "nearest"}
+        rows = (len(names) - 0.5, -0.5)
+        image = axes.imshow(values[:, : len(columns)], extent=(0, num_steps, *rows), **look)
+        if theirs:
+            axes.imshow(values[:, len(columns) :], extent=(1.04 * num_steps, 1.12 * num_steps, *rows), **look)
+            axes.text(1.12 * num_steps, -0.8, "best", fontsize=8, ha="right")
+        axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=50).ax.tick_params(labelsize=8)
+    dress(axes, title, "step; grey: zero or not finite")
+    axes.set_xlim(0, (1.12 if theirs else 1.0) * num_steps)
+    axes.set_facecolor("0.85")
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(names)), [clip(name.removesuffix(".weight"), 28) for name in names], fontsize=6.5)
+    if len(names) > MOST_ROWS:
+        axes.set_yticks([])
+
+
+def mark_of(e: Entry) -> str:
+    """Which of MARKS a run is shown as: what its verdict calls it, then what was decided."""
+    kind = verdict_of(e).get("kind")
+    if kind in ("hampered", "stopped"):
+        return kind
+    if not e.is_valid:
+        return "crashed" if e.status == "crash" else "invalid"
+    if e.status == "keep":
+        return "kept, unproven" if kind == "unproven" else "kept"
+    return "discarded" if e.status == "discard" else "pending"
+
+
+def draw_progress(entries: list[Entry]) -> Figure:
+    """Scores in the order of filing, what the best was at each time, and by number the steps that brought most."""
+    figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries))
+    axes, marks = figure.subplots(), [(i, e, mark_of(e)) for i, e in enumerate(entries, 1)]
+    number_of, lineage = {e.name: i for i, e, _ in marks}, compute_history(entries)["lineage"]
+    x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
+    scores = [e.val_bpb for _, e, mark in marks if mark in SCORED] or [1.0]
+    kept = [e.val_bpb for _, e, mark in marks if mark.startswith("kept")]
+    low, high = min(scores), max([np.percentile(scores, 90), *kept])
+    room = max(high - low, 0.004 * high)  # one bad run must not flatten the descent, nor one run fill the picture
+    for label, (marker, color, inside) in MARKS.items():
+        own = [(i, e.val_bpb) for i, e, mark in marks if mark == label]
+        points = [(i, val if label in SCORED and val <= high else high + 0.13 * room) for i, val in own]
         if points:
-            axes.scatter(*zip(*points, strict=True), s=size, c=color, marker=marker, zorder=3,
-                         label=f"{label} ({len([e for _, e in scored if e.status == status])})",
-                         edgecolors="white", linewidths=0.6)
-    above = [i for i, e in scored if e.val_bpb > high]
-    failed = [i for i, e in enumerate(entries, 1) if not e.is_valid]
-    for where, label, marker in ((above, "off the scale", "^"), (failed, "crashed or invalid", "x")):
-        if where:
-            y = high - (0.02 if marker == "^" else 0.05) * (high - low)
-            axes.scatter(where, [y] * len(where), c=GREY, marker=marker, s=30, label=f"{label} ({len(where)})")
-    if bests:
-        x = [i for i, _, _ in bests] + [len(entries) + 0.5]
-        y = [mean for _, mean, _ in bests] + [bests[-1][1]]
-        axes.step(x, y, where="post", color=GREEN, lw=1.8, label="best so far, mean of its replicates")
-        stairs = [
-            (i, level) for level, left, right in zip(y, x, x[1:], strict=False) for i in np.arange(left, right, 0.25)
-        ]
-        risers = [(i, at) for i, a, b in zip(x[1:], y, y[1:], strict=False) for at in np.linspace(a, b, 12)]
-        label_bests(axes, bests, [(i, e.val_bpb) for i, e in scored] + stairs + risers)
-    axes.legend(fontsize=9.5, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncol=6)
+            axes.plot(*zip(*points, strict=True), marker, ms=8 if "kept" in label else 5, color=color, mfc=inside,
+                      zorder=3, label=f"{label} ({len(points)})")
+    axes.axhline(high + 0.06 * room, color=GREY, lw=0.8, ls=":", label="above: off the scale, or no score")
+    side = max(0.6, 0.02 * len(entries))
+    if lineage:
+        axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
+        axes.step([*x, len(entries) + side], [*y, y[-1]], where="post", color=GREEN, lw=1.8, label=f"best, {y[-1]:.4f}")
+        label_steps(axes, x, y, [idea_of(description) for _, _, description in lineage])
+    dress(axes, "", "experiment")
+    axes.set_xlim(1 - side, len(entries) + side)
+    axes.set_ylim(low - 0.1 * room, high + 0.2 * room)
     axes.ticklabel_format(axis="y", useOffset=False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    return png(figure)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
 
 
-def label_bests(axes: Axes, bests: list[tuple[int, float, Entry]], points: list[tuple[int, float]]) -> None:
-    """Name the steps, the largest gains first, each where neither another label nor the frame is in the way and the
-    fewest points are covered; the small ones and those without room stay unnamed."""
-    gains = [math.inf] + [bests[i - 1][1] - bests[i][1] for i in range(1, len(bests))]
-    taken: list[tuple[float, float, float, float]] = []
-    frame = axes.bbox
-    dots = axes.transData.transform(points)
-    for gain, (i, mean, e) in sorted(zip(gains, bests, strict=True), key=lambda pair: -pair[0])[:20]:
-        if gain < 5e-5:  # would read -0.0000
-            break
-        text = clip(e.description, 42) + ("" if gain == math.inf else f"  {-gain:+.4f}")
-        x, y = axes.transData.transform((i, mean))
-        width, height = 6.3 * len(text), 14  # pixels, at most, at this font size
-        places = []
-        for dx, dy in ((8, -16), (-8 - width, -16), (8, 10), (8, -34), (-8 - width, -34), (8, 28), (8, 46), (8, -56)):
-            box = (x + dx, y + dy, x + dx + width, y + dy + height)
-            is_inside = box[0] > frame.x0 and box[2] < frame.x1 and box[1] > frame.y0 and box[3] < frame.y1
-            if is_inside and not any(overlap(box, other) for other in taken):
-                covered = ((dots > np.array(box[:2]) - 4) & (dots < np.array(box[2:]) + 4)).all(axis=1).sum()
-                places.append((int(covered), len(places), box))
-        if places and min(places)[0] <= 2:
-            *_, box = min(places)
-            taken.append(box)
-            at = (box[0] - x) * 72 / 100, (box[1] - y) * 72 / 100
-            axes.annotate(text, (i, mean), xytext=at, textcoords="offset points", fontsize=8.5, va="bottom",
-                          parse_math=False,
-                          arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6} if abs(box[1] - y) > 20 else None)
+def label_steps(axes: Axes, x: list[int], y: np.ndarray, ideas: list[str], limit: int = 8) -> None:
+    """A number at each of the largest steps, and in the margin what they were: no text is in another's way."""
+    gains, told = np.diff(y, prepend=y[0]), []
+    for k, i in enumerate(sorted(i for i in np.argsort(gains)[:limit] if gains[i] < 0), 1):
+        axes.annotate(str(k), (x[i], y[i]), (4, 5), textcoords="offset points", fontsize=10, weight="bold")
+        told.append(textwrap.fill(f"{k}  {gains[i]:+.4f}  {clip(ideas[i], 80)}", 40, subsequent_indent="    "))
+    axes.text(1.02, 0.0, "\n".join(told), transform=axes.transAxes, fontsize=8.5, parse_math=False)
 
 
-def overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def write_pictures(run: Run, best: Run | None, curves: dict[str, Curve | None]) -> tuple[list[str], dict[str, str]]:
+def write_pictures(run: Run, best: Run | None, curves: dict[str, Curve | None],
+                   paired: dict | None) -> tuple[list[str], dict[str, str]]:
     """Names of the pictures made, and why one was not. A surprise in the metrics costs its picture, not the night."""
     makers = {
-        "loss_curve.png": lambda: draw_loss(run, curves),
-        "lr_and_schedule.png": lambda: draw_schedule(run, curves["this"], best),
-        "gpu_perf.png": lambda: draw_machine(run, best),
-        "layers.png": lambda: draw_layers(run),
+        "loss_curve.png": lambda: draw_loss(run, curves, (paired or {}).get("windows") or []),
+        "layers.png": lambda: draw_layers(run, best),
+        "schedule_and_machine.png": lambda: draw_schedule_and_machine(run, best),
     }
     made, failed = [], {}
     for name, make in makers.items():
         try:
-            data = make()
-        except Exception as e:
+            if figure := make():
+                write_atomic(run.path / name, png(figure))
+                made.append(name)
+        except Exception as e:  # see above
             failed[name] = f"{type(e).__name__}: {e}"
-            continue
-        if data:
-            write_atomic(run.path / name, data)
-            made.append(name)
     return made, failed
 
 
@@ -2712,7 +2831,7 @@ def write_run_pages(archive: Path, name: str) -> None:
     stats = compute_stats(run, this, [*before, this], best_run, curves)
     diff = diff_lines(best_run.train_py, run.train_py, best_run.name) if best_run else []
     write_atomic(archive / name / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
-    pictures, failed = write_pictures(run, best_run, curves)
+    pictures, failed = write_pictures(run, best_run, curves, stats.get("paired"))
     stats["failed"] |= failed
     stats["record"]["name"] = name
     write_analysis(archive / name, render_analysis(stats, pictures))
@@ -2753,8 +2872,23 @@ def write_archive_pages(archive: Path, is_stale: bool = True) -> None:
     update_insights(archive, render_current_best(book.entries))
     if not is_stale:
         return
-    write_atomic(archive / "progress.png", draw_progress(book.entries))
-    write_atomic(archive / "report.md", render_report(book))
+    write_morning(archive, book)
+
+
+def write_morning(archive: Path, book: Book) -> None:
+    """progress.png, best.patch, report.html and, last, report.md: where it is new, all of them are."""
+    entries, best = book.entries, compute_best(book.entries)
+    pictures = {"progress.png": png(draw_progress(entries))}
+    write_atomic(archive / "progress.png", pictures["progress.png"])
+    for picture in ("loss_curve.png", "layers.png", "schedule_and_machine.png"):
+        if best and (archive / best.name / picture).exists():
+            pictures[f"{best.name}/{picture}"] = (archive / best.name / picture).read_bytes()
+    if lineage := compute_history(entries)["lineage"]:
+        base, kept = (load_folder(archive / name, name) for name in (lineage[0][0], best.name))
+        write_atomic(archive / "best.patch", render_patch(entries, base, kept))
+    report = render_report(book, archive, [*pictures][1:])
+    write_atomic(archive / "report.html", render_html(report, pictures))
+    write_atomic(archive / "report.md", report)
 
 
 def are_archive_pages_stale(archive: Path) -> bool:
@@ -2822,22 +2956,15 @@ def describe_running(run: Run) -> str:
 
 
 def list_items(text: str | None) -> list[str]:
-    """List items that are not indented, as in the queue and the claims; if there are none, headings below the title."""
-    items = re.findall(r"^(?:[-*+]|\d+[.)]) +(\S.*)", text or "", re.M)
-    return [one_line(item) for item in items or re.findall(r"^##+ +(\S.*)", text or "", re.M)]
-
-
-def list_claims(text: str | None) -> list[str]:
-    """The claims of insights.md, without the lines on the best that analyze.py writes."""
-    items = list_items(BEST_LINES.sub("", text or ""))
-    return [item for item in items if not item.startswith(("Current Best", "Claims"))]
+    """List items that are not indented, as in the queue and the claims."""
+    return [one_line(item) for item in re.findall(r"^(?:[-*+]|\d+[.)]) +(\S.*)", text or "", re.M)]
 
 
 def compute_status(archive: Path, folder: Path) -> dict:
     book = load_book(archive)
     best, noise, history = compute_best(book.entries), compute_noise(book.entries), compute_history(book.entries)
     unfiled = sorted(p.name for p in (archive / "unfiled").glob("[!.]*") if p.is_dir())
-    started = history["first_start_unix"]
+    started, insights = history["first_start_unix"], read_text(archive / INSIGHTS)
     return {
         "demo": is_demo(),
         "best": {"name": best.name, "val_bpb": best.mean, "runs": list(best.names), "is_kept": best.is_kept}
@@ -2850,7 +2977,9 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "unfiled": unfiled + book.unbooked,
         **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "is_plateau", "gain")},
         "queue": list_items(read_text(archive / QUEUE)),
-        "claims": list_claims(read_text(archive / INSIGHTS)),
+        "claims": list_items((insights or "").partition("## Claims")[2]),
+        "doubts": check_insights(insights, book.entries),
+        "effects": render_effects(book.entries, 10),
         "hours_used": history["hours"],
         "hours_since_first_start": (time.time() - started) / 3600 if started else None,
         "gpu_share": compute_gpu_share(book.entries),
@@ -2928,6 +3057,9 @@ def render_status(s: dict) -> str:
     lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {d}" for n, v, status, d in s["last"]]
     lines.append(f"queue: {len(s['queue'])} idea(s) in {QUEUE}" + (", the first:" if s["queue"] else ""))
     lines += [f"  {item}" for item in s["queue"][:3]]
+    if s["effects"]:
+        lines += ["effects on val_bpb:", *(f"  {line}" for line in s["effects"][:11])]
+    lines += [f"doubtful: {line}" for line in s["doubts"][:5]]
     room = STATUS_LINES - len(lines) - 1
     claims = s["claims"] if len(s["claims"]) <= room else s["claims"][: room - 1]
     lines.append(f"claims in {INSIGHTS}: {len(s['claims'])}" + (":" if claims else ""))
@@ -3204,7 +3336,7 @@ def command_discard(name: str | None, archive: Path, folder: Path) -> None:
 def program_files(archive: Path, name: str) -> dict[str, str]:
     """The texts of an archived run's train.py and of the modules that it imported."""
     modules = (read_fields(archive / name / START, []) or {}).get("modules") or {}
-    files = {file: str(text) for file, text in modules.items() if Path(file).name == file}
+    files = {file: str(text) for file, text in modules.items() if ".." not in file and not file.startswith("/")}
     text = read_text(archive / name / "train.py")
     return files | ({} if text is None else {"train.py": text})
 
