@@ -1637,38 +1637,6 @@ def test_the_page_stays_within_its_bounds_whatever_happened(lab):
     assert page.index("## Convergence") < page.index("## Machine") < page.index("## History") < page.index("## Data")
 
 
-def test_all_pictures_are_made_where_there_is_something_to_show(lab):
-    records = make_records(100)
-    for i in range(0, 100, 10):
-        records[i] |= {"layers/names": ["a", "b"], "layers/rms": [1.0, 2.0], "layers/input_zeros": [None, 0.5],
-                       "layers/dead": [None, 0.1], "params/names": ["w"], "params/weight_rms": [1.0],
-                       "params/update_rms": [0.001], "scalars/x0_lambdas": [0.1, 0.2],
-                       "scalars/temperature": 0.5}  # an experiment's own, not by layer
-    name = lab.baseline(records=records)
-    assert lab.stats(name)["failed"] == {}
-    for picture in ("loss_curve", "lr_and_schedule", "gpu_perf", "layers"):
-        header = (lab.archive / name / f"{picture}.png").read_bytes()[:24]
-        assert header[:8] == b"\x89PNG\r\n\x1a\n"
-        assert int.from_bytes(header[16:20], "big") == 1200
-    assert "Pictures: loss_curve.png, lr_and_schedule.png, gpu_perf.png, layers.png;" in lab.page(name)
-
-
-def test_the_report_names_what_was_kept_what_failed_and_what_deserves_a_rerun(lab):
-    base = lab.baseline()
-    near = lab.commit("nearly", variant(depth=9))
-    lab.train(0.9985, config={"depth": 9})
-    lab.analyze()
-    lab.analyze("discard")
-    lab.commit("boom", variant(depth=99))
-    lab.crash("crash: the loss is NaN at step 3, loss nan\n")
-    lab.analyze()
-    report = (lab.archive / "report.md").read_text()
-    assert f"**Best: 0.998000** ({base}, 1 run(s)): baseline" in report
-    assert f"- {near} 0.998500 (discard): nearly" in report
-    assert f"- {base}, the best, rests on one run" in report
-    assert "boom: the loss is NaN at step 3, loss nan" in report
-
-
 def test_importing_does_nothing_and_needs_neither_torch_nor_pandas_nor_matplotlib(tmp_path):
     code = "import sys, analyze; print(sorted({'torch', 'pandas', 'matplotlib', 'prepare'} & set(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
