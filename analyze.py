@@ -1335,8 +1335,8 @@ def diff_lines(before: str | None, after: str | None, name: str) -> list[str]:
 # runs have a boundary (a step's end, or a micro-batch's), so that both means are over exactly the same tokens.
 #
 # What is left scatters around a slow trend, and neighbouring steps' differences are alike, so the error of a window's
-# mean is s / sqrt(n) times the root of 1 + 2 * sum of the autocorrelations. Those are estimated once for all windows,
-# after taking a straight line out of each; one window alone is too short. The error is that of the text: how far the
+# mean is s / sqrt(n) times the root of an inflation by autocorrelation. That is estimated once for all windows, after
+# taking a straight line out of each; one window alone is too short. The error is that of the text: how far the
 # mean of these two trained models' difference could be off because the window is finite. That another seed would have
 # trained other models is the noise of the verdict, and not in it. tests/bench_statistics.py checks the coverage.
 #
@@ -1539,8 +1539,9 @@ def compute_paired(this: Run, others: list[Run]) -> dict | None:
     if kappa is None or blocks is None:
         return paired | {"note": note or "too few steps in common"}
     paired["rates"] = compute_rate_changes(this, pairs[0][0])
-    paired["windows"] = compute_windows(mine, theirs, blocks, kappa)
-    paired["summary"] = compute_summary(paired["windows"])
+    *paired["windows"], last = compute_windows(mine, theirs, blocks, kappa)
+    # The nearest the curve comes to the score, but on text seen before it measures memory.
+    paired["summary"] = None if last["is_repeat"] or last["at_progress"] is None else last
     paired["total_tokens_m"] = [mine.tokens_m[-1], float(np.mean([c.tokens_m[-1] for c in theirs]))]
     return paired
 
@@ -1559,33 +1560,31 @@ def common_blocks(mine: Curve, theirs: list[Curve], end: float) -> np.ndarray | 
 
 
 def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa: float) -> list[dict]:
+    """NUM_WINDOWS windows, and behind them the summary: the last SUMMARY_WINDOWS of them as one."""
     spans = np.diff(blocks)
     best = np.mean([np.diff(c.sum_at(blocks)) for c in theirs], axis=0) / spans
     differences = np.diff(mine.sum_at(blocks)) / spans - best
     middles = (blocks[1:] + blocks[:-1]) / 2
     wanted = np.linspace(0, blocks[-1], NUM_WINDOWS + 1)
-    edges = np.unique([int(np.argmin(np.abs(blocks - at))) for at in wanted])
+    edges = [int(np.argmin(np.abs(blocks - at))) for at in wanted]
     pieces = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    inflation = math.sqrt(inflation_of([detrended(middles[p], differences[p]) for p in pieces]))
+    inflation = inflation_of([detrended(middles[p], differences[p]) for p in pieces])
     windows = []
-    for p in pieces:
+    for p in [*pieces, slice(edges[-1 - SUMMARY_WINDOWS], edges[-1])]:
         first, last = blocks[p.start], blocks[p.stop]
         difference = float(np.average(differences[p], weights=spans[p]))
         scatter = detrended(middles[p], differences[p])
-        error = inflation * float(np.sqrt(scatter @ scatter / max(len(scatter) - 2, 1) / len(scatter)))
+        error = math.sqrt(inflation * float(scatter @ scatter)) / len(scatter)
         moved = move_to_progress(mine, theirs, first, last)
-        at_progress = None if moved is None else kappa * (difference - moved[0])
         windows.append({
             "from_m": first / 1e6,
             "to_m": last / 1e6,
             "progress": mine.progress_at(last),
-            "best_progress": float(np.mean([c.progress_at(last) for c in theirs])),
             "difference": kappa * difference,
             "error": kappa * error,
-            "at_progress": at_progress,
+            "at_progress": None if moved is None else kappa * (difference - moved[0]),
             "at_progress_error": None if moved is None else kappa * math.hypot(error, moved[1]),
             "is_repeat": is_repeated(mine, last) or any(is_repeated(c, last) for c in theirs),
-            "is_cooling": all(is_cooling(c, first) for c in (mine, *theirs)),
         })
     return windows
 
@@ -1599,15 +1598,22 @@ def detrended(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def inflation_of(pieces: list[np.ndarray]) -> float:
-    """By how much autocorrelation raises the variance of a piece's mean: 1 + 2 * sum of the autocorrelations, weighted
-    as Newey and West do (1987), up to a quarter of a piece's length; never below 1."""
+    """Variance of a piece's mean, times its length, over the mean square of what a straight line left of it: 1 + twice
+    the sum of the autocorrelations, weighted as Newey and West do (1987), up to a quarter of a piece's length.
+
+    The line has taken the slowest part of the scatter with it: level and slope, each of the variance of the mean. With
+    V the answer and n the length, every autocovariance reads too low by 2 V / n, which is put back."""
     length = min((len(p) for p in pieces), default=0)
-    variance = sum(float(p @ p) for p in pieces)
-    total = 1.0
-    for lag in range(1, length // 4 + 1):
-        covariance = sum(float(p[lag:] @ p[:-lag]) for p in pieces)
-        total += 2 * (1 - lag / (length // 4 + 1)) * covariance / max(variance, 1e-300)
-    return max(total, 1.0)
+    pieces = [p / math.sqrt(p @ p / len(p)) for p in pieces if len(p) and p @ p > 0]
+    if not pieces:
+        return 1.0
+    num_lags = length // 4
+    total, weights = 1.0, 1.0
+    for lag in range(1, num_lags + 1):
+        weight = 1 - lag / (num_lags + 1)
+        total += 2 * weight * float(np.mean([p[lag:] @ p[:-lag] / (len(p) - lag) for p in pieces]))
+        weights += 2 * weight
+    return max(total / (1 - 2 * weights / max(length, 10)), 1.0)
 
 
 def move_to_progress(mine: Curve, theirs: list[Curve], first: float, last: float) -> tuple[float, float] | None:
@@ -1635,28 +1641,6 @@ def move_to_progress(mine: Curve, theirs: list[Curve], first: float, last: float
 def is_repeated(curve: Curve, tokens: float) -> bool:
     epoch = np.interp(tokens, 1e6 * curve.tokens_m, curve.epoch)
     return bool(epoch > 1)
-
-
-def is_cooling(curve: Curve, tokens: float) -> bool:
-    """Whether the learning rate is on its way down at this token count."""
-    if not np.isfinite(curve.lr).all():
-        return False
-    rate = float(np.interp(tokens, 1e6 * curve.tokens_m, curve.lr))
-    return rate < 0.999 * curve.lr.max() and tokens > 1e6 * curve.tokens_m[int(np.argmax(curve.lr))]
-
-
-def compute_summary(windows: list[dict]) -> dict | None:
-    """Mean of the last windows at equal progress, the nearest the curve comes to the score; None where they are text
-    seen before, or too far apart in progress."""
-    last = windows[-SUMMARY_WINDOWS:]
-    if len(windows) < NUM_WINDOWS or any(w["is_repeat"] or w["at_progress"] is None for w in last):
-        return None
-    errors = [w["at_progress_error"] for w in last]
-    return {
-        "difference": float(np.mean([w["at_progress"] for w in last])),
-        "standard_error": math.sqrt(sum(e * e for e in errors)) / len(errors),
-        "from_progress": windows[-SUMMARY_WINDOWS - 1]["progress"],
-    }
 
 
 def compute_rate_changes(this: Run, best: Run) -> list[str]:
@@ -2171,8 +2155,8 @@ def render_verdict(stats: dict) -> list[str]:
     lines += render_kind(v)
     lines += [stats["prediction"]] if stats["prediction"] else []
     if slower := v.get("best_is_slower"):
-        lines.append(f"Mind: the machine is faster now: the same work took the best {slower:.0%} longer a step. Run the "
-                     "best again (`uv run analyze.py rerun`) before you believe a gain.")
+        lines.append(f"Mind: the machine is faster now: the same work took the best {slower:.0%} longer a step. Run "
+                     "the best again (`uv run analyze.py rerun`) before you believe a gain.")
     if v["best"] and not v["best_is_kept"]:
         lines.append(f"Nothing is kept yet: {v['best']}, the first valid run, stands in as the best.")
     if kind not in ("crash", "stopped", "invalid"):
@@ -2254,8 +2238,8 @@ def render_paired(paired: dict) -> list[str]:
         lines.append(f"| {w['progress']:.0%}{mark} | {w['to_m']:.4g} | {w['difference']:+.5f} ± {w['error']:.5f} "
                      f"| {moved} |")
     if summary := paired["summary"]:
-        lines.append(f"From {summary['from_progress']:.0%} on, at equal progress: **{summary['difference']:+.5f} ± "
-                     f"{summary['standard_error']:.5f} bpb**; another seed moves this as it moves the score.")
+        lines.append(f"From {summary['from_m']:.4g} M tokens on, at equal progress: **{summary['at_progress']:+.5f} ± "
+                     f"{summary['at_progress_error']:.5f} bpb**; another seed moves this as it moves the score.")
     if any(w["is_repeat"] for w in paired["windows"]):
         lines.append("* a later epoch: text seen before, no measure of learning.")
     if paired["rates"]:

@@ -295,7 +295,7 @@ def test_a_shift_of_all_losses_is_found_in_every_window_with_a_tiny_error():
     for w in paired["windows"]:
         assert w["difference"] == pytest.approx(0.01 * KAPPA, abs=1e-9)
         assert w["error"] < 1e-6  # the text's scatter of 0.02 nats has dropped out
-    assert paired["summary"]["difference"] == pytest.approx(0.01 * KAPPA, abs=1e-6)
+    assert paired["summary"]["at_progress"] == pytest.approx(0.01 * KAPPA, abs=1e-6)
     assert paired["note"] is None
 
 
