@@ -2014,26 +2014,23 @@ def render_report(book: Book, archive: Path, pictures: Iterable[str]) -> str:
     """The morning page for a person: what was gained, by what, and all that was tried."""
     entries = book.entries
     effects = [[x.knob, x.change, x.measured, x.kind, x.entry.name] for x in compute_effects(entries)]
-    tried = [[e.name, show(e.val_bpb), mark_of(e), verdict_of(e).get("kind") or "", e.description] for e in entries]
+    tried = [[e.name, show(e.val_bpb), mark_of(e), reason_of(e), e.description] for e in entries]
     lines = [f"# Report{' on the demo' * any(e.record.get('demo') for e in entries)}", ""]
     lines += [render_gain(archive, entries), "", "![](progress.png)", "", "## Kept, from the first to the best", ""]
     lines += render_table(["run", "val_bpb", "effect", "outside the noise", "idea"], render_kept(entries))
     lines += ["## Effects", "", *render_table(["knob", "change", "effect", "verdict", "run"], effects)]
     lines += [f"Never touched: {untouched_knobs(entries)}. {render_calibration(entries)}", ""]
-    if failed := [e for e in entries if mark_of(e) not in SCORED]:
-        reasons = [[e.name, mark_of(e), reason_of(e), e.description] for e in failed]
-        lines += ["## Without a result", "", *render_table(["run", "", "reason", "description"], reasons)]
     lines += ["## Everything tried", ""]
-    lines += render_table(["run", "val_bpb", "decision", "verdict", "description"], tried)
+    lines += render_table(["run", "val_bpb", "decision", "verdict, or why it has none", "description"], tried)
     lines += [f"- {problem}\n" for problem in book.problems]
     lines += ["## Pictures of the best run", "", *(f"![]({name})\n" for name in pictures)] if pictures else []
     return "\n".join(lines).rstrip() + "\n"
 
 
 def reason_of(e: Entry) -> str:
-    """Why a run has no score that counts."""
-    told = e.record.get("crash") or e.record.get("invalid") or verdict_of(e).get("reasons") or "none recorded"
-    return clip(told if isinstance(told, str) else "; ".join(told), 200)
+    """Why a run has no score that counts; of one that has, the verdict."""
+    told = e.record.get("crash") or e.record.get("invalid") or verdict_of(e).get("reasons")
+    return clip(told if isinstance(told, str) else "; ".join(told or [verdict_of(e).get("kind") or ""]), 200)
 
 
 def render_html(report: str, pictures: dict[str, bytes]) -> str:

@@ -49,6 +49,7 @@ def entry(name, val, status="keep", description="an idea", kind="new best", diff
     now = CONFIG | {knob: after for knob, (_, after) in (config or {}).items()}
     facts = {"val_bpb": val, "program": name, "config": now, "total_s": 360.0} | record
     verdict = {"kind": kind, "difference": difference, "standard_error": error}
+    verdict["reasons"] = ["another process on the GPU"] if kind == "hampered" else []
     return Entry(name, status, description, facts, {"verdict": verdict, "changes": {"config": config or {}}})
 
 
@@ -335,23 +336,16 @@ def test_the_report_of_a_night_word_for_word(tmp_path):
 Never touched: mlp_ratio. 2 prediction(s): expected -0.0035 in the mean, came -0.0010; the sign was right in 1, \
 the size within two standard errors in 1.
 
-## Without a result
-
-| run |  | reason | description |
-| --- | --- | --- | --- |
-| e000000 | crashed | out of memory | wider |
-| f000000 | hampered | none recorded | slow machine |
-
 ## Everything tried
 
-| run | val_bpb | decision | verdict | description |
+| run | val_bpb | decision | verdict, or why it has none | description |
 | --- | --- | --- | --- | --- |
 | a000000 | 0.998000 | kept | baseline | baseline |
 | b000000 | 0.990000 | kept | new best | matrix_lr 0.04 -> 0.05, expect -0.0060 |
 | c000000 | 0.989000 | kept, unproven | unproven | rewrite / of the MLP |
 | d000000 | 0.995000 | discarded | not better | deeper, expect -0.0010 |
-| e000000 | unknown | crashed | crash | wider |
-| f000000 | 1.200000 | hampered | hampered | slow machine |
+| e000000 | unknown | crashed | out of memory | wider |
+| f000000 | 1.200000 | hampered | another process on the GPU | slow machine |
 
 - results.tsv line 3: no files of a run 'g000000' in the archive
 
@@ -387,7 +381,7 @@ def test_report_html_needs_no_other_file_and_shows_the_pictures_and_tables(tmp_p
     report = analyze.render_report(Book(night(), [], [], {}, []), tmp_path, ["c000000/layers.png"])
     page = analyze.render_html(report.replace("wider", "<b>"), {"progress.png": b"one", "c000000/layers.png": b"two"})
     assert re.findall(r"(?:src|href)=(.{22})", page) == ["'data:image/png;base64"] * 2
-    assert page.count("<table>") == page.count("</table>") == 4
+    assert page.count("<table>") == page.count("</table>") == 3
     assert "<h1>Report</h1>" in page
     assert "<tr><td>b000000<td>0.990000<td>-0.00800 ± 0.00100<td>yes<td>matrix_lr 0.04 -&gt; 0.05\n" in page
     assert "<td>&lt;b&gt;" in page
