@@ -1,21 +1,30 @@
 """File a training run, compute what can be known about it, draw it, and keep the books of a night of experiments.
 
-    uv run analyze.py                    after `uv run train.py > run.log 2>&1`, finished or crashed
+    uv run analyze.py [--wait]           after `uv run train.py > run.log 2>&1`, finished or crashed (or wait for that)
     uv run analyze.py keep [RUN]         the run of this folder (or RUN) is kept
     uv run analyze.py discard [RUN]      it is not; the best run's train.py is restored and committed
     uv run analyze.py status [--json]    where the search stands, on one page
     uv run analyze.py compare RUN RUN …  archived runs side by side
+    uv run analyze.py check              before a run: is this train.py new, and would it run? Exit status 0 or 1
+    uv run analyze.py start [TAG]        a branch for the night and the agent's two files, then what to do next
+    uv run analyze.py rerun              the best run's train.py, and the command that trains it under another seed
+    uv run analyze.py stop               end the run in progress here; it is filed as stopped, with its metrics
+    uv run analyze.py new-archive        put the archive aside: for other data, another budget or another prepare.py
 
 Reads, in the current folder: run_start.json, run.log, metrics.jsonl, eval_record.json, run_summary.json.
-Writes the archive, .auto-log-research/ or $AUTO_LOG_RESEARCH_DIR: results.tsv, insights.md ("Current Best" only),
-progress.png, report.md, archive.json (what the archive began with), and a folder for each run. A run's stats.json can
-be deleted: the next call makes it and the run's pages again. The agent's own investigations start with
+Writes the archive, .auto-log-research/ or $AUTO_LOG_RESEARCH_DIR (the demo's is demo/ in there): a folder for each run,
+results.tsv, insights.md ("Current Best" only), progress.png, report.md, archive.json (what the archive began with).
+
+The folders are the truth: a run is whatever has one. results.tsv gives each its status and description, and may be
+edited; a row that is removed or damaged comes back (to leave a run out, write `discard` or `invalid` as its status).
+Of the files in a run's folder, stats.json and the pages can be deleted: the next call makes them again. The agent's own
+investigations start with
 
     from analyze import load_run, load_runs
     load_run("1a2b3c4").metrics          # a pandas DataFrame, one row a step
     load_runs()                          # one row a run; a crash has NaN for every number it does not have
 
-This file is part of the measurement: an archive refuses to score runs once it, or prepare.py, has changed.
+This file is part of the measurement: an archive scores no runs once it, or what prepare.py measures, has changed.
 """
 
 from __future__ import annotations
@@ -35,7 +44,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -45,7 +53,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -61,7 +69,8 @@ START, LOG, METRICS, EVAL, SUMMARY = (
     "eval_record.json",
     "run_summary.json",
 )
-RESULTS, INSIGHTS, QUEUE, FACTS = "results.tsv", "insights.md", "ideas_queue.md", "archive.json"
+RESULTS, DAMAGED, FACTS = "results.tsv", "results.damaged.tsv", "archive.json"
+INSIGHTS, QUEUE = "insights.md", "ideas_queue.md"
 STATS, ANALYSIS = "stats.json", "analysis.md"
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 STATUSES = ("pending", "keep", "discard", "crash", "invalid")
@@ -87,18 +96,46 @@ TRAJECTORY = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 1.00)
 DWARFING = 0.12  # of the budget: what pictures leave off the scale, because it would flatten the rest
 STEP_TIME_TOLERANCE = 0.05  # of the median: identical programs on an idle GPU agree within 1 to 2 %
 
+LOG_BYTES = 2**20  # of a log that are read and archived; a real one has 50 KB
+STATUS_LINES = 60
+LOCK_PATIENCE_S = 5.0  # filing a run takes less than that
+
 # What a summary holds besides the configuration: results, identity, and the machine.
-RESULT_KEYS = {"val_bpb", "training_seconds", "total_seconds", "startup_seconds", "eval_seconds", "stats_seconds"} | {
-    "peak_vram_mb", "mfu_percent", "total_tokens_M", "num_steps", "run_id", "git_commit", "git_dirty", "train_sha256",
-    "prepare_sha256", "data_fingerprint"}
+RESULT_KEYS = {
+    *("val_bpb", "training_seconds", "total_seconds", "startup_seconds", "eval_seconds", "stats_seconds", "num_steps"),
+    *("peak_vram_mb", "mfu_percent", "total_tokens_M", "run_id", "git_commit", "git_dirty", "train_sha256"),
+    *("prepare_sha256", "measurement_sha256", "data_fingerprint", "eval_tokens", "seed", "seed_offset", "profile"),
+    *("other_gpu_mb", "pauses_over"),
+}
 KERNEL_KEYS = ("attention_backend", "kernels")
 MACHINE_KEYS = ("gpu_name", "torch_version", *KERNEL_KEYS)
+# What all runs of an archive share: how it is called, and how to get back to it.
+COMPARABLE = {
+    "measurement_sha256": ("what prepare.py measures", "undo the change of prepare.py (`git log -p prepare.py`)"),
+    "analyze_program": ("analyze.py", "undo the change of analyze.py (`git log -p analyze.py`)"),
+    "data_fingerprint": ("the data", "point AUTORESEARCH_CACHE at the data of before"),
+    "time_budget": ("the time budget", "train for the budget of before"),
+    "eval_tokens": ("the number of tokens scored", "call evaluate_bpb as before"),
+    "demo": ("AUTORESEARCH_DEMO", "set it as before"),
+}
+# Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go through number().
+FIELD_TYPES = {"modules": dict, "faults": list, "demo": bool, "git_dirty": bool, "causal": bool} | dict.fromkeys(
+    (
+        *("run_id", "git_commit", "train_py", "measurement_sha256", "analyze_program", "analyze_sha256"),
+        *("data_fingerprint", "ended", "host", "finding", *MACHINE_KEYS),
+    ),
+    str,
+)
 
 # Failures of the machine or its set-up: reported, and not filed as an experiment.
 ENVIRONMENT_SIGNS = re.compile(
-    r"No space left on device|Disk quota exceeded|Read-only file system|No CUDA GPUs are available"
-    r"|CUDA driver version is insufficient|Found no NVIDIA driver|Torch not compiled with CUDA|no CUDA-capable device"
-    r"|CUDA-capable device\(s\) is/are busy|Driver/library version mismatch|uncorrectable ECC error"
+    r"No space left on device|Disk quota exceeded|Read-only file system|unexpected pos \d+ vs \d+"
+    r"|No CUDA GPUs are available|CUDA driver version is insufficient|NVIDIA driver on your system is too old"
+    r"|Found no NVIDIA driver|Torch not compiled with CUDA|no CUDA-capable device|CUDA-capable device\(s\) is/are busy"
+    r"|Driver/library version mismatch|uncorrectable ECC error|no kernel image is available"
+    r"|Failed to find C compiler|Python\.h: No such file|Too many open files|Unable to load any of \{?libcudnn"
+    r"|lib(?:cudnn|cublas|cudart|nvrtc|nccl)\S*: cannot open shared object"
+    r"|Permission denied: '[^']*(?:torchinductor|triton|\.cache)|uv: (?:command )?not found"
     r"|No module named '(?:torch|numpy|pyarrow|tiktoken|rustbpe|requests|prepare)'"
 )
 # Known causes of a crash, the first that matches the end of the log, with what usually helps.
@@ -106,6 +143,9 @@ CRASH_CAUSES = (
     ("out of memory", r"out of memory|OutOfMemoryError|out of GPU memory",
      "halve device_batch_size (gradient accumulation keeps the total batch), or shrink what grew; look for another job "
      "on the GPU if the program is small"),
+    ("a failed launch on the GPU: the machine's fault or the program's",
+     r"unspecified launch failure|illegal memory access|CUDA_ERROR_LAUNCH_FAILED|CUBLAS_STATUS_\w+|cudaErrorLaunch",
+     "train the same commit once more; if it fails again it is the program's"),
     ("not a number, or the loss exploded", r"\bnan\b|not finite|non-finite|\binf\b|explod|loss above",
      "lower the learning rate that changed, add warm-up, or look for a division, log or square root near zero"),
     ("shapes do not fit", r"shapes? .*cannot be multiplied|size mismatch|must match the size|invalid for input of size"
@@ -119,6 +159,13 @@ CRASH_CAUSES = (
      "a slip in the edit: fix it and run again"),
     ("an assertion of the program failed", r"AssertionError", "the change broke what the assertion guards"),
 )
+KILLED = "killed from outside, or out of time"
+KILLED_HELP = "the idea was not tested: train the same commit again; see whether the machine's own memory ran out"
+# What a terminal or a page must not receive: escape sequences, control characters, marks that reverse the text.
+UNPRINTABLE = re.compile(
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
 
 
 class AnalyzeError(ValueError):
@@ -130,19 +177,31 @@ class AnalyzeError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def archive_dir() -> Path:
-    return Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
+def is_demo() -> bool:
+    value = os.environ.get("AUTORESEARCH_DEMO", "").lower()
+    if value not in ("", "0", "false", "no", "off", "1", "true", "yes", "on"):
+        raise AnalyzeError(f"AUTORESEARCH_DEMO={value} is neither yes nor no: set it to 1, or unset it")
+    return value in ("1", "true", "yes", "on")
+
+
+def archive_dir(demo: bool | None = None) -> Path:
+    """The archive, or the demo's own inside it (by default as AUTORESEARCH_DEMO says)."""
+    archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
+    return archive / "demo" if (is_demo() if demo is None else demo) else archive
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write the whole file or nothing: a reader never sees half of it."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with open(temporary, "wb") as f:
-        f.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
-        if isinstance(data, str):  # the books must outlive a power cut; a picture can be drawn again
-            f.flush()
-            os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
+            if isinstance(data, str):  # the books must outlive a power cut; a picture can be drawn again
+                f.flush()
+                os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -168,20 +227,59 @@ def read_text(path: Path) -> str | None:
         return None
 
 
+def read_log(path: Path) -> str | None:
+    """The log, of a very long one both ends. None where there is none."""
+    try:
+        with open(path, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(0)
+            data = f.read(LOG_BYTES if size <= LOG_BYTES else LOG_BYTES // 4)
+            if size > LOG_BYTES:
+                f.seek(-LOG_BYTES // 2, os.SEEK_END)
+                data += f"\n[{size - LOG_BYTES * 3 // 4} bytes left out]\n".encode() + f.read()
+    except FileNotFoundError:
+        return None
+    return data.decode("utf-8", "surrogateescape")
+
+
 def printable(text: str) -> str:
-    """The text with a question mark for every byte that was no UTF-8: such text cannot be printed."""
-    return text.encode("utf-8", "replace").decode()
+    """The text as a terminal or a page may have it: no escape sequences, a question mark for a byte that was no UTF-8,
+    a line of its own for what was written over itself."""
+    text = text.encode("utf-8", "replace").decode()
+    return UNPRINTABLE.sub("", re.sub(r"\r\n?", "\n", text))
+
+
+def one_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def normal(text: str | None) -> str | None:
+    """A program's text without what git may change when it checks it out: line ends, a byte order mark."""
+    return None if text is None else text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def read_json(path: Path) -> dict | None:
     """A JSON object. None where there is no such file; ValueError names a file that holds anything else."""
     text = read_text(path)
     try:
-        value = None if text is None else json.loads(text)
-    except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON ({e})") from None
+        value = None if text is None else json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON ({clip(str(e), 100)})") from None
     if not isinstance(value, dict | None):
         raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def read_fields(path: Path, damage: list[str]) -> dict | None:
+    """A JSON object whose known fields have the right types, None where there is none. The rest goes into `damage`."""
+    try:
+        value = read_json(path)
+    except ValueError as e:
+        damage.append(str(e))
+        return None
+    for key, kind in FIELD_TYPES.items():
+        if value and not isinstance(value.get(key), kind | None):
+            damage.append(f"{path.name}: {key} is {clip(repr(value.pop(key)), 40)}, taken for missing")
     return value
 
 
@@ -191,9 +289,12 @@ def sha256(data: str | bytes) -> str:
 
 def number(value: object) -> float | None:
     """The value as a finite float, None for anything else (a bool is no number)."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of some hundred digits
+        return None
 
 
 def numbers(values: Iterable) -> np.ndarray:
@@ -210,10 +311,11 @@ def clip(text: str, width: int) -> str:
 
 
 def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    environment = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_EDITOR": "true"}
-    return subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, stdin=subprocess.DEVNULL, env=environment
-    )
+    """git without hooks, prompts, colors and signatures, whatever its configuration says, and in English."""
+    quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_EDITOR": "true", "LC_ALL": "C"}
+    options = ["-c", "core.hooksPath=/dev/null", "-c", "log.showSignature=false", "-c", "color.ui=false"]
+    command = ["git", "-C", str(folder), *options, *arguments]
+    return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=os.environ | quiet)
 
 
 def git(folder: Path, *arguments: str) -> str | None:
@@ -225,15 +327,61 @@ def git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
 
 
+def check_git(folder: Path) -> None:
+    """AnalyzeError with git's own reason where there is a repository that git refuses to read."""
+    with contextlib.suppress(FileNotFoundError):
+        done = run_git(folder, "rev-parse", "--git-dir")
+        said = done.stderr.decode(errors="replace").strip()
+        if done.returncode and "not a git repository" not in said:
+            raise AnalyzeError(f"git cannot read this repository: {one_line(said)}")
+
+
+def git_commit(folder: Path, message: str, files: list[str]) -> None:
+    """Commit these files and no others. Without hooks and signing: nobody is there to answer a prompt."""
+    run_git(folder, "add", "--", *files)
+    who = []
+    if run_git(folder, "var", "GIT_COMMITTER_IDENT").returncode:  # as in a container without a home
+        who = ["-c", "user.name=auto-log-research", "-c", "user.email=auto-log-research@localhost"]
+    done = run_git(folder, *who, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "-m", message, "--", *files)
+    if done.returncode:
+        said = one_line((done.stderr + done.stdout).decode(errors="replace"))
+        raise AnalyzeError(f"git would not commit it: {clip(said, 300)}")
+
+
+def try_lock(file: IO, how: int) -> bool:
+    """Lock an open file, unless another process has it. The kernel lets go when that one dies, however it dies."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    try:
+        with open(path, "rb") as f:
+            return not try_lock(f, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def locked(archive: Path) -> Iterator[None]:
-    """Hold the archive alone. The kernel lets go of the lock when the holder dies, however it dies."""
+    """Hold the archive alone. Whoever holds it for long is named, and waited for."""
     archive.mkdir(parents=True, exist_ok=True)
-    with open(archive / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(archive / ".lock", "a+") as lock:
+        told_at = time.monotonic() + LOCK_PATIENCE_S
+        while not try_lock(lock, fcntl.LOCK_EX):
+            if time.monotonic() > told_at:
+                print(f"waiting for {archive}, held by {one_line(read_text(archive / '.lock'))}", file=sys.stderr)
+                told_at = math.inf
+            time.sleep(0.02)
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)[:200]}", file=lock, flush=True)
         # What a killed process left half written: nobody else writes under the lock.
         for leftover in [*archive.glob(".tmp-*"), *archive.glob("*/.tmp-*")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            if leftover.parent.name not in ("unfiled", "demo"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         if not (archive / ".gitignore").exists():
             write_atomic(archive / ".gitignore", "*\n")
         yield
@@ -246,8 +394,8 @@ def locked(archive: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run left. A run that crashed has an empty summary and no evaluation; one of another program may have
-    no `start`. `damage` names what could not be read."""
+    """What one run left. A run that crashed has an empty summary and no evaluation; one that died before it could
+    begin has no `start`. `damage` names what could not be read."""
 
     name: str
     path: Path
@@ -291,6 +439,11 @@ class Run:
         """One metric over the steps, float, NaN where a step lacks it."""
         return numbers(r.get(key) for r in self.records)
 
+    def first_of(self, key: str) -> object:
+        """A field from the evaluation, the summary or the start, in that order; None where none has it."""
+        found = (part.get(key) for part in (self.evaluation or {}, self.summary, self.start))
+        return next((value for value in found if value is not None), None)
+
 
 def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
     """The records of a metrics.jsonl and the damage, if any. A last line cut short, as a kill leaves it, is none."""
@@ -301,7 +454,7 @@ def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
@@ -316,40 +469,37 @@ def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
 def parse_closing_block(log: str | None) -> dict:
     """The closing `key: value` block of a finished run, numbers where they are numbers; empty if there is none."""
     block = (log or "").replace("\r", "\n").rpartition("\n---\n")[2]
-    pairs = re.findall(r"^(\w+):\s+(\S+)\s*$", block, re.M)
-    values = {key: json.loads(v) if re.fullmatch(r"-?\d+(\.\d+)?", v) else v for key, v in pairs}
+    values: dict = {}
+    for key, value in re.findall(r"^(\w+):\s+(\S+)\s*$", block, re.M):
+        is_number = re.fullmatch(r"-?\d{1,15}(\.\d+)?", value)
+        values[key] = (float(value) if "." in value else int(value)) if is_number else value
     return values if number(values.get("val_bpb")) is not None else {}
 
 
 def log_run_id(log: str | None) -> str | None:
-    """The run a log says it is of: train.py prints `run <id>` first."""
-    found = re.search(r"^run (\S+)\s*$", (log or "")[:65536], re.M)
+    """The run a log says it is of: every program that loads the data prints `run <id>`."""
+    found = re.search(r"^run (\S+)\s*$", log or "", re.M)
     return found[1] if found else None
 
 
 def load_folder(folder: Path, name: str = "", files: set[str] | None = None) -> Run:
     """The run whose files lie in `folder`; `files` limits it to those that are this run's."""
-
     damage: list[str] = []
 
-    def own(file: str) -> Path:
-        return folder / file if files is None or file in files else Path(os.devnull) / file
+    def is_own(file: str) -> bool:
+        return files is None or file in files
 
-    def tolerant(file: str) -> dict | None:
-        try:
-            return read_json(own(file))
-        except ValueError as e:
-            damage.append(str(e))
-            return None
-
-    log, start, summary, evaluation = read_text(own(LOG)), tolerant(START) or {}, tolerant(SUMMARY), tolerant(EVAL)
+    start, summary, evaluation = (
+        read_fields(folder / file, damage) if is_own(file) else None for file in (START, SUMMARY, EVAL)
+    )
+    log = read_log(folder / LOG) if is_own(LOG) else None
     log = None if log is None else printable(log)
     if summary is None and (block := parse_closing_block(log)):
         summary = block  # a program that writes no summary, or a summary that was lost
         damage.append(f"{SUMMARY} is missing: the closing block of {LOG} stands in")
-    records, bad_lines = parse_metrics(read_text(own(METRICS)) or "")
-    train_py = start.get("train_py") or read_text(own("train.py"))
-    return Run(name, folder, start, summary or {}, evaluation, records, log, train_py, (*damage, *bad_lines))
+    records, bad_lines = parse_metrics((read_text(folder / METRICS) or "") if is_own(METRICS) else "")
+    train_py = (start or {}).get("train_py") or (read_text(folder / "train.py") if is_own("train.py") else None)
+    return Run(name, folder, start or {}, summary or {}, evaluation, records, log, train_py, (*damage, *bad_lines))
 
 
 def load_run(name: str, archive: Path | None = None) -> Run:
@@ -371,11 +521,11 @@ def resolve_name(wanted: str, names: list[str]) -> str:
 
 
 def run_folders(archive: Path) -> list[Path]:
-    """The folders of filed runs, oldest filing first where their records cannot say more."""
+    """The folders of filed runs, by name."""
     if not archive.is_dir():
         return []
-    folders = [p for p in archive.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "unfiled"]
-    return sorted(p for p in folders if (p / STATS).exists() or (p / START).exists() or (p / SUMMARY).exists())
+    folders = (p for p in archive.iterdir() if not p.name.startswith("."))
+    return sorted(p for p in folders if any((p / file).exists() for file in (STATS, START, SUMMARY)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,7 +535,7 @@ def run_folders(archive: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of results.tsv. `problem` says why a line cannot be read; it is kept as it is and not counted."""
+    """One line of results.tsv. `problem` says why a line cannot be read."""
 
     line: str
     name: str = ""
@@ -398,13 +548,13 @@ class Row:
 @dataclass(frozen=True)
 class Entry:
     """A run in the books: its row (status and description are the row's, so that hand edits hold) and its record, whose
-    score counts whatever the row says."""
+    score counts whatever the row says. `stats` is the rest of what was computed when it was analyzed."""
 
     name: str
     status: str
     description: str
     record: dict = field(repr=False)
-    stats: dict = field(default_factory=dict, repr=False)
+    stats: dict = field(repr=False, default_factory=dict)
 
     @property
     def val_bpb(self) -> float | None:
@@ -414,31 +564,38 @@ class Entry:
     @property
     def is_valid(self) -> bool:
         """Whether the score may be compared: finished, nothing wrong with it, and not called invalid by hand."""
-        return self.val_bpb is not None and not self.record.get("invalid") and self.status not in ("crash", "invalid")
+        flaws = self.record.get("invalid") or self.record.get("hampered") or self.status in ("crash", "invalid")
+        return self.val_bpb is not None and not flaws
 
-    @property
+    @cached_property
     def group(self) -> tuple:
-        """Equal for replicates: the same program but for comments, formatting and seed, on the same data and GPU."""
+        """Equal for replicates: the same program and resolved configuration but for the seed, on the same data and
+        GPU. Comments and formatting do not count."""
         r = self.record
         if r.get("program") is None:
             return (self.name,)
-        return r["program"], r.get("data_fingerprint"), r.get("time_budget"), r.get("gpu_name")
+        same = ("program", "config_sha256", "data_fingerprint", "time_budget", "gpu_name", "eval_tokens")
+        return tuple(r.get(key) for key in same)
 
 
 @dataclass(frozen=True)
 class Book:
     entries: list[Entry]
     rows: list[Row]
-    unbooked: list[str]  # filed, but killed before the row was written
+    damaged: list[Row]  # lines that are no row of a run
+    unbooked: list[str]  # filed, without a row
     facts: dict
     problems: list[str]
+    identities: dict[str, str]  # to the name under which that run is filed
 
     def entry(self, name: str) -> Entry:
         return next(e for e in self.entries if e.name == name)
 
     def named(self, identity: str) -> str | None:
-        """The name under which the run with this identity is filed. A removed row does not unfile a run."""
-        return self.facts["identities"].get(identity)
+        return self.identities.get(identity)
+
+    def is_unscored(self, name: str) -> bool:
+        return any(e.name == name and not e.record.get("is_finished") for e in self.entries)
 
 
 def parse_row(line: str) -> Row:
@@ -453,7 +610,7 @@ def parse_row(line: str) -> Row:
     if status not in STATUSES:
         return Row(line, problem=f"status {status!r} is none of {', '.join(STATUSES)}")
     is_score = status != "crash" and math.isfinite(val_bpb)
-    return Row(line, name, val_bpb if is_score else None, status, printable(description))
+    return Row(line, name, val_bpb if is_score else None, status, one_line(description))
 
 
 def format_row(name: str, record: dict, status: str, description: str) -> str:
@@ -461,79 +618,84 @@ def format_row(name: str, record: dict, status: str, description: str) -> str:
     val, memory = record.get("val_bpb"), record.get("memory_gb")
     val, memory = (math.nan if x is None else x for x in (val, memory))
     cells = ["0.000000", "0.0"] if status == "crash" else [f"{val:.6f}", f"{memory:.1f}"]
-    return "\t".join([name, *cells, status, " ".join(description.split())]) + "\n"
+    return "\t".join([name, *cells, status, one_line(description)]) + "\n"
 
 
 def load_rows(archive: Path) -> list[Row]:
     lines = (read_text(archive / RESULTS) or "").splitlines(keepends=True)
-    return [parse_row(line) for line in lines if line.strip() and not line.startswith("commit\t")]
+    return [parse_row(line) for line in lines if line.strip("\0 \r\n") and not line.startswith("commit\t")]
+
+
+def read_stats(folder: Path) -> dict:
+    """A run's stats.json, empty where it is missing or damaged."""
+    try:
+        return parse_stats(folder / STATS, (folder / STATS).stat().st_mtime_ns)
+    except (ValueError, OSError):
+        return {}
+
+
+@cache
+def parse_stats(path: Path, written_ns: int) -> dict:
+    """Each version of a file is parsed once a call: the books are read several times while a run is filed."""
+    stats = read_json(path) or {}
+    record = stats.get("record")
+    return stats if isinstance(record, dict) and isinstance(record.get("identity"), str) else {}
 
 
 def load_record(folder: Path) -> dict:
     """What the books need of a run, from its stats.json; worked out again where that is lost or damaged."""
-    record, _ = read_stats(folder)
-    return record or compute_record(load_folder(folder, folder.name), load_facts(folder.parent))
-
-
-def read_stats(folder: Path) -> tuple[dict | None, bool]:
-    """A run's record and whether its pages were all written: the statistics are written last."""
-    try:
-        return parse_stats(folder / STATS, (folder / STATS).stat().st_mtime_ns)
-    except (ValueError, FileNotFoundError):
-        return None, False
-
-
-@cache
-def parse_stats(path: Path, written_ns: int) -> tuple[dict | None, bool]:
-    """Each version of a file is parsed once a call: the books are read several times while a run is filed."""
-    stats = read_json(path) or {}
-    record = stats.get("record")
-    return (record, "verdict" in stats) if isinstance(record, dict) and "identity" in record else (None, False)
-
-
-def read_old_stats(archive: Path, name: str) -> dict:
-    """What stood on the run's page, empty before there is one."""
-    try:
-        return read_json(archive / name / STATS) or {}
-    except ValueError:
-        return {}
+    if record := read_stats(folder).get("record"):
+        return record
+    return compute_record(load_folder(folder, folder.name), load_facts(folder.parent, []), Origin(folder.name))
 
 
 def is_run_complete(folder: Path) -> bool:
-    return read_stats(folder)[1] and (folder / ANALYSIS).exists()
+    """Whether a run's pages were all written: its statistics are written last."""
+    return "verdict" in read_stats(folder) and (folder / ANALYSIS).exists()
 
 
-def load_facts(archive: Path) -> dict:
-    """What the archive began with. `booked` lists the runs that were given a row, so that one removed stays removed."""
-    empty = {"created_unix": None, "prepare_sha256": None, "analyze_sha256": None, "data_fingerprint": None}
-    return empty | {"booked": [], "not_experiments": []} | (read_json(archive / FACTS) or {})
+def load_facts(archive: Path, problems: list[str]) -> dict:
+    """What the archive began with: the values of its first valid run."""
+    return read_fields(archive / FACTS, problems) or {}
+
+
+def load_records(archive: Path, problems: list[str]) -> tuple[dict[str, dict], dict[str, str]]:
+    """Name to record of every run, and identity to name. A copy of a run's folder is no second run."""
+    records = {folder.name: load_record(folder) for folder in run_folders(archive)}
+    identities: dict[str, str] = {}
+    for name, record in sorted(records.items(), key=lambda item: item[1].get("name", item[0]) != item[0]):
+        first = identities.setdefault(record["identity"], name)
+        if first != name:
+            problems.append(f"{name} is a copy of {first}: left out")
+            del records[name]
+    return records, identities
 
 
 def load_book(archive: Path) -> Book:
     """Rows and records joined, in the order of the rows. Damaged rows and rows without a run are named, not counted."""
-    rows, facts = load_rows(archive), load_facts(archive)
-    records = {folder.name: load_record(folder) for folder in run_folders(archive)}
-    facts["identities"] = {record["identity"]: name for name, record in records.items()}
-    entries, problems, seen = [], [], set()
+    problems: list[str] = []
+    rows, facts = load_rows(archive), load_facts(archive, problems)
+    records, identities = load_records(archive, problems)
+    entries, seen, damaged = [], set(), []
     for i, row in enumerate(rows, 2):
         problem = row.problem
         if problem is None and row.name in seen:
             problem = f"a second row of {row.name}"
         elif problem is None and row.name not in records:
-            problem = f"no files of a run {row.name!r} in the archive"
+            problem = f"no files of a run {clip(row.name, 40)!r} in the archive"
         if problem:
-            problems.append(f"{RESULTS} line {i}: {problem}; kept, not counted")
+            problems.append(f"{RESULTS} line {i}: {problem}: not counted")
+            damaged.append(row)
             continue
         seen.add(row.name)
-        stats = read_old_stats(archive, row.name)
-        entries.append(Entry(row.name, row.status, row.description, records[row.name], stats))
-        scored = entries[-1].val_bpb
-        if row.val_bpb is not None and scored is not None and abs(row.val_bpb - scored) > 1e-6:
-            problems.append(f"{RESULTS} line {i}: {row.val_bpb:.6f} is not what {row.name} scored: {scored:.6f} counts")
-    is_lost = not (archive / RESULTS).exists()
-    unbooked = [name for name in records if name not in seen and (is_lost or name not in facts["booked"])]
-    unbooked.sort(key=lambda name: records[name].get("started_unix") or math.inf)
-    return Book(entries, rows, unbooked, facts, problems)
+        this = Entry(row.name, row.status, row.description, records[row.name], read_stats(archive / row.name))
+        entries.append(this)
+        if None not in (row.val_bpb, this.val_bpb) and abs(row.val_bpb - this.val_bpb) > 1e-6:
+            problems.append(
+                f"{RESULTS} line {i}: {row.val_bpb:.6f} is not what {row.name} scored: {this.val_bpb:.6f} counts"
+            )
+    unbooked = sorted(records.keys() - seen, key=lambda name: number(records[name].get("started_unix")) or math.inf)
+    return Book(entries, [row for row in rows if row not in damaged], damaged, unbooked, facts, problems, identities)
 
 
 def save_rows(archive: Path, rows: list[Row]) -> None:
@@ -551,11 +713,13 @@ def load_runs(archive: Path | None = None) -> pd.DataFrame:
     for e in load_book(archive or archive_dir()).entries:
         facts = {k: v for k, v in e.record.items() if not isinstance(v, dict | list)}
         own = {"commit": e.name, "val_bpb": e.val_bpb, "memory_gb": e.record.get("memory_gb"), "status": e.status}
-        rows.append(own | {"description": e.description, "is_valid": e.is_valid} | {
-            k: v for k, v in (facts | e.record.get("config", {})).items() if k not in own})
+        own |= {"description": e.description, "is_valid": e.is_valid}
+        rows.append(e.record.get("config", {}) | facts | own)
+    first = [*HEADER.split("\t"), "is_valid"]
     if not rows:
-        return pd.DataFrame(columns=[*HEADER.split("\t"), "is_valid"])
+        return pd.DataFrame(columns=first)
     frame = pd.DataFrame(rows)
+    frame = frame[first + [c for c in frame.columns if c not in first]]
     for column in [c for c in frame.columns if frame[c].map(lambda v: v is None or number(v) is not None).all()]:
         frame[column] = frame[column].astype(float)
     return frame
@@ -565,51 +729,99 @@ def load_runs(archive: Path | None = None) -> pd.DataFrame:
 # Compute: which program a run is
 # ---------------------------------------------------------------------------------------------------------------------
 
+SEEDING = ("manual_seed", "manual_seed_all", "seed", "seed_all", "default_rng", "RandomState", "set_seed", "PRNGKey")
+
 
 class _Functional(ast.NodeTransformer):
-    """Drops docstrings and, on request, the constants given to anything called a seed."""
+    """Drops docstrings and, on request, the seed in whatever form it is given: what is assigned or passed to a name
+    that is called seed, arguments of functions that take one, and what is added to one."""
 
     def __init__(self, hide_seed: bool):
         self.hide_seed = hide_seed
 
-    def generic_visit(self, node: ast.AST) -> ast.AST:
+    def generic_visit(self, node: ast.AST) -> ast.AST | None:
         super().generic_visit(node)
         if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
                 node.body = node.body[1:] or [ast.Pass()]
-        elif self.hide_seed and isinstance(node, ast.Call):
-            node.keywords = [k for k in node.keywords if not (is_seed(k.arg) and isinstance(k.value, ast.Constant))]
-            if name_of(node.func) in ("manual_seed", "manual_seed_all", "seed", "default_rng"):
-                node.args = [a for a in node.args if not isinstance(a, ast.Constant)]
-        elif self.hide_seed and isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+        return self.without_seed(node) if self.hide_seed else node
+
+    def without_seed(self, node: ast.AST) -> ast.AST | None:
+        nothing = ast.Constant(0)
+        if isinstance(node, ast.Call):
+            node.keywords = [k for k in node.keywords if not is_seed(k.arg)]
+            if name_of(node.func) in SEEDING:
+                node.args = []
+            if name_of(node.func) == "replace" and len(node.args) == 1 and not node.keywords:
+                return node.args[0]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(is_seed(name_of(target)) for target in targets):
-                node.value = ast.Constant(0)
+            if any(is_seed(name_of(target)) for target in targets) and node.value:
+                return ast.Assign(targets, nothing, lineno=0)
+            if node.value and ast.dump(ast.Expr(node.value)) == ast.dump(ast.Expr(targets[0])).replace("Store", "Load"):
+                return None  # CONFIG = replace(CONFIG, seed=7) does nothing else
+        elif isinstance(node, ast.AugAssign) and is_seed(name_of(node.target)):
+            return None
+        elif isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant) and is_seed(name_of(node.left)):
+            return node.left
         return node
 
 
 def name_of(node: ast.AST) -> str:
-    return getattr(node, "id", getattr(node, "attr", ""))
+    """The last part of a name: `seed` of `seed`, `config.seed` and `config["seed"]`."""
+    key = getattr(getattr(node, "slice", None), "value", None)
+    return getattr(node, "id", getattr(node, "attr", key if isinstance(key, str) else ""))
 
 
 def is_seed(name: str | None) -> bool:
     return name is not None and (name.lower() == "seed" or name.lower().endswith("_seed"))
 
 
-def program_hash(text: str | None, hide_seed: bool = True) -> str | None:
-    """Equal for programs that do the same: comments, formatting, docstrings and (by default) the seed do not count."""
+def program_hash(text: str | None, hide_seed: bool = True, modules: dict | None = None) -> str | None:
+    """Equal for programs that do the same: comments, formatting, docstrings and (by default) the seed do not count.
+    `modules` are the files beside the program that it imports, by name."""
     if text is None:
         return None
-    try:
-        tree = _Functional(hide_seed).visit(ast.parse(text))
-        return sha256(ast.unparse(tree))[:16]
-    except (SyntaxError, ValueError, RecursionError):
-        return sha256("not a program\n" + text)[:16]
+    hashes = []
+    for name, source in [("", text), *sorted((modules or {}).items())]:
+        source = str(normal(str(source)))
+        try:
+            source = ast.unparse(_Functional(hide_seed).visit(ast.parse(source)))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            source = "not a program\n" + source
+        hashes.append(name + sha256(source))
+    return sha256("\n".join(hashes))[:16]
 
 
 def configuration(summary: dict) -> dict:
-    return {k: v for k, v in summary.items() if k not in RESULT_KEYS.union(MACHINE_KEYS)}
+    """The resolved configuration in a summary: everything but results, which are known by name or by their unit."""
+    others = RESULT_KEYS.union(MACHINE_KEYS)
+    return {k: v for k, v in summary.items() if k not in others and not k.endswith(("_seconds", "_ms", "_mb"))}
+
+
+@cache
+def analyze_program() -> str:
+    return program_hash(Path(__file__).read_text(encoding="utf-8"))
+
+
+def static_config(text: str) -> dict:
+    """The configuration as it can be read without running the program: the constants of the class Config."""
+    values = {}
+    for node in ast.walk(ast.parse(str(normal(text)))):
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            for part in node.body:
+                if isinstance(part, ast.AnnAssign) and part.value and is_literal(part.value):
+                    value = eval(compile(ast.Expression(part.value), "train.py", "eval"), {"__builtins__": {}})
+                    values[name_of(part.target)] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def is_literal(node: ast.AST) -> bool:
+    """Whether an expression is made of numbers and texts alone, like 2**19."""
+    operators = ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop
+    allowed = ast.Constant | ast.Tuple | ast.List | ast.expr_context | operators
+    return all(isinstance(part, allowed) for part in ast.walk(node))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,8 +829,20 @@ def configuration(summary: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Which commit a run was trained from, as far as can be known."""
+
+    name: str  # of its folder, without the number of a replicate
+    commit: str | None = None
+    is_dirty: bool | None = None
+    train_py: str | None = None
+    description: str = ""
+    notes: tuple[str, ...] = ()
+
+
 def identity_of(run: Run) -> str:
-    """What makes this run this run: its id, or for a program that writes none, the contents it left."""
+    """What makes this run this run: its id, or where it has none, the contents it left."""
     run_id = run.start.get("run_id") or run.summary.get("run_id") or log_run_id(run.log)
     if run_id:
         return f"run:{run_id}"
@@ -629,89 +853,130 @@ def identity_of(run: Run) -> str:
     return f"log:{sha256(run.log or '')[:16]}:{written_ns}"
 
 
-def compute_invalid(run: Run, facts: dict, prepare_sha: str | None, analyze_sha: str | None) -> list[str]:
-    """The reasons why a finished run's score must not be compared, empty for a valid run."""
+def compute_comparable(run: Run) -> dict:
+    """What must be the same in all runs of an archive, None where the run does not say."""
+    values = {key: run.first_of(key) for key in COMPARABLE}
+    values["eval_tokens"] = number(run.first_of("eval_tokens") or (run.evaluation or {}).get("tokens"))
+    return values | {"analyze_program": analyze_program()}
+
+
+def compute_invalid(run: Run, facts: dict) -> list[str]:
+    """Why a finished run's score must not be compared, each reason with what can be done; empty for a valid run."""
     summary, record, reasons = run.summary, run.evaluation, []
     val = number(summary.get("val_bpb"))
     if val is None or val <= 0:
-        reasons.append(f"val_bpb is {summary.get('val_bpb')!r}")
+        reasons.append(f"val_bpb is {summary.get('val_bpb')!r}: the loss of `reduction=\"none\"` is no cross-entropy")
     if record is None:
-        reasons.append(f"no readable {EVAL}: the score did not come from evaluate_bpb")
+        reasons.append(f"no readable {EVAL}: the score did not come from evaluate_bpb; call it, once, at the end")
     else:
         reasons += compute_evaluation_faults(record, val)
-    for script, sha in (("prepare.py", prepare_sha), ("analyze.py", analyze_sha)):
-        began = facts.get(f"{script[:-3]}_sha256")
-        if sha and began and sha != began:
-            reasons.append(f"{script} is not the one this archive began with ({sha[:8]}, was {began[:8]})")
-    fingerprint, began = data_fingerprint(run), facts.get("data_fingerprint")
-    if fingerprint and began and fingerprint != began:
-        reasons.append(f"the data differ from the archive's (fingerprint {fingerprint}, was {began})")
-    budget_s, clocked_s = number(summary.get("time_budget")), number(summary.get("training_seconds"))
-    if budget_s and clocked_s is not None:
-        steps_s = run.series("perf/step_time_ms")[-20:] / 1e3
-        step_s = float(np.nanmax(steps_s)) if np.isfinite(steps_s).any() else 0.01 * budget_s
-        if abs(clocked_s - budget_s) > step_s + 0.1:  # summaries round to a tenth of a second
-            reasons.append(f"trained {clocked_s:.1f} s on a budget of {budget_s:.1f} s, off by more than a step")
-    return reasons
+    if facts.get("analyze_sha256") and not facts.get("analyze_program"):
+        reasons.append("an earlier analyze.py began this archive: `uv run analyze.py new-archive` begins another")
+    for key, mine in compute_comparable(run).items():
+        began, (what, remedy) = facts.get(key), COMPARABLE[key]
+        if None not in (mine, began) and mine != began:
+            pair = ", was ".join(str(value)[:16] for value in (mine, began))
+            reasons.append(f"{what} is not what this archive began with ({pair}): {remedy}, or begin a new archive "
+                           "(`uv run analyze.py new-archive`)")
+    return reasons + compute_clock_faults(run)
+
+
+def compute_clock_faults(run: Run) -> list[str]:
+    """The last step may run over the budget by its own length, which is a thousandth of it and on a slow CPU a
+    twentieth; a step of more than a fifth of the budget trains longer than others may."""
+    budget_s, clocked_s = number(run.summary.get("time_budget")), number(run.summary.get("training_seconds"))
+    if not budget_s or clocked_s is None:
+        return []
+    steps_s = run.series("perf/step_time_ms")[-20:] / 1e3
+    step_s = float(np.nanmax(steps_s)) if np.isfinite(steps_s).any() else 0.01 * budget_s
+    over_s = clocked_s - budget_s
+    if abs(over_s) > step_s + 0.1:  # summaries round to a tenth of a second
+        return [f"trained {clocked_s:.1f} s on a budget of {budget_s:.1f} s, off by more than a step: end on the clock"]
+    if over_s > 0.2 * budget_s:
+        return [f"the last step ran {over_s:.1f} s past a budget of {budget_s:.1f} s: make steps shorter"]
+    return []
 
 
 def compute_evaluation_faults(record: dict, val_bpb: float | None) -> list[str]:
-    faults = []
+    """What evaluate_bpb found at fault, and what does not fit together."""
+    faults = [one_line(str(fault)) for fault in record.get("faults") or []]
     scored, nats, num_bytes = (number(record.get(k)) for k in ("val_bpb", "nats", "bytes"))
     if scored is None or val_bpb is None or abs(scored - val_bpb) > 2e-6:  # both are rounded to six decimals
-        faults.append(f"the summary says val_bpb {show(val_bpb)}, the evaluation record {show(scored)}")
+        faults.append(f"the summary says val_bpb {show(val_bpb)}, the evaluation record {show(scored)}: train it again")
     if scored is not None and nats and num_bytes and abs(nats / (math.log(2) * num_bytes) - scored) > 2e-6:
-        faults.append(f"the evaluation record's nats and bytes give {nats / (math.log(2) * num_bytes):.6f}")
-    if record.get("causal") is False:
-        faults.append("the causality test failed: predictions depend on later tokens")
+        given = nats / (math.log(2) * num_bytes)
+        faults.append(f"the evaluation record's nats and bytes give {given:.6f}: leave {EVAL} to evaluate_bpb")
+    finding = f" ({record['finding']})" if record.get("finding") else ""
+    if record.get("causal") is False and not record.get("faults"):
+        faults.append(f"the causality test failed: predictions depend on later tokens{finding}; look for what mixes "
+                      "positions: attention without its mask, a shift, a norm over the sequence")
+    elif record.get("causal") is None and not record.get("faults"):
+        faults.append(f"whether the model looks ahead could not be tested{finding}: make it repeatable in evaluation")
     calls = number(record.get("num_calls"))
     if calls is not None and calls > 1:
-        faults.append(f"evaluation was called {calls:.0f} times")
+        faults.append(f"evaluation was called {calls:.0f} times: call it once, at the end")
     return faults
 
 
-def data_fingerprint(run: Run) -> str | None:
-    sources = ((run.evaluation or {}), run.summary, run.start)
-    return next((s["data_fingerprint"] for s in sources if s.get("data_fingerprint")), None)
-
-
-def compute_record(run: Run, context: dict) -> dict:
-    """What the books keep of a run: identity, program, configuration and the few numbers that history needs.
-    `context` holds the archive's facts, the scripts' sha256 and what git knows of the commit."""
+def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | None = None) -> dict:
+    """What the books keep of a run: identity, program, configuration and the few numbers that history needs."""
     s, loss = run.summary, run.series("train/loss")
-    peak_mb, tokens_m = number(s.get("peak_vram_mb")), number(s.get("total_tokens_M"))
-    prepare_sha = run.start.get("prepare_sha256") or s.get("prepare_sha256") or context.get("prepare_now")
+    peak_mb, config = number(s.get("peak_vram_mb")), configuration(s)
+    ended = str(run.start.get("ended") or "")
+    is_stopped = not s and ended.startswith("stopped")
+    crash = None if s or is_stopped else compute_crash(run)
+    modules = run.start.get("modules") or {}
+    started = number(run.start.get("started_unix")) or started_unix
+    elapsed_s = number(s.get("total_seconds")) or compute_elapsed(run)
     return {
         "identity": identity_of(run),
+        "name": run.name,
+        "description": origin.description,
         "run_id": run.start.get("run_id") or s.get("run_id"),
-        "git_commit": context.get("commit") or run.start.get("git_commit") or s.get("git_commit"),
-        "is_dirty": context.get("is_dirty"),
-        "started_unix": number(run.start.get("started_unix")) or context.get("started_unix"),
+        "git_commit": origin.commit or run.start.get("git_commit") or s.get("git_commit"),
+        "is_dirty": origin.is_dirty,
+        "started_unix": started,
+        "ended_unix": started + elapsed_s if started and elapsed_s else None,
         "is_finished": bool(s),
-        "invalid": compute_invalid(run, context, prepare_sha, context.get("analyze_now")) if s else [],
-        "crash": None if s else compute_crash(run)["reason"],
+        "invalid": compute_invalid(run, facts) if s else [],
+        "crash": crash and crash["reason"],
+        "was_killed": bool(crash) and crash["is_killed"],
+        "stopped": ended if is_stopped else None,
         "val_bpb": number(s.get("val_bpb")),
         "memory_gb": peak_mb / 1024 if peak_mb is not None else None,
-        "train_sha256": sha256(run.train_py) if run.train_py else None,
-        "program": program_hash(run.train_py),
-        "program_and_seed": program_hash(run.train_py, hide_seed=False),
+        "train_sha256": sha256(normal(run.train_py)) if run.train_py else None,
+        "modules": {name: sha256(normal(str(text))) for name, text in modules.items()},
+        "program": program_hash(run.train_py, modules=modules),
+        "program_and_seed": program_hash(run.train_py, hide_seed=False, modules=modules),
         "seed": s.get("seed"),
-        "data_fingerprint": data_fingerprint(run),
+        "seed_offset": number(run.first_of("seed_offset")),
+        **compute_comparable(run),
         **{key: s.get(key) for key in MACHINE_KEYS},
-        "time_budget": number(s.get("time_budget")),
         "num_steps": number(s.get("num_steps")) or (len(run.records) or None),
-        "tokens_m": tokens_m,
+        "tokens_m": number(s.get("total_tokens_M")),
         "training_s": number(s.get("training_seconds")),
-        "total_s": number(s.get("total_seconds")) or compute_elapsed(run),
+        "total_s": elapsed_s,
         "step_ms": run.step_ms,
         "mfu_percent": number(s.get("mfu_percent")),
         "num_params_m": number(s.get("num_params_M")),
         "first_loss": number(loss[0]) if len(loss) else None,
         "last_loss": number(loss[-1]) if len(loss) else None,
-        "config": configuration(s),
+        "config": config,
+        "config_sha256": sha256(json.dumps(config, sort_keys=True))[:16],
         "damage": list(run.damage),
-        "notes": context.get("notes", []),
+        "notes": list(origin.notes),
     }
+
+
+def filing_status(record: dict) -> str:
+    """The status a run is filed with; a decision that the folder remembers comes first."""
+    if record.get("status"):
+        return record["status"]
+    if record.get("stopped"):
+        return "discard"
+    if not record["is_finished"]:
+        return "crash"
+    return "invalid" if record["invalid"] else "pending"
 
 
 def compute_elapsed(run: Run) -> float | None:
@@ -720,51 +985,100 @@ def compute_elapsed(run: Run) -> float | None:
     return float(last[0] - started) if started and len(last) and last[0] > started else None
 
 
+def compute_idle(entries: list[Entry]) -> dict[str, float]:
+    """Seconds for which nothing ran in a run's folder before it, by name; the first run of a night has none.
+
+    Nights lie apart by two hours: no pause within a night is that long, and none between two is shorter."""
+    idle: dict[str, float] = {}
+    last_end: dict[str, float] = {}
+    for e in sorted(entries, key=lambda e: e.record.get("started_unix") or 0.0):
+        started, ended, where = e.record.get("started_unix"), e.record.get("ended_unix"), str(e.record.get("folder"))
+        if started is None or ended is None:
+            continue
+        gap = max(started - last_end[where], 0.0) if where in last_end else math.inf
+        if gap < 7200:
+            idle[e.name] = gap
+        last_end[where] = max(ended, last_end.get(where, ended))
+    return idle
+
+
+def compute_gpu_share(entries: list[Entry]) -> float | None:
+    """Share of the nights in which runs were under way, None before there are two runs."""
+    idle = compute_idle(entries)
+    busy_s = sum(e.record["ended_unix"] - e.record["started_unix"] for e in entries if e.record.get("ended_unix"))
+    return busy_s / (busy_s + sum(idle.values())) if idle and busy_s > 0 else None
+
+
 def log_lines(log: str | None) -> list[str]:
     """The last lines of a log that hold anything; progress written over itself counts as lines."""
-    return [line.rstrip() for line in (log or "")[-100_000:].replace("\r", "\n").split("\n") if line.strip()]
+    return [line.rstrip() for line in printable(log or "")[-100_000:].split("\n") if line.strip()]
 
 
 def environment_failure(run: Run) -> str | None:
     """The line that shows that the machine or its set-up failed, None if the experiment itself ended."""
     ended, lines = str(run.start.get("ended") or ""), log_lines(run.log)
-    if run.summary:
+    if run.summary or ended.startswith("stopped"):
         return None
     if ended.startswith("error:"):
         return ended
     for line in lines[-3:]:
         if line.startswith("error:"):
             return line
-    return next((line.strip() for line in reversed(lines[-40:]) if ENVIRONMENT_SIGNS.search(line)), None)
+    signs = (line.strip() for line in reversed([ended, *lines[-40:]]) if ENVIRONMENT_SIGNS.search(line))
+    return next(signs, None)
 
 
 def compute_crash(run: Run) -> dict:
-    """Why a run without a summary ended: `reason`, known `cause` and `help`, last step and loss, end of the log."""
-    lines = log_lines(run.log)
+    """Why a run without a summary ended: `reason`, the one line of the exception, the last frames in the program's own
+    files, known `cause` and `help`, last step and loss."""
+    lines, loss = log_lines(run.log), run.series("train/loss")
+    ended = str(run.start.get("ended") or "")
     said = next((line for line in reversed(lines[-3:]) if line.startswith("crash:")), None)
-    said = said or (str(run.start["ended"]) if str(run.start.get("ended", "")).startswith("crash:") else None)
+    said = said or (ended if ended.startswith("crash:") else None)
     raised = next((x for x in reversed(lines[-60:]) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", x)), None)
     end = "\n".join(lines[-60:])
     # torch.compile tells what really happened in the middle of an explanation.
     inner = re.findall(r"\bgot (\w*Error\(.*\))", end)
     raised = inner[-1] if inner else raised
-    loss, reason = run.series("train/loss"), inner[-1] if inner else said or raised
-    cause = next(((name, help_) for text in (reason, end) if reason
-                  for name, signs, help_ in CRASH_CAUSES if re.search(signs, text, re.I)), None)
-    if reason is None:
-        reason = "the log just stops: killed" if lines else "no log was kept"
-        cause = ("killed from outside, or out of time",
-                 "see whether steps became slow or the machine's own memory ran out, and run it again")
+    reason = raised if inner else said or raised
+    cause, helps = find_cause(reason, end)
+    is_killed = reason is None
+    if is_killed:
+        reason, cause, helps = "the log just stops: killed" if lines else "no log was kept", KILLED, KILLED_HELP
+    reason = reason.removeprefix("crash:").strip()
     return {
-        "reason": reason.removeprefix("crash:").strip(),
-        "exception": raised,
-        "cause": cause[0] if cause else None,
-        "help": cause[1] if cause else None,
+        "reason": reason,
+        "exception": raised if raised and raised not in reason else None,
+        "frames": find_frames(lines, run.start.get("modules") or {}),
+        "cause": cause,
+        "help": helps,
+        "is_killed": is_killed,
         "last_step": number(run.records[-1].get("step")) if run.records else None,
         "last_loss": number(loss[-1]) if len(loss) else None,
         "elapsed_s": compute_elapsed(run),
-        "log_end": [clip(line, 160) for line in lines[-10:]],
     }
+
+
+def find_frames(lines: list[str], modules: dict) -> list[str]:
+    """The last two frames of the last traceback that lie in the program's own files, each with its line of code."""
+    own, frames = {"train.py", "<string>", *(Path(m).name for m in modules)}, []
+    start = max((i for i, line in enumerate(lines) if line.startswith("Traceback")), default=0)
+    for i, line in enumerate(lines[start:], start):
+        found = re.match(r'\s*File "([^"]+)", line (\d+)(?:, in (\S+))?', line)
+        if found and Path(found[1]).name in own:
+            code = lines[i + 1].strip() if i + 1 < len(lines) else ""
+            where = f" in {found[3]}" if found[3] else ""
+            frames.append(f"{Path(found[1]).name} line {found[2]}{where}: `{code}`")
+    return frames[-2:]
+
+
+def find_cause(reason: str | None, end: str) -> tuple[str | None, str | None]:
+    """The known cause of a crash and what helps, by its reason first, then by the end of the log."""
+    for text in (reason, end):
+        for cause, signs, helps in CRASH_CAUSES:
+            if reason and re.search(signs, text, re.I):
+                return cause, helps
+    return None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1526,7 +1840,7 @@ def render_crash(crash: dict) -> list[str]:
         lines.append(f"Exception: {clip(crash['exception'], 300)}")
     if crash["cause"]:
         lines.append(f"Looks like: {crash['cause']}. What usually helps: {crash['help']}.")
-    return [*lines, "```", *crash["log_end"], "```"] if crash["log_end"] else lines
+    return [*lines, *crash["frames"]]
 
 
 def render_changes(changes: dict) -> list[str]:
@@ -1745,59 +2059,6 @@ def replace_best_section(text: str | None, content: str) -> str:
     heading = found[0] if found[0].endswith("\n") else found[0] + newline
     kept = BEST_LINES.sub("", text[found.end() : end])
     return text[: found.start()] + heading + section.split("\n", 1)[1] + kept + text[end:]
-
-
-def count_ideas(text: str | None) -> int:
-    """Ideas in ideas_queue.md: list items that are not indented; if there are none, headings below the title."""
-    items = re.findall(r"^(?:[-*+]|\d+[.)]) +\S", text or "", re.M)
-    return len(items) or len(re.findall(r"^##+ +\S", text or "", re.M))
-
-
-def compute_status(archive: Path, folder: Path) -> dict:
-    book = load_book(archive)
-    best, noise, history = compute_best(book.entries), compute_noise(book.entries), compute_history(book.entries)
-    unfiled = sorted(p.name for p in (archive / "unfiled").glob("*") if p.is_dir())
-    started = history["first_start_unix"]
-    return {
-        "best": {"name": best.name, "val_bpb": best.mean, "runs": list(best.names), "is_kept": best.is_kept}
-        if best else None,
-        "noise": {"sigma": noise.sigma, "source": noise.source},
-        "here": describe_outputs(folder, book),
-        "pending": [e.name for e in book.entries if e.status == "pending"],
-        "unfiled": unfiled + book.unbooked,
-        **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "is_plateau", "gain")},
-        "queue_length": count_ideas(read_text(archive / QUEUE)),
-        "hours_used": history["hours"],
-        "hours_since_first_start": (time.time() - started) / 3600 if started else None,
-        "rerun": [e.name for e in compute_near_misses(book.entries)],
-        "problems": book.problems,
-    }
-
-
-def render_status(s: dict) -> str:
-    best = s["best"]
-    lines = [f"best: {best['name']} val_bpb {best['val_bpb']:.6f}" if best else "best: none yet"]
-    if best:
-        lines[0] += f", mean of {len(best['runs'])} runs" if len(best["runs"]) > 1 else ", one run"
-        lines[0] += "" if best["is_kept"] else " (nothing is kept yet: the first valid run stands in)"
-    lines += [
-        f"noise: sigma {s['noise']['sigma']:.6f} bpb ({s['noise']['source']})",
-        f"archive: {render_counts(s)}",
-        f"this folder: {s['here']}",
-        f"pending, decide keep or discard: {', '.join(s['pending'][-10:]) or 'none'}",
-        f"queue: {s['queue_length']} idea(s) in {QUEUE}",
-        f"budget used: {s['hours_used']:.2f} h in runs"
-        + (f", {s['hours_since_first_start']:.1f} h since the first" if s["hours_since_first_start"] else ""),
-    ]
-    if s["unfiled"]:
-        lines.append(f"not filed yet, run `uv run analyze.py`: {', '.join(s['unfiled'][:10])}")
-    if s["is_plateau"]:
-        lines.append(f"plateau: {s['ideas_since_best']} ideas since the best was found; change direction")
-    if s["rerun"]:
-        lines.append(f"within noise of the best, run once: {', '.join(s['rerun'])}")
-    lines += [f"problem: {p}" for p in s["problems"][:10]]
-    lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {clip(d, 70)}" for n, v, status, d in s["last"]]
-    return "\n".join(lines) + "\n"
 
 
 def render_compare(runs: list[Run], entries: list[Entry]) -> str:
@@ -2342,211 +2603,205 @@ def outputs_of(folder: Path, files: set[str], *notes: str) -> Outputs:
 
 
 def find_outputs(folder: Path) -> list[Outputs]:
-    """The runs whose outputs lie in the folder, oldest first: none, one, or two. Two where the log is not of the run
-    that left the other files: a start that died before it could put those away (a syntax error), or an old log because
-    the newer run's output went elsewhere."""
-    log, start = read_text(folder / LOG) or "", load_folder(folder, files={START}).start
+    """The runs whose outputs lie in the folder, oldest first: none, one, or two. Two where the log is of a start that
+    died before it could put the earlier run's files away (a syntax error)."""
+    log = printable(read_log(folder / LOG) or "")
+    start = read_fields(folder / START, [])
     if not start:
-        return find_foreign_outputs(folder, log)
-    run_id, notes, files = start.get("run_id"), [], {START, METRICS, EVAL, SUMMARY}
-    with contextlib.suppress(ValueError):
-        owner = (read_json(folder / SUMMARY) or {}).get("run_id")
-        if owner not in (None, run_id):
-            files -= {SUMMARY, EVAL}
-            notes.append(f"{SUMMARY} is of run {owner}, not of {run_id}: left out")
-    if not log.strip() or log_run_id(log) == run_id:
+        return find_unmarked_outputs(folder, log)
+    files, notes = {START, METRICS, EVAL, SUMMARY}, []
+    owner = (read_fields(folder / SUMMARY, []) or {}).get("run_id")
+    if owner not in (None, start.get("run_id")):
+        files -= {SUMMARY, EVAL}
+        notes.append(f"{SUMMARY} is of run {owner}, not of {start.get('run_id')}: left out")
+    if not log.strip() or log_run_id(log) == start.get("run_id"):
         return [outputs_of(folder, files | {LOG}, *notes)]
     others = outputs_of(folder, files, *notes, f"{LOG} is of another run: left out")
+    if log_run_id(log) or not ENDED.search(log):
+        return [others]
     alone = outputs_of(folder, {LOG}, "train.py ended before it could start a run: only the log is its own")
     return sorted([others, alone], key=lambda outputs: max(outputs.written_unix))
 
 
-def find_foreign_outputs(folder: Path, log: str) -> list[Outputs]:
-    """Outputs of a program that writes no run_start.json. Its log is the newest; a summary the log does not confirm is
-    an older run's."""
-    files, notes = {LOG, METRICS, EVAL, SUMMARY}, []
-    summary = load_folder(folder, files={SUMMARY}).summary
-    scored = number(parse_closing_block(log).get("val_bpb"))
-    if summary and log.strip() and (scored is None or abs(scored - (number(summary.get("val_bpb")) or 0)) > 2e-6):
-        written, metrics = (folder / SUMMARY).stat().st_mtime, folder / METRICS
-        files = {LOG, METRICS} if metrics.exists() and metrics.stat().st_mtime > written else {LOG}
-        notes.append(f"{SUMMARY} is not of the run that wrote {LOG}: left out")
-    outputs = outputs_of(folder, files, *notes)
-    return [outputs] if outputs.run.summary or outputs.run.records or log.strip() else []
+# What the log of a program shows that died before it could write its start file. Without one of these the log is of a
+# program that has only just been started, or of something else.
+ENDED = re.compile(
+    r"crash:|Error\b|error:|Exception|Traceback|Interrupt|Killed|Terminated|not found|core dumped|No such file"
+)
+
+
+def find_unmarked_outputs(folder: Path, log: str) -> list[Outputs]:
+    """Outputs without a start file, which every program leaves that loads the data: of one that died before that, or
+    that was run with an earlier prepare.py. A summary that the log does not confirm is an older run's."""
+    scored = parse_closing_block(log).get("val_bpb")
+    summary = read_fields(folder / SUMMARY, []) or {}
+    is_confirmed = not log.strip() or abs((number(scored) or 0) - (number(summary.get("val_bpb")) or 0)) < 2e-6
+    if summary and is_confirmed:
+        return [outputs_of(folder, {LOG, METRICS, EVAL, SUMMARY})]
+    if scored is not None or ENDED.search(log):
+        note = [f"{SUMMARY} is not of the run that wrote {LOG}: left out"] if summary else []
+        return [outputs_of(folder, {LOG}, *note)]
+    return []
 
 
 def is_running(run: Run) -> bool:
-    """Whether the process that started this run is still at it. On another host only growing metrics can tell."""
-    pid, host = run.start.get("pid"), run.start.get("host")
-    if run.summary or run.start.get("ended") or not isinstance(pid, int):
-        return False
-    if any(line.startswith(("crash:", "error:")) for line in log_lines(run.log)[-3:]):
-        return False
-    if host and host != socket.gethostname():
-        metrics = run.path / METRICS
-        return metrics.exists() and time.time() - metrics.stat().st_mtime < 60
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    stat = read_text(Path(f"/proc/{pid}/stat"))
-    if stat is None:
-        return True
-    state, *_ = values = stat.rpartition(")")[2].split()
-    if state == "Z":
-        return False
-    # A number that was given to another process since: it started after the run did.
-    booted = re.search(r"^btime (\d+)", read_text(Path("/proc/stat")) or "", re.M)
-    started = number(run.start.get("started_unix"))
-    if not booted or started is None:
-        return True
-    return int(booted[1]) + int(values[19]) / os.sysconf("SC_CLK_TCK") < started + 5
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Which commit a run was trained from, as far as can be known."""
-
-    name: str  # of its folder, without the number of a replicate
-    commit: str | None
-    is_dirty: bool | None
-    train_py: str | None
-    description: str
-    notes: tuple[str, ...] = ()
+    """Whether this run is under way: it holds a lock on its metrics for its whole life."""
+    return is_locked(run.path / METRICS)
 
 
 def find_origin(outputs: Outputs, folder: Path) -> Origin:
-    """Never HEAD by default: a run that says what it was trained from is believed, one that cannot say is checked
-    against the time of HEAD's commit and the state of train.py, and called unknown where that does not settle it."""
-    run, notes = outputs.run, []
+    """Never HEAD by default: a run says what it was trained from. One that cannot say is given to HEAD only where it
+    is younger than HEAD's commit."""
+    run, notes = outputs.run, [*outputs.notes]
     head = (git(folder, "rev-parse", "HEAD") or "").strip() or None
-    text, is_dirty = run.start.get("train_py"), run.start.get("git_dirty")
-    commit = run.start.get("git_commit") or run.summary.get("git_commit")
-    commit = commit if isinstance(commit, str) and re.fullmatch(r"[0-9a-f]{7,40}", commit) else None
+    text, commit = run.start.get("train_py"), run.start.get("git_commit") or run.summary.get("git_commit")
+    if not re.fullmatch(r"[0-9a-f]{7,40}", commit or ""):
+        commit = None
+    began_unix = min(outputs.written_unix) - (number(run.summary.get("total_seconds")) or 0.0)
     if commit is None and not run.start and head:
-        commit = head if is_younger_than_head(outputs, folder) else None
-        is_dirty = bool(git(folder, "status", "--porcelain", "--untracked-files=no", "--", "train.py"))
-        text = read_text(folder / "train.py") if commit else None
+        commit = head if began_unix >= int(git(folder, "log", "-1", "--format=%ct") or 0) else None
         if commit is None:
             notes.append(
                 f"nothing says which commit these outputs are of, and HEAD {head[:7]} is younger: not credited"
             )
-    if commit is None:
-        text = text or (read_text(folder / "train.py") if head is None else None)
-        mark = sha256(text)[:7] if text else sha256(outputs.identity)[:7]
-        return Origin(f"{'unknown' if head else 'nogit'}-{mark}", None, is_dirty, text, "(no commit)", tuple(notes))
-    committed = git(folder, "show", f"{commit}:./train.py")
+    committed = git(folder, "show", f"{commit}:./train.py") if commit else None
     if text is None:
         # A program that keeps no copy of itself: what it ran is what lay here when it began, committed or not.
-        is_older = (folder / "train.py").exists() and (folder / "train.py").stat().st_mtime < began_unix(outputs)
-        text = read_text(folder / "train.py") if is_older else committed
-    is_changed = committed is not None and text != committed
-    if is_changed or is_dirty:
-        what = "train.py" if is_changed else "a tracked file other than train.py"
+        path = folder / "train.py"
+        is_older = path.exists() and path.stat().st_mtime < began_unix + 1
+        text = read_text(path) if is_older or not head else committed
+    if commit is None:
+        mark = sha256(normal(text) if text else outputs.identity)[:7]
+        return Origin(f"{'unknown' if head else 'nogit'}-{mark}", None, None, text, "(no commit)", tuple(notes))
+    is_changed = committed is not None and normal(text) != normal(committed)
+    is_dirty = bool(is_changed or run.start.get("git_dirty"))
+    if is_dirty:
+        what = "train.py" if is_changed else "a file that it used, other than train.py,"
         notes.append(f"{what} had uncommitted changes: the run is not credited to commit {commit[:7]}")
-    if head and not head.startswith(commit) and commit != head:
+    if head and not head.startswith(commit):
         notes.append(f"trained from commit {commit[:7]}, HEAD is now {head[:7]}: filed under {commit[:7]}")
-    subject = printable(git(folder, "log", "-1", "--format=%s", commit) or "").strip()
-    subject = subject or "(commit not in this repository)"
-    is_dirty = bool(is_changed or is_dirty)
+    subject = one_line(git(folder, "log", "-1", "--format=%s", commit) or "") or "(commit not in this repository)"
     description = subject + (" (with uncommitted changes)" if is_dirty else "")
     return Origin(commit[:7] + ("-dirty" if is_dirty else ""), commit, is_dirty, text, description, tuple(notes))
-
-
-def is_younger_than_head(outputs: Outputs, folder: Path) -> bool:
-    """Whether outputs that name no commit were written after HEAD was committed."""
-    committed = git(folder, "log", "-1", "--format=%ct")
-    return committed is not None and began_unix(outputs) >= int(committed)
-
-
-def began_unix(outputs: Outputs) -> float:
-    """When a run without a start file began, as near as its outputs tell."""
-    return min(outputs.written_unix) - (number(outputs.run.summary.get("total_seconds")) or 0.0)
 
 
 def file_run(outputs: Outputs, archive: Path, folder: Path, book: Book) -> str:
     """Put the run's files and record into the archive, then its row into the books. Returns its name.
 
-    The folder appears whole, under its final name, by one rename; a kill before the row is written is mended by the
-    next call. Nothing here needs the statistics to succeed."""
-    origin, facts = find_origin(outputs, folder), load_facts(archive)
-    now = {script: sha256(p.read_bytes()) if (p := where / f"{script}.py").exists() else None
-           for script, where in (("prepare", folder), ("analyze", Path(__file__).parent))}
+    The folder appears whole, under its final name, by one rename. A run that was filed before it had a score is filed
+    again in its own folder, the record last. A kill in between is mended by the next call."""
+    check_git(folder)
+    origin, facts = find_origin(outputs, folder), load_facts(archive, [])
     run = replace(outputs.run, train_py=origin.train_py)
-    began = {"analyze_sha256": now["analyze"], "data_fingerprint": data_fingerprint(run),
-             "prepare_sha256": run.start.get("prepare_sha256") or run.summary.get("prepare_sha256") or now["prepare"],
-             "created_unix": time.time()}
-    if any(facts[key] is None and value for key, value in began.items()):
-        facts |= {key: value for key, value in began.items() if facts[key] is None}
-        write_json(archive / FACTS, facts)
-    context = facts | {"commit": origin.commit, "is_dirty": origin.is_dirty, "started_unix": min(outputs.written_unix),
-                       "prepare_now": now["prepare"], "analyze_now": now["analyze"],
-                       "notes": [*outputs.notes, *origin.notes]}
     taken = {p.name for p in archive.iterdir()} | {row.name for row in book.rows}
-    name = next(n for i in range(1, 10**6) if (n := origin.name + (f".{i}" if i > 1 else "")) not in taken)
-    record = compute_record(run, context) | {
-        "identity": outputs.identity, "name": name, "description": origin.description,
-        "folder": str(outputs.run.path)}  # where it was trained, or put away: not always where it is filed from
-    staging = archive / f".tmp-{os.getpid()}" / name  # two levels down, where train.py does not take it for archived
-    staging.mkdir(parents=True)
+    name = book.named(outputs.identity)
+    is_again = name is not None
+    if not is_again:
+        name = next(n for i in range(1, 10**6) if (n := origin.name + (f".{i}" if i > 1 else "")) not in taken)
+    record = compute_record(run, facts, origin, min(outputs.written_unix))
+    # Where it was trained, or put away: not always where it is filed from.
+    record |= {"name": name, "identity": outputs.identity, "folder": str(outputs.run.path)}
+    if record["is_finished"] and not record["invalid"]:
+        begun = {key: record[key] for key in COMPARABLE if facts.get(key) is None and record[key] is not None}
+        if begun:
+            write_json(archive / FACTS, {"created_unix": time.time()} | facts | begun)
+    # Two levels down, where train.py does not take it for archived.
+    target = archive / name if is_again else archive / f".tmp-{os.getpid()}" / name
+    target.mkdir(parents=True, exist_ok=True)
     for file, path in outputs.files.items():
-        shutil.copy2(path, staging / file)
+        copy_file(path, target / file)
     if origin.train_py is not None:
-        write_atomic(staging / "train.py", origin.train_py)
-    write_json(staging / STATS, {"record": record})
-    os.rename(staging, archive / name)
-    staging.parent.rmdir()
-    book_run(archive, name, record)
+        write_atomic(target / "train.py", origin.train_py)
+    if is_again:
+        book_run(archive, name, record, book)
+    write_json(target / STATS, {"record": record})
+    if not is_again:
+        os.rename(target, archive / name)
+        target.parent.rmdir()
+        book_run(archive, name, record, book)
     return name
 
 
-def book_run(archive: Path, name: str, record: dict) -> None:
-    """Append the row of a filed run and remember that it was given one."""
-    status = "crash" if not record["is_finished"] else "invalid" if record["invalid"] else "pending"
-    line = format_row(name, record, status, record.get("description") or "")
-    save_rows(archive, [*load_rows(archive), parse_row(line)])
-    facts = load_facts(archive)
-    write_json(archive / FACTS, facts | {"booked": [*facts["booked"], name]})
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a run's file; of a very long log, its ends."""
+    if source.name == LOG and source.stat().st_size > LOG_BYTES:
+        return write_atomic(target, read_log(source) or "")
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.copy2(source, temporary)
+    os.replace(temporary, target)
+
+
+def new_row(name: str, record: dict) -> Row:
+    return parse_row(format_row(name, record, filing_status(record), record.get("description") or ""))
+
+
+def book_run(archive: Path, name: str, record: dict, book: Book) -> None:
+    """The row of a filed run: in place of its old one, else at the end."""
+    new, names = new_row(name, record), [row.name for row in book.rows]
+    save_rows(archive, [new if row.name == name else row for row in book.rows] + ([] if name in names else [new]))
 
 
 def repair_books(archive: Path, book: Book) -> list[str]:
-    """Rows for runs that were filed by a call that was killed before it could write them; records that were lost."""
-    for name in [e.name for e in book.entries if read_stats(archive / e.name)[0] is None]:
+    """Records that were lost; rows for runs that have none, before those that started later; and the lines that are no
+    rows, as a spreadsheet leaves them, into a file of their own. Says what was done."""
+    for name in [e.name for e in book.entries if not read_stats(archive / e.name)]:
         write_json(archive / name / STATS, {"record": load_record(archive / name)})
+    told, rows = [], book.rows
+    starts = {e.name: e.record.get("started_unix") or 0.0 for e in book.entries}
     for name in book.unbooked:
-        book_run(archive, name, load_record(archive / name))
-    return [f"{name} was filed but had no row: added" for name in book.unbooked]
+        record = load_record(archive / name)
+        starts[name] = record.get("started_unix") or math.inf
+        at = next((i for i, row in enumerate(rows) if starts.get(row.name, 0.0) > starts[name]), len(rows))
+        rows = [*rows[:at], new_row(name, record), *rows[at:]]
+        told.append(f"{name} had no row in {RESULTS}: added, as {filing_status(record)}")
+    if book.damaged:
+        with open(archive / DAMAGED, "ab") as f:
+            f.writelines(row.line.encode("utf-8", "surrogateescape") for row in book.damaged)
+        told.append(f"{len(book.damaged)} line(s) of {RESULTS} were no rows: moved to {DAMAGED}")
+    if told:
+        save_rows(archive, rows)
+    return told
 
 
 def file_unfiled(archive: Path, folder: Path) -> list[str]:
     """File the runs that a later start put away before they were analyzed, by time of start. Says what was done."""
     told, found = [], []
     for path in (archive / "unfiled").glob("*"):
+        if path.name.startswith("."):  # on its way: it gets its name once it is whole
+            continue
         run = load_folder(path)
-        if not (run.start or run.summary or run.records):
-            told.append(f"unfiled/{path.name} holds no readable run: left there")
+        if path.is_symlink() or not run.start:
+            told.append(f"unfiled/{path.name} is {'a link' if path.is_symlink() else 'no readable run'}: left there")
         elif not is_running(run):
             found.append((number(run.start.get("started_unix")) or 0.0, path.name, path, run))
     for _, _, path, run in sorted(found, key=lambda item: item[:2]):
-        book, outputs = load_book(archive), outputs_of(path, {START, METRICS, EVAL, SUMMARY})
-        log = read_text(folder / LOG)
-        if log and log_run_id(log) == run.start.get("run_id"):
-            outputs = replace(outputs, run=replace(run, log=log), files=outputs.files | {LOG: folder / LOG})
-        else:
-            outputs = replace(
-                outputs, notes=("the next run was started before this one was analyzed: its log is lost",)
-            )
-        if name := book.named(outputs.identity):
-            told.append(f"unfiled run {path.name} was filed already as {name}")
-        elif environment_failure(outputs.run) or run.start.get("run_id") in book.facts["not_experiments"]:
-            told.append(f"unfiled run {path.name} failed over its environment: not an experiment, removed")
-        else:
-            name = file_run(outputs, archive, folder, book)
-            told.append(f"unfiled run {path.name} filed as {name}")
-        shutil.rmtree(path)
+        told.append(f"unfiled run {path.name} {file_one_unfiled(archive, folder, path, run)}")
     return told
+
+
+def file_one_unfiled(archive: Path, folder: Path, path: Path, run: Run) -> str:
+    """File what a later start put away, and remove it from there. Nothing that has metrics is removed unfiled."""
+    book, outputs = load_book(archive), outputs_of(path, {START, METRICS, EVAL, SUMMARY, LOG})
+    log = read_log(folder / LOG)
+    if log and log_run_id(log) == run.start.get("run_id"):
+        outputs = replace(outputs, run=replace(run, log=printable(log)), files=outputs.files | {LOG: folder / LOG})
+    elif LOG not in outputs.files:
+        outputs = replace(outputs, notes=("the next run was started before this one was analyzed: its log is lost",))
+    name, said = book.named(outputs.identity), ""
+    if name and not (run.summary and book.is_unscored(name)):
+        said = f"was filed already as {name}"
+    elif environment_failure(outputs.run):
+        said = "failed over its environment: not an experiment, removed"
+        if run.records:
+            target = archive / "failed" / path.name
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            os.rename(path, target)
+            return f"failed over its environment: not an experiment, kept in failed/{path.name}"
+    else:
+        said = f"filed as {file_run(outputs, archive, folder, book)}"
+    shutil.rmtree(path)
+    return said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2580,15 +2835,38 @@ def write_run_pages(archive: Path, name: str) -> None:
     write_json(archive / name / STATS, stats)  # last: a run whose statistics stand has all its pages
 
 
+def update_insights(archive: Path, content: str) -> None:
+    """Put what is known of the best on top of "Current Best". Agents write to this file meanwhile: it is replaced only
+    where it is still what was read, and what somebody appends to the old file in between is appended to the new."""
+    path = archive / INSIGHTS
+    if not path.exists():
+        write_atomic(path, replace_best_section(None, content))
+    for _ in range(50):
+        with open(path, "rb") as old:
+            data = old.read()
+            text = data.decode("utf-8", "surrogateescape")
+            new = replace_best_section(text, content)
+            if new == text:
+                return
+            temporary = path.with_name(f".tmp-{os.getpid()}-{INSIGHTS}")
+            temporary.write_bytes(new.encode("utf-8", "surrogateescape"))
+            if path.read_bytes() != data:
+                continue
+            os.replace(temporary, path)
+            for pause_s in (0.0, 0.02):  # an append that was under way lands in the old file
+                time.sleep(pause_s)
+                if late := old.read():
+                    with open(path, "ab") as f:
+                        f.write(late)
+            return
+
+
 def write_archive_pages(archive: Path, is_stale: bool = True) -> None:
     """What depends on all runs: Current Best in insights.md, and progress.png and report.md if they are stale."""
     if not (archive / RESULTS).exists():
         return
     book = load_book(archive)
-    old = read_text(archive / INSIGHTS)
-    new = replace_best_section(old, render_current_best(book.entries))
-    if new != old:
-        write_atomic(archive / INSIGHTS, new)
+    update_insights(archive, render_current_best(book.entries))
     if not is_stale:
         return
     write_morning(archive, book)
@@ -2618,49 +2896,336 @@ def are_archive_pages_stale(archive: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands
+# Status
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def describe_outputs(folder: Path, book: Book) -> str:
     """One line on the newest run whose outputs lie in the folder."""
     outputs = find_outputs(folder)
+    if is_starting(folder):
+        return f"a start that has written nothing to {LOG} yet: it has just begun, or was killed before it could"
     if not outputs:
         return "no run's outputs"
-    newest = outputs[-1]
-    run_id = newest.run.start.get("run_id") or "without an id"
-    if name := book.named(newest.identity):
-        return f"run {name}, filed"
-    if is_running(newest.run):
-        return f"run {run_id} is in progress, {len(newest.run.records)} steps so far"
-    if failure := environment_failure(newest.run):
+    newest = outputs[-1].run
+    run_id = newest.start.get("run_id") or "without an id"
+    if is_running(newest):
+        return f"run {run_id} is in progress, {len(newest.records)} steps so far"
+    name = book.named(outputs[-1].identity)
+    if name and not (newest.summary and book.is_unscored(name)):
+        return describe_filed(name, book)
+    if failure := environment_failure(newest):
         return f"run {run_id} failed over its environment: {clip(failure, 150)}"
     return f"run {run_id} is not filed yet: `uv run analyze.py`"
 
 
+def describe_filed(name: str, book: Book) -> str:
+    e = next((e for e in book.entries if e.name == name), None)
+    if e is None:
+        return f"run {name}, filed, but without a row: `uv run analyze.py`"
+    later = book.entries[book.entries.index(e) + 1 :]
+    if e.record.get("was_killed") and not any(other.group[0] == e.group[0] for other in later):
+        return f"run {name}, filed, {KILLED}: the idea was not tested; train the same commit again"
+    kind = " (hampered by the machine: train the same commit again)" if e.record.get("hampered") else ""
+    return f"run {name}, filed, {e.status}{kind}: {clip(e.description, 80)}"
+
+
+def is_starting(folder: Path) -> bool:
+    """Whether the log is that of a program which has not come to say what run it is, nor why it ended."""
+    log = read_log(folder / LOG)
+    is_silent = log is not None and log_run_id(log) is None and not ENDED.search(log)
+    return is_silent and not parse_closing_block(log)
+
+
+def find_running(book: Book, folder: Path) -> list[Run]:
+    """The runs under way in other folders: those that are known to this archive, and git's other worktrees."""
+    folders = {e.record.get("folder") for e in book.entries}
+    listed = git(folder, "worktree", "list", "--porcelain") or ""
+    folders |= set(re.findall(r"^worktree (.+)$", listed, re.M))
+    others = sorted(Path(name) for name in folders - {None, str(folder)})
+    return [load_folder(path, files={START}) for path in others if is_locked(path / METRICS)]
+
+
+def describe_running(run: Run) -> str:
+    commit = run.start.get("git_commit") or "no commit"
+    subject = git(run.path, "log", "-1", "--format=%s", commit) if run.start.get("git_commit") else None
+    return f"{commit[:7]} in {run.path}: {clip(one_line(subject or 'unknown'), 70)}"
+
+
+def list_items(text: str | None) -> list[str]:
+    """List items that are not indented, as in the queue and the claims."""
+    return [one_line(item) for item in re.findall(r"^(?:[-*+]|\d+[.)]) +(\S.*)", text or "", re.M)]
+
+
+def compute_status(archive: Path, folder: Path) -> dict:
+    book = load_book(archive)
+    best, noise, history = compute_best(book.entries), compute_noise(book.entries), compute_history(book.entries)
+    unfiled = sorted(p.name for p in (archive / "unfiled").glob("[!.]*") if p.is_dir())
+    started, insights = history["first_start_unix"], read_text(archive / INSIGHTS)
+    return {
+        "demo": is_demo(),
+        "best": {"name": best.name, "val_bpb": best.mean, "runs": list(best.names), "is_kept": best.is_kept}
+        | {"description": book.entry(best.name).description} if best else None,
+        "noise": {"sigma": noise.sigma, "source": noise.source},
+        "here": describe_outputs(folder, book),
+        "live": compute_live(archive, folder, book, best),
+        "elsewhere": [describe_running(run) for run in find_running(book, folder)],
+        "pending": [e.name for e in book.entries if e.status == "pending"],
+        "unfiled": unfiled + book.unbooked,
+        **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "is_plateau", "gain")},
+        "queue": list_items(read_text(archive / QUEUE)),
+        "claims": list_items((insights or "").partition("## Claims")[2]),
+        "doubts": check_insights(insights, book.entries),
+        "effects": render_effects(book.entries, 10),
+        "hours_used": history["hours"],
+        "hours_since_first_start": (time.time() - started) / 3600 if started else None,
+        "gpu_share": compute_gpu_share(book.entries),
+        "rerun": [e.name for e in compute_near_misses(book.entries)],
+        "problems": book.problems,
+    }
+
+
+def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> list[str]:
+    """How the run in progress here stands: share of the budget, and the difference from the best on the same text. It
+    is hopeless where it is further behind than any run of this archive was, at that share, that came within the noise
+    in the end; nothing is said in the first quarter, in which learning rates and batch sizes mislead."""
+    if not is_locked(folder / METRICS):
+        return []
+    run = load_folder(folder, "this run", {START, METRICS})
+    trained_s = number(run.records[-1].get("time/training_s")) if run.records else None
+    budget_s = number(book.entry(best.name).record.get("time_budget")) if best else None
+    if trained_s is None or not budget_s:
+        return []
+    share = trained_s / budget_s
+    line = f"{share:.0%} of the budget, {max(budget_s - trained_s, 0):.0f} s left before the score"
+    paired = globals().get("compute_paired", lambda *_: None)(run, [load_folder(archive / best.name, best.name)])
+    if not paired or not paired["windows"]:
+        return [line]
+    last = paired["windows"][-1]
+    line += f"; at equal tokens {last['difference']:+.4f} ± {last['error']:.4f} bpb against {best.name}"
+    limit = farthest_behind(book.entries, share)
+    if share < 0.25 or limit is None or last["difference"] - 2 * last["error"] <= limit:
+        return [line]
+    return [line, f"hopeless: no run that came within the noise was so far behind here ({limit:+.4f} at most): "
+                  "`uv run analyze.py stop` ends it"]
+
+
+def farthest_behind(entries: list[Entry], share: float) -> float | None:
+    """The largest difference from the best, at this share of the budget, of the runs that came within two standard
+    errors of it in the end. None with fewer than five such runs."""
+    found = []
+    for e in entries:
+        verdict, paired = e.stats.get("verdict") or {}, e.stats.get("paired") or {}
+        difference, error = (number(verdict.get(key)) for key in ("difference", "standard_error"))
+        if not e.is_valid or None in (difference, error) or difference > 2 * error:
+            continue
+        windows = [w for w in paired.get("windows") or [] if (number(w.get("progress")) or 0) >= share]
+        found += [number(w["difference"]) for w in windows[:1]]
+    return max(found) if len(found) >= 5 else None
+
+
+def render_status(s: dict) -> str:
+    """At most STATUS_LINES lines; where they do not suffice, claims are left out, and counted."""
+    best = s["best"]
+    lines = ["demo (AUTORESEARCH_DEMO): its archive is its own"] if s["demo"] else []
+    if best:
+        mean = f"mean of {len(best['runs'])} runs" if len(best["runs"]) > 1 else "one run"
+        stands_in = "" if best["is_kept"] else " (nothing is kept yet: the first valid run stands in)"
+        lines.append(f"best: {best['name']} val_bpb {best['val_bpb']:.6f}, {mean}{stands_in}: {best['description']}")
+    else:
+        lines.append("best: none yet")
+    since = f", {s['hours_since_first_start']:.1f} h since the first" if s["hours_since_first_start"] else ""
+    share = f"; a run was under way for {s['gpu_share']:.0%} of the time" if s["gpu_share"] else ""
+    lines += [
+        f"noise: sigma {show(s['noise']['sigma'])} bpb ({s['noise']['source']})",
+        f"archive: {render_counts(s)}; {s['hours_used']:.2f} h in runs{since}{share}",
+        f"this folder: {s['here']}",
+        *(f"  {line}" for line in s["live"]),
+        *(f"under way elsewhere: {line}" for line in s["elsewhere"][:6]),
+        f"pending, decide keep or discard: {', '.join(s['pending'][-10:]) or 'none'}",
+    ]
+    if s["unfiled"]:
+        lines.append(f"not filed yet, run `uv run analyze.py`: {', '.join(s['unfiled'][:10])}")
+    if s["is_plateau"]:
+        lines.append(f"plateau: {s['ideas_since_best']} ideas since the best was found; change direction")
+    if s["rerun"]:
+        lines.append(f"within noise of the best, run once: {', '.join(s['rerun'])}")
+    lines += [f"problem: {p}" for p in s["problems"][:5]]
+    lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {d}" for n, v, status, d in s["last"]]
+    lines.append(f"queue: {len(s['queue'])} idea(s) in {QUEUE}" + (", the first:" if s["queue"] else ""))
+    lines += [f"  {item}" for item in s["queue"][:3]]
+    if s["effects"]:
+        lines += ["effects on val_bpb:", *(f"  {line}" for line in s["effects"][:11])]
+    lines += [f"doubtful: {line}" for line in s["doubts"][:5]]
+    room = STATUS_LINES - len(lines) - 1
+    claims = s["claims"] if len(s["claims"]) <= room else s["claims"][: room - 1]
+    lines.append(f"claims in {INSIGHTS}: {len(s['claims'])}" + (":" if claims else ""))
+    lines += [f"  {item}" for item in claims]
+    if len(claims) < len(s["claims"]):
+        lines.append(f"  and {len(s['claims']) - len(claims)} more")
+    return "\n".join(clip(one_line(line) if line[0] != " " else "  " + one_line(line), 160) for line in lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Check: before a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+DISK_GB = 2.0  # a checkpoint and what the compiler caches take less
+
+
+def imported_modules(folder: Path, text: str) -> dict[str, str]:
+    """The folder's own .py files that a program imports, and those that they import: name to text."""
+    found: dict[str, str] = {}
+    waiting = [text]
+    while waiting:
+        names = re.findall(r"^\s*(?:from|import)\s+(\w+)", waiting.pop(), re.M)
+        for name in names:
+            source = read_text(folder / f"{name}.py")
+            if source is not None and f"{name}.py" not in found and name not in ("prepare", "analyze", "train"):
+                found[f"{name}.py"] = source
+                waiting.append(source)
+    return found
+
+
+def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """What speaks against training train.py as it lies here, and what else is worth knowing, a line each."""
+    text = read_text(folder / "train.py") or ""
+    try:
+        values = static_config(text)
+    except (SyntaxError, ValueError, RecursionError) as e:
+        return [f"train.py does not parse: line {getattr(e, 'lineno', '?')}: {getattr(e, 'msg', e)}"], []
+    book, modules = load_book(archive), imported_modules(folder, text)
+    faults = find_repeats(book, folder, text, modules)
+    faults += find_changed_files(folder, modules) + find_batch_fault(folder, values)
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if free_gb < DISK_GB:
+        faults.append(f"the disk is nearly full: {free_gb:.1f} GB are free; a run needs {DISK_GB:.0f}")
+    return faults, describe_change(archive, book, text, values)
+
+
+def find_repeats(book: Book, folder: Path, text: str, modules: dict) -> list[str]:
+    """The newest run that this program would repeat, and those under way elsewhere."""
+    program, exact = program_hash(text, modules=modules), program_hash(text, hide_seed=False, modules=modules)
+    same = [e for e in book.entries if e.record.get("program") == program and not e.record.get("was_killed")]
+    best, faults = compute_best(book.entries), []
+    for e in same[-1:]:
+        seed = "" if e.record.get("program_and_seed") == exact else " but for its seed"
+        again = "; `uv run analyze.py rerun` runs the best again" if best and e.group == best.group else ""
+        result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}{again}"
+        faults.append(f"this program{seed} was trained before: {result}")
+    for run in find_running(book, folder):
+        if program_hash(run.start.get("train_py"), modules=run.start.get("modules")) == program:
+            faults.append(f"this program is being trained now: {describe_running(run)}")
+    return faults
+
+
+def find_changed_files(folder: Path, modules: dict) -> list[str]:
+    """Files other than train.py that a run would use and that differ from HEAD."""
+    used = ["prepare.py", "analyze.py", *modules]
+    changed = git(folder, "status", "--porcelain", "--", *used) or ""
+    names = sorted(line[3:].strip() for line in changed.splitlines())
+    if not names:
+        return []
+    return [f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest"]
+
+
+def find_batch_fault(folder: Path, values: dict) -> list[str]:
+    """Whether total_batch_size is a multiple of what one pass takes, as far as both scripts say it in plain numbers."""
+    found = re.search(r"^MAX_SEQ_LEN = (?:(\d+) if DEMO else )?(\d+)", read_text(folder / "prepare.py") or "", re.M)
+    total, rows = (number(values.get(key)) for key in ("total_batch_size", "device_batch_size"))
+    if not found or not total or not rows or is_demo():  # the demo has sizes of its own
+        return []
+    tokens = rows * int(found[2])
+    if total % tokens == 0:
+        return []
+    return [f"total_batch_size {total:.0f} is no multiple of {tokens:.0f}, the tokens of one pass"]
+
+
+def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[str]:
+    """What a program changes against the best, and which other runs had its configuration."""
+    best = compute_best(book.entries)
+    if best is None:
+        return ["nothing to compare with: this is the first program"]
+    config = book.entry(best.name).record.get("config", {})
+    knobs = [f"{k} {json.dumps(config[k])} -> {json.dumps(v)}" for k, v in values.items() if config.get(k, v) != v]
+    diff = diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), best.name)
+    added, removed = (sum(d.startswith(sign) and not d.startswith(sign * 3) for d in diff) for sign in "+-")
+    told = [f"against {best.name}: {', '.join([*knobs, f'+{added} -{removed} lines of train.py'])}"]
+    for e in book.entries if knobs else []:
+        theirs = e.record.get("config", {})
+        if theirs and all(theirs.get(k, v) == v for k, v in values.items() if not is_seed(k)):
+            result = f"{e.name} scored {show(e.val_bpb)}, {e.status}"
+            told.append(f"this configuration, with other code, was trained before: {result}")
+    return told[:1] + told[1:][-1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What `start` puts into the queue: from public logs of this experiment on another machine (H100, one run each; noise
+# about 0.001), each change on top of earlier ones. Where to look first, not what is true here.
+PRIORS = """\
+- half the batch (2^18 tokens a step) | more steps pay | -0.012 elsewhere | not better
+- depth 9, aspect ratio 57 (width rounds up to 640) | a larger model at the same time | -0.0043 elsewhere | not better
+- embedding learning rate 0.6 -> 0.8 | embeddings learn too slowly | -0.0033 elsewhere | not better
+- small weight decay on embeddings (0.001), on value embeddings (0.001 to 0.003) | they grow | -0.0017 elsewhere | same
+- rotary base 200 000 | positions resolve better | -0.0012 elsewhere | not better
+- unembedding learning rate 0.004 -> 0.005 or 0.006 | the head lags | -0.0010 elsewhere | not better
+- short window 1/8 of the context instead of 1/2 | faster steps | -0.0009 elsewhere | tokens +, loss worse
+- x0_lambda start 0.05 | less of the embedding in every layer | -0.0008 elsewhere | not better
+- final_lr_frac 0.05 | learn until the end | -0.0006 elsewhere | not better
+- warmdown 0.5 -> 0.7 | longer decay | -0.0006 elsewhere | not better
+- initial block weights x 0.7 to 0.8 | calmer start | -0.0006 elsewhere | not better
+- said to help elsewhere | depth 12 with batch 2^17, MLP ratio 6, half as many KV heads, Muon beta2 0.99, peak Muon \
+momentum 0.90 to 0.93, q-k scale 1.1 to 1.2, hashed bigram value embeddings | ? | not better
+- said to hurt elsewhere | tied embeddings, attention and MLP in parallel (+0.012), one KV head (+0.008), value \
+embeddings in the last layers only (+0.007), no mask on the cautious decay (+0.005), depth 11 at width 640 (+0.007), \
+any warm-up | | better
+"""
+TRAIN = "uv run train.py > run.log 2>&1"
+
+
+def wait_for_run(folder: Path) -> None:
+    """Block until no run is in progress here. One that was started a moment ago has not said anything yet."""
+    deadline = time.monotonic() + 120  # importing torch from a cold disk takes a minute
+    while is_locked(folder / METRICS) or (is_starting(folder) and time.monotonic() < deadline):
+        time.sleep(0.2)
+
+
 def command_file(archive: Path, folder: Path) -> int:
     """File whatever is not filed yet and write the pages. Returns the exit status."""
+    remove_leftovers(folder)
     with locked(archive):
         told = repair_books(archive, load_book(archive)) + file_unfiled(archive, folder)
         outputs, name, is_new = find_outputs(folder), None, False
         if outputs and is_running(outputs[-1].run):
             finish_pages(archive, told)
             raise AnalyzeError(f"run {outputs[-1].run.start.get('run_id')} is still in progress (process "
-                               f"{outputs[-1].run.start.get('pid')}): wait for it to end, then call this again")
+                               f"{show(number(outputs[-1].run.start.get('pid')), '.0f')}): wait for it to end "
+                               "(`uv run analyze.py --wait`), then call this again")
         for found in outputs:
             book = load_book(archive)
-            name, is_new = book.named(found.identity), False
-            if name is None and not environment_failure(found.run):
-                name, is_new = file_run(found, archive, folder, book), True
+            name = book.named(found.identity)
+            is_new = name is None or bool(found.run.summary and book.is_unscored(name))
+            if is_new and not environment_failure(found.run):
+                name = file_run(found, archive, folder, book)
         finish_pages(archive, told)
         if not outputs:
             if told:
                 return 0
-            raise AnalyzeError(f"no run's outputs in {folder}: run `uv run train.py > run.log 2>&1` there first")
+            starting = f" ({describe_outputs(folder, load_book(archive))})" if is_starting(folder) else ""
+            raise AnalyzeError(f"no run's outputs in {folder}{starting}: run `{TRAIN}` there first")
         if name is None:
-            return report_environment(archive, outputs[-1])
+            return report_environment(outputs[-1])
         print_verdict(archive, name, is_new)
     return 0
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a call that was killed half way left of a file of this folder."""
+    for path in folder.glob(".tmp-*-train.py"):
+        path.unlink(missing_ok=True)
 
 
 def finish_pages(archive: Path, told: list[str]) -> None:
@@ -2673,12 +3238,12 @@ def finish_pages(archive: Path, told: list[str]) -> None:
     write_archive_pages(archive, are_archive_pages_stale(archive))
 
 
-def report_environment(archive: Path, outputs: Outputs) -> int:
-    """Say what is broken; remember the run, so that it is not taken for a crash once its log is gone."""
-    facts, run_id = load_facts(archive), outputs.run.start.get("run_id")
-    if run_id and run_id not in facts["not_experiments"]:
-        write_json(archive / FACTS, facts | {"not_experiments": [*facts["not_experiments"], run_id]})
-    said = environment_failure(outputs.run).removeprefix("error:").strip()
+def report_environment(outputs: Outputs) -> int:
+    """Say what is broken, and note it in the run's start file: its log will be gone once the next run has begun."""
+    said, start = environment_failure(outputs.run), outputs.files.get(START)
+    if start and not outputs.run.start.get("ended"):
+        write_json(start, outputs.run.start | {"ended": f"error: {said}"})
+    said = said.removeprefix("error:").strip()
     print(f"error: the environment failed, not the experiment; nothing was filed. {said}", file=sys.stderr)
     return 2
 
@@ -2688,22 +3253,19 @@ def print_verdict(archive: Path, name: str, is_new: bool) -> None:
         print(f"{name} is filed already: nothing changed")
     page = read_text(archive / name / ANALYSIS) or ""
     verdict = page.partition("## Verdict\n")[2].partition("\n\n")[0]
-    print(f"run {name}\n{verdict}\nanalysis: {archive / name / ANALYSIS}")
+    print(printable(f"run {name}\n{verdict}\nanalysis: {archive / name / ANALYSIS}"))
 
 
 def decided_run(name: str | None, archive: Path, folder: Path, book: Book) -> Entry:
     """The run a decision is about: the one named, else the newest whose outputs lie here, else the only one
     pending that was trained here. Never another folder's in a shared archive: its agent has yet to decide."""
-    names = [e.name for e in book.entries]
     if name is not None:
-        return book.entry(resolve_name(name, names))
+        return book.entry(resolve_name(name, [e.name for e in book.entries]))
     outputs = find_outputs(folder)
     if outputs:
         filed = book.named(outputs[-1].identity)
         if filed is None:
             raise AnalyzeError(f"{describe_outputs(folder, book)}; or name the run you mean")
-        if filed not in names:
-            raise AnalyzeError(f"the row of {filed} was removed from {RESULTS}: name the run you mean")
         return book.entry(filed)
     pending = {e.name: e.record.get("folder") for e in book.entries if e.status == "pending"}
     mine = [n for n, trained_in in pending.items() if trained_in == str(folder)]
@@ -2715,6 +3277,10 @@ def decided_run(name: str | None, archive: Path, folder: Path, book: Book) -> En
 
 
 def set_status(archive: Path, book: Book, name: str, status: str) -> None:
+    """In the run's row, and in its folder, from which a lost row is made again."""
+    stats = read_stats(archive / name)
+    if stats and stats["record"].get("status") != status:
+        write_json(archive / name / STATS, stats | {"record": stats["record"] | {"status": status}})
     rows = []
     for row in book.rows:
         if row.name == name and row.problem is None and row.status != status:
@@ -2731,75 +3297,94 @@ def command_keep(name: str | None, archive: Path, folder: Path) -> None:
         book = load_book(archive)
         this = decided_run(name, archive, folder, book)
         if not this.is_valid:
-            why = "it crashed" if this.status == "crash" else "; ".join(this.record.get("invalid") or ["it is invalid"])
+            reasons = this.record.get("invalid") or this.record.get("hampered") or ["it is invalid"]
+            why = "it has no score" if this.val_bpb is None else "; ".join(reasons)
             raise AnalyzeError(f"{this.name} cannot be kept: {why}")
         verdict = compute_verdict(this, book.entries)
         set_status(archive, book, this.name, "keep")
         write_archive_pages(archive)
         best = compute_best(load_book(archive).entries)
     print(f"{this.name} kept; the best is {best.name} at {best.mean:.6f} ({len(best.names)} run(s))")
-    if verdict["kind"] == "within noise":
-        print(f"mind: {verdict['difference']:+.6f} bpb is inside the noise (sigma {verdict['noise']['sigma']:.6f}): "
-              "run it again before building on it")
+    if verdict["kind"] in ("within noise", "unproven"):
+        print(f"mind: {verdict['difference']:+.6f} bpb is inside the noise: kept, and not claimed")
     elif verdict["kind"] == "not better":
         print(f"mind: it is worse than {verdict['best']} by {verdict['difference']:.6f} bpb")
 
 
 def command_discard(name: str | None, archive: Path, folder: Path) -> None:
-    """Set the status and go back to the best's train.py. Refuses, with nothing changed, if a text would be lost."""
+    """Set the status and go back to the best's program. Refuses, with nothing changed, if a text would be lost."""
+    remove_leftovers(folder)
+    check_git(folder)
     with locked(archive):
         repair_books(archive, load_book(archive))
         book = load_book(archive)
         this = decided_run(name, archive, folder, book)
         left = [replace(e, status="discard") if e.name == this.name else e for e in book.entries]
         best = compute_best(left)
-        check_nothing_is_lost(archive, folder, book)
-        if this.is_valid:
+        check_nothing_is_lost(archive, folder, book, [this.name, *([best.name] if best else [])])
+        is_scored = this.val_bpb is not None and this.status != "invalid"
+        if is_scored:
             set_status(archive, book, this.name, "discard")
         write_archive_pages(archive)
-        status = "discarded" if this.is_valid else f"stays {this.status}"
+        status = "discarded" if is_scored else f"stays {this.status}"
         print(f"{this.name} {status}; {restore_best(this, best, archive, folder)}")
 
 
-def check_nothing_is_lost(archive: Path, folder: Path, book: Book) -> None:
-    """AnalyzeError if train.py, here or in git's index, holds text that is neither committed nor archived."""
-    texts = {read_text(folder / "train.py"), git(folder, "show", ":./train.py")}
-    texts -= {None, git(folder, "show", "HEAD:./train.py")}
-    if {sha256(text) for text in texts} - {e.record.get("train_sha256") for e in book.entries}:
-        raise AnalyzeError("train.py has changes that are neither committed nor archived, and discarding would lose "
-                           "them: commit them (git commit train.py) or undo them (git checkout train.py)")
+def program_files(archive: Path, name: str) -> dict[str, str]:
+    """The texts of an archived run's train.py and of the modules that it imported."""
+    modules = (read_fields(archive / name / START, []) or {}).get("modules") or {}
+    files = {file: str(text) for file, text in modules.items() if ".." not in file and not file.startswith("/")}
+    text = read_text(archive / name / "train.py")
+    return files | ({} if text is None else {"train.py": text})
+
+
+def check_nothing_is_lost(archive: Path, folder: Path, book: Book, names: list[str]) -> None:
+    """AnalyzeError if a file of the program, here or in git's index, holds text that is nowhere else."""
+    archived = {sha for e in book.entries for sha in (e.record.get("modules") or {}).values()}
+    archived |= {e.record.get("train_sha256") for e in book.entries}
+    for file in {"train.py"}.union(*(program_files(archive, name) for name in names)):
+        texts = {normal(text) for text in (read_text(folder / file), git(folder, "show", f":./{file}"))}
+        texts -= {None, normal(git(folder, "show", f"HEAD:./{file}"))}
+        if {sha256(text) for text in texts} - archived:
+            raise AnalyzeError(f"{file} has changes that are neither committed nor archived, and discarding would lose "
+                               f"them: commit them (git commit {file}) or undo them (git checkout {file})")
 
 
 def restore_best(this: Entry, best: Best | None, archive: Path, folder: Path) -> str:
-    """Bring back and commit the best's train.py, and no other file. Says what was done; other changes stay."""
+    """Bring back and commit the best's program, and no other file. Says what was done; other changes stay."""
     if best is None or not best.is_kept:
         return "no run is kept yet, train.py is left as it is"
-    wanted, path = read_text(archive / best.name / "train.py"), folder / "train.py"
-    if wanted is None:
-        raise AnalyzeError(f"the archive has no train.py of the best run {best.name}: restore it by hand")
-    text, committed = read_text(path), git(folder, "show", "HEAD:./train.py")
-    if text == wanted and committed in (wanted, None):
-        return f"train.py is that of the best, {best.name}: nothing to commit"
-    mine = read_text(archive / this.name / "train.py")
-    if text not in (wanted, mine, None):
+    here = normal(read_text(folder / "train.py"))
+    if here is not None and here not in [
+        normal(program_files(archive, name).get("train.py")) for name in (best.name, this.name)
+    ]:
         return "train.py has moved on since that run: left as it is"
-    if text != wanted:
+    return bring_back(best.name, archive, folder, f"Back to the best, {best.name}, after {this.name}")
+
+
+def bring_back(name: str, archive: Path, folder: Path, message: str) -> str:
+    """Put an archived run's program into the folder and commit it. Says what was done."""
+    files = program_files(archive, name)
+    if "train.py" not in files:
+        raise AnalyzeError(f"the archive has no train.py of {name}: restore it by hand")
+    has_git = git(folder, "rev-parse", "HEAD") is not None
+    changed = [f for f in files if normal(read_text(folder / f)) != normal(files[f])]
+    new = [f for f in files if has_git and normal(git(folder, "show", f"HEAD:./{f}")) != normal(files[f])]
+    for file in changed:
+        path = folder / file
         mode = path.stat().st_mode if path.exists() else None
-        write_atomic(path, wanted)
+        write_atomic(path, files[file])
         if mode:
             path.chmod(mode)
-    if git(folder, "rev-parse", "HEAD") is None:
-        return f"train.py is back to that of the best, {best.name} (no git: not committed)"
-    if wanted != committed:
-        # No hooks and no signing: the text was committed before, and nobody is there to answer a prompt.
-        message = f"Back to the best, {best.name}, after {this.name}"
-        done = run_git(folder, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "-m", message, "--", "train.py")
-        if done.returncode:
-            said = (done.stderr + done.stdout).decode(errors="replace").strip().replace("\n", " ")
-            raise AnalyzeError(
-                f"train.py is back to that of {best.name} but git would not commit it: {clip(said, 300)}"
-            )
-    return f"train.py is back to that of the best, {best.name}" + (", and committed" if wanted != committed else "")
+    if not changed and not new:
+        return f"train.py is that of the best, {name}: nothing to commit"
+    if new:
+        try:
+            git_commit(folder, message, new)
+        except AnalyzeError as e:
+            raise AnalyzeError(f"train.py is back to that of {name} but {e}") from None
+    how = "" if has_git else " (no git: not committed)"
+    return f"train.py is back to that of the best, {name}" + (", and committed" if new else how)
 
 
 def command_status(archive: Path, folder: Path, is_json: bool) -> None:
@@ -2809,13 +3394,101 @@ def command_status(archive: Path, folder: Path, is_json: bool) -> None:
 
 def command_compare(names: list[str], archive: Path) -> None:
     runs = [load_run(name, archive) for name in names]
-    print(render_compare(runs, load_book(archive).entries), end="")
+    print(printable(render_compare(runs, load_book(archive).entries)), end="")
+
+
+def command_check(archive: Path, folder: Path) -> int:
+    check_git(folder)
+    faults, told = compute_check(archive, folder)
+    for line in [*faults, *told] or ["nothing is known against it: it is the first program"]:
+        print(clip(one_line(line), 300))
+    return 1 if faults else 0
+
+
+def command_start(tag: str | None, archive: Path, folder: Path) -> None:
+    """A branch for the night, the agent's two files where they are missing, the data checked; then what to do next."""
+    check_git(folder)
+    if git(folder, "rev-parse", "HEAD") is None:
+        raise AnalyzeError(f"{folder} has no commit yet: `git init && git add . && git commit -m start`")
+    branch = (git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or "").strip()
+    if not branch.startswith("autoresearch/"):
+        wanted = f"autoresearch/{tag or time.strftime('%Y-%m-%d')}"
+        names = (wanted + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
+        branch = next(n for n in names if git(folder, "rev-parse", "--verify", "--quiet", f"refs/heads/{n}") is None)
+        done = run_git(folder, "switch", "--create", branch)
+        if done.returncode:
+            raise AnalyzeError(f"git: {one_line(done.stderr.decode(errors='replace'))}")
+    with locked(archive):
+        update_insights(archive, render_current_best(load_book(archive).entries))
+        if not (archive / QUEUE).exists():
+            write_atomic(archive / QUEUE, f"# Ideas\n\n{PRIORS}")
+    print(f"branch {branch}; {INSIGHTS} and {QUEUE} are in {archive}")
+    code = "from prepare import load_manifest as m; print('data:', m()['source'], m()['fingerprint'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+        raise AnalyzeError(f"the data are not ready: {said}; run `uv run prepare.py`, then this again")
+    print(f"{one_line(done.stdout)}\nnext, the baseline: timeout --kill-after=10 600 {TRAIN}")
+
+
+def command_rerun(archive: Path, folder: Path) -> None:
+    """The best's program in place and committed, and the command that trains it under a seed it has not had."""
+    check_git(folder)
+    with locked(archive):
+        book = load_book(archive)
+        best = compute_best(book.entries)
+        if best is None:
+            raise AnalyzeError("there is no best to run again: train the baseline first")
+        check_nothing_is_lost(archive, folder, book, [best.name])
+        print(bring_back(best.name, archive, folder, f"Run the best, {best.name}, again"))
+    offsets = [number(book.entry(name).record.get("seed_offset")) or 0 for name in best.names]
+    offset = int(max(max(offsets) + 1, len(offsets)))
+    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} timeout --kill-after=10 600 {TRAIN}")
+
+
+def command_stop(folder: Path) -> None:
+    """End the run in progress here: ask, then insist. It is filed as stopped by the next `analyze.py`."""
+    start = read_fields(folder / START, []) or {}
+    pid, host = number(start.get("pid")), start.get("host")
+    if not is_locked(folder / METRICS):
+        raise AnalyzeError(f"no run is in progress in {folder}")
+    if pid is None or host not in (None, os.uname().nodename):
+        raise AnalyzeError(f"the run in progress here is process {pid} on {host}: it can only be stopped there")
+    for sign, patience_s in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), sign)
+        deadline = time.monotonic() + patience_s
+        while is_locked(folder / METRICS) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not is_locked(folder / METRICS):
+            break
+    now = read_fields(folder / START, []) or {}
+    if (folder / SUMMARY).exists() or now.get("run_id") != start.get("run_id"):
+        print("it had ended by itself: `uv run analyze.py` files it")
+        return
+    if not str(now.get("ended") or "").startswith("stopped"):
+        write_json(folder / START, now | {"ended": "stopped: by `analyze.py stop`"})
+    print(f"run {start.get('run_id')} is stopped: `uv run analyze.py` files it, with its metrics")
+
+
+def command_new_archive(archive: Path, folder: Path) -> None:
+    """Put the archive aside, whole. Its runs are not compared with those to come."""
+    if not archive.is_dir():
+        raise AnalyzeError(f"there is no archive at {archive}: the first run begins one")
+    with locked(archive):
+        if is_locked(folder / METRICS):
+            raise AnalyzeError("a run is in progress here: wait for its end, or stop it")
+        names = (f"{archive.name}.{time.strftime('%Y-%m-%d')}" + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
+        target = next(path for path in map(archive.with_name, names) if not path.exists())
+        os.rename(archive, target)
+    print(f"the archive so far is {target}, with its {INSIGHTS} and {QUEUE}; the next run begins a new one")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="File and analyze the run of this folder, or one of the commands below."
     )
+    parser.add_argument("--wait", action="store_true", help="first wait for the end of the run here")
     commands = parser.add_subparsers(dest="command")
     for name, text in (("keep", "keep a run"), ("discard", "discard a run and go back to the best train.py")):
         commands.add_parser(name, help=text).add_argument(
@@ -2823,28 +3496,47 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         )
     commands.add_parser("status", help="where the search stands").add_argument("--json", action="store_true")
     commands.add_parser("compare", help="archived runs side by side").add_argument("runs", nargs="+", metavar="run")
+    commands.add_parser("check", help="whether train.py as it is now is worth a run; exit status 0 or 1")
+    commands.add_parser("start", help="begin a night").add_argument("tag", nargs="?", help="default: today's date")
+    commands.add_parser("rerun", help="the best's train.py, and the command that trains it under another seed")
+    commands.add_parser("stop", help="end the run in progress here")
+    commands.add_parser("new-archive", help="put the archive aside and begin another")
     return parser.parse_args(arguments)
 
 
+def run_command(given: argparse.Namespace, folder: Path) -> int | None:
+    """The exit status, None for success."""
+    if given.wait:
+        wait_for_run(folder)
+    # What is about the run here follows that run; what is about the search follows the environment.
+    is_demo_run = (read_fields(folder / START, []) or {}).get("demo")
+    here, archive = archive_dir(is_demo_run), archive_dir()
+    commands: dict[str | None, Callable[[], int | None]] = {
+        None: lambda: command_file(here, folder),
+        "keep": lambda: command_keep(given.run, here, folder),
+        "discard": lambda: command_discard(given.run, here, folder),
+        "status": lambda: command_status(archive, folder, given.json),
+        "compare": lambda: command_compare(given.runs, archive),
+        "check": lambda: command_check(archive, folder),
+        "start": lambda: command_start(given.tag, archive, folder),
+        "rerun": lambda: command_rerun(archive, folder),
+        "stop": lambda: command_stop(folder),
+        "new-archive": lambda: command_new_archive(archive, folder),
+    }
+    return commands[given.command]()
+
+
 def main(arguments: list[str] | None = None) -> int:
-    given, archive, folder = parse_arguments(arguments), archive_dir(), Path.cwd()
+    given = parse_arguments(arguments)
     try:
-        if given.command == "keep":
-            command_keep(given.run, archive, folder)
-        elif given.command == "discard":
-            command_discard(given.run, archive, folder)
-        elif given.command == "status":
-            command_status(archive, folder, given.json)
-        elif given.command == "compare":
-            command_compare(given.runs, archive)
-        else:
-            return command_file(archive, folder)
+        return run_command(given, Path.cwd()) or 0
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `status | head` ends quietly, as any filter does
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a console that cannot show a subject shows what it can
     sys.exit(main())
