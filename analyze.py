@@ -2429,8 +2429,7 @@ def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
 
 def draw_paired(axes: Axes, windows: list[dict]) -> None:
     """Difference to the best by windows, with two standard errors; shaded where the text had been seen."""
-    ends = numbers(w["tokens_m"] for w in windows)
-    starts = np.append(0.0, ends[:-1])
+    starts, ends = (numbers(w[key] for w in windows) for key in ("from_m", "to_m"))
     for key, error, label, color in (
         ("difference", "error", "at equal tokens", BLUE),
         ("at_progress", "at_progress_error", "at equal progress", VERMILION),
@@ -2438,8 +2437,7 @@ def draw_paired(axes: Axes, windows: list[dict]) -> None:
         values, errors = numbers(w.get(key) for w in windows), numbers(w.get(error) for w in windows)
         if np.isfinite(values).any():
             axes.errorbar((starts + ends) / 2, values, 2 * errors, fmt="o", color=color, label=label)
-    repeats = [start for start, w in zip(starts, windows, strict=True) if w.get("is_repeated")]
-    if repeats:
+    if repeats := [w["from_m"] for w in windows if w.get("is_repeat")]:
         axes.axvspan(repeats[0], ends[-1], color="0.93", label="text seen before: no learning")
     axes.axhline(0, color="black", lw=0.8)
     dress(axes, "this minus best, bpb ± 2 standard errors; below zero is better", "tokens, millions")

@@ -89,9 +89,9 @@ def test_a_first_run_fills_the_loss_picture_alone_and_the_thin_line_is_in_the_le
 
 def test_the_paired_difference_is_drawn_by_windows_with_two_standard_errors_and_repeats_shaded():
     windows = [
-        {"tokens_m": 100.0, "difference": -0.02, "error": 0.003, "at_progress": None, "is_repeated": False},
-        {"tokens_m": 200.0, "difference": 0.01, "error": 0.001, "at_progress": 0.005, "at_progress_error": 0.002,
-         "is_repeated": True},
+        {"from_m": 0.0, "to_m": 100.0, "difference": -0.02, "error": 0.003, "at_progress": None, "is_repeat": False},
+        {"from_m": 100.0, "to_m": 200.0, "difference": 0.01, "error": 0.001, "at_progress": 0.005,
+         "at_progress_error": 0.002, "is_repeat": True},
     ]
     loss, paired = draw_loss(make_run(), make_run("f00ba12"), windows).axes
     assert labels_of(loss) == ["best: f00ba12", "this, each step", "this: a1b2c3d"]
