@@ -13,7 +13,8 @@
 
 Reads, in the current folder: run_start.json, run.log, metrics.jsonl, eval_record.json, run_summary.json.
 Writes the archive, .auto-log-research/ or $AUTO_LOG_RESEARCH_DIR (the demo's is demo/ in there): a folder for each run,
-results.tsv, insights.md ("Current Best" only), progress.png, report.md, archive.json (what the archive began with).
+results.tsv, insights.md ("Current Best" only), archive.json (what the archive began with); for the morning report.md,
+report.html (the same with its pictures), progress.png and best.patch (baseline to best).
 
 The folders are the truth: a run is whatever has one. results.tsv gives each its status and description, and may be
 edited; a row that is removed or damaged comes back (to leave a run out, write `discard` or `invalid` as its status).
@@ -2906,9 +2907,12 @@ def write_morning(archive: Path, book: Book) -> None:
     for picture in ("loss_curve.png", "layers.png", "schedule_and_machine.png"):
         if best and (archive / best.name / picture).exists():
             pictures[f"{best.name}/{picture}"] = (archive / best.name / picture).read_bytes()
-    if lineage := compute_history(entries)["lineage"]:
+    lineage = compute_history(entries)["lineage"]
+    if lineage and lineage[0][0] != best.name:
         base, kept = (load_folder(archive / name, name) for name in (lineage[0][0], best.name))
         write_atomic(archive / "best.patch", render_patch(entries, base, kept))
+    else:
+        (archive / "best.patch").unlink(missing_ok=True)
     report = render_report(book, archive, [*pictures][1:])
     write_atomic(archive / "report.html", render_html(report, pictures))
     write_atomic(archive / "report.md", report)
