@@ -13,7 +13,8 @@
 
 Reads, in the current folder: run_start.json, run.log, metrics.jsonl, eval_record.json, run_summary.json.
 Writes the archive, .auto-log-research/ or $AUTO_LOG_RESEARCH_DIR (the demo's is demo/ in there): a folder for each run,
-results.tsv, insights.md ("Current Best" only), progress.png, report.md, archive.json (what the archive began with).
+results.tsv, insights.md ("Current Best" only), archive.json (what the archive began with); for the morning report.md,
+report.html (the same with its pictures), progress.png and best.patch (baseline to best).
 
 The folders are the truth: a run is whatever has one. results.tsv gives each its status and description, and may be
 edited; a row that is removed or damaged comes back (to leave a run out, write `discard` or `invalid` as its status).
@@ -581,11 +582,11 @@ class Entry:
 class Book:
     entries: list[Entry]
     rows: list[Row]
-    damaged: list[Row]  # lines that are no row of a run
     unbooked: list[str]  # filed, without a row
     facts: dict
     problems: list[str]
-    identities: dict[str, str]  # to the name under which that run is filed
+    identities: dict[str, str] = field(default_factory=dict)  # to the name under which that run is filed
+    damaged: list[Row] = field(default_factory=list)  # lines that are no row of a run
 
     def entry(self, name: str) -> Entry:
         return next(e for e in self.entries if e.name == name)
@@ -694,7 +695,7 @@ def load_book(archive: Path) -> Book:
                 f"{RESULTS} line {i}: {row.val_bpb:.6f} is not what {row.name} scored: {this.val_bpb:.6f} counts"
             )
     unbooked = sorted(records.keys() - seen, key=lambda name: number(records[name].get("started_unix")) or math.inf)
-    return Book(entries, [row for row in rows if row not in damaged], damaged, unbooked, facts, problems, identities)
+    return Book(entries, [row for row in rows if row not in damaged], unbooked, facts, problems, identities, damaged)
 
 
 def save_rows(archive: Path, rows: list[Row]) -> None:
@@ -855,7 +856,8 @@ def identity_of(run: Run) -> str:
 def compute_comparable(run: Run) -> dict:
     """What must be the same in all runs of an archive, None where the run does not say."""
     values = {key: run.first_of(key) for key in COMPARABLE}
-    values["eval_tokens"] = number(run.first_of("eval_tokens") or (run.evaluation or {}).get("tokens"))
+    values["time_budget"] = number(values["time_budget"])
+    values["eval_tokens"] = number(values["eval_tokens"]) or number((run.evaluation or {}).get("tokens"))
     return values | {"analyze_program": analyze_program()}
 
 
@@ -2078,10 +2080,18 @@ ADVICE = {
 }
 
 
+HEADINGS = {
+    "crash": "**CRASHED**",
+    "invalid": "**INVALID**, not a result",
+    "hampered": "**HAMPERED** by the machine, no evidence",
+    "replicate": "**REPLICATE** of the best, no new idea",
+}
+
+
 def render_verdict(stats: dict) -> list[str]:
     v = stats["verdict"]
     kind = v["kind"]
-    lines = [f"**{kind.upper()}**: {render_comparison(stats)}. {ADVICE[v['advice']]}"]
+    lines = [f"{HEADINGS.get(kind, f'**{kind.upper()}**')}: {render_comparison(stats)}. {ADVICE[v['advice']]}"]
     lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
     lines += render_kind(v)
     lines += [stats["prediction"]] if stats["prediction"] else []
@@ -2104,7 +2114,7 @@ def render_comparison(stats: dict) -> str:
     if v["kind"] == "crash":
         return clip(stats["crash"]["reason"], 200) + f". Best so far: {render_best(v)}"
     if v["kind"] in ("stopped", "invalid", "hampered"):
-        return f"val_bpb {show(v['val_bpb'])} is no result. Best so far: {render_best(v)}"
+        return f"val_bpb {show(v['val_bpb'])}. Best so far: {render_best(v)}"
     text = f"val_bpb {show(v['val_bpb'])}, best so far {render_best(v)}"
     if v.get("difference") is None:
         return text
@@ -2125,8 +2135,7 @@ def render_kind(v: dict) -> list[str]:
         lines.append(f"The edit changed nothing: configuration and losses are those of {v['best']}. It counts as "
                      "another run of that program, not as an idea.")
     elif kind == "replicate":
-        lines.append(f"Another run of the best's program, no new idea: mean of {1 + len(v['replicates'])} runs "
-                     f"{v['mean']:.6f}.")
+        lines.append(f"Mean of the {1 + len(v['replicates'])} runs of this program: {v['mean']:.6f}.")
         if v["standard_errors"] is not None and abs(v["standard_errors"]) > 3:
             lines.append("It lies outside the noise of the others: look for a cause before you trust it.")
         if v["dethroned_by"]:
@@ -2373,16 +2382,14 @@ def replace_best_section(text: str | None, content: str) -> str:
 TRIED = ("new best", "unproven", "not better")  # verdicts on an idea; the others are on the run
 # What follows from the knobs, or is not train.py's to set: no idea of its own.
 DERIVED = re.compile(
-    r"num_params\w*|flops_per_token|width|num_heads|window_sizes|max_seq_len|time_budget|eval_tokens|demo|seed\w*"
+    r"num_params\w*|flops_per_token|width|num_heads|window_sizes"
+    r"|max_seq_len|time_budget|eval_tokens|demo|seed\w*"
 )
-# "expect -0.0006" in a commit's subject. A number without its sign, or of another unit, is no prediction of val_bpb.
+# "expect -0.0006" in a commit's subject. A number without its sign, or of another unit, is none.
 EXPECTED = re.compile(
-    r",? *\b(?:expect|predict)\w*[^-+\d\u2212\u2013]{0,24}([-+\u2212\u2013] ?\d*[.,]?\d+(?:e-?\d+)?)"
-    r"(?![\d.]| ?(?:%|ms|x|M))", re.I)
+    r",? *\b(?:expect|predict)\w*[^-+\d\u2212\u2013]{0,24}"
+    r"([-+\u2212\u2013] ?\d*[.,]?\d+(?:e-?\d+)?)(?![\d.]| ?(?:%|ms|x|M))", re.I)
 RUN_NAME = re.compile(r"\b(?:unknown-|nogit-)?[0-9a-f]{7}(?:-dirty)?(?:\.\d+)?\b")
-HTML_STYLE = """body {font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem}
-img {width: 100%} table {border-collapse: collapse} tr:first-child {font-weight: bold}
-td {border-bottom: 1px solid #ddd; padding: .2rem .6rem; vertical-align: top}"""
 
 
 @dataclass(frozen=True)
@@ -2402,7 +2409,9 @@ class Effect:
 
     @property
     def is_inside_noise(self) -> bool:
-        return self.kind == "unproven" or not self.error or abs(self.difference) < GAIN_ERRORS * self.error
+        if self.kind == "unproven" or not self.error:
+            return True
+        return abs(self.difference) < GAIN_ERRORS * self.error
 
 
 def verdict_of(e: Entry) -> dict:
@@ -2411,63 +2420,62 @@ def verdict_of(e: Entry) -> dict:
 
 
 def changed_knobs(e: Entry) -> dict[str, str]:
-    """Knob to "before -> after"; a run that changed none changed the code, and goes by its subject."""
+    """Knob to "before -> after". A run that changed none changed the code, and goes by its subject."""
     config = (e.stats.get("changes") or {}).get("config") or {}
     knobs = {k: pair for k, pair in config.items() if not DERIVED.fullmatch(k)}
-    if knobs.get("num_kv_heads") == config.get("num_heads"):  # as many as heads, whatever their number
+    if knobs.get("num_kv_heads") == config.get("num_heads"):  # resolved: as many as there are heads
         knobs.pop("num_kv_heads", None)
     if not knobs:
-        return {clip(idea_of(e.description), 60): "code"}
-    told = {}
-    for knob, (before, after) in knobs.items():
-        others = [other for other in knobs if other != knob]
-        told[knob] = f"{json.dumps(before)} -> {json.dumps(after)}" + (f" with {', '.join(others)}" if others else "")
-    return told
+        return {clip(read_subject(e)[0], 60): "code"}
+    told = {k: f"{json.dumps(before)} -> {json.dumps(after)}" for k, (before, after) in knobs.items()}
+    if len(told) == 1:
+        return told
+    return {k: f"{change}, one of {len(told)} changes" for k, change in told.items()}
 
 
 def compute_effects(entries: list[Entry]) -> list[Effect]:
-    """Everything tried: gains, then losses, then what the noise hides; the largest first. Of replicates the last one
-    speaks, whose verdict is on the mean of all."""
+    """Everything tried: gains, then losses, then what the noise hides; the largest first. Of replicates
+    the last one speaks, whose verdict is on the mean of all."""
     found: dict[tuple, Effect] = {}
     for e in entries:
         v = verdict_of(e)
-        if v.get("kind") in TRIED and (difference := number(v.get("difference"))) is not None:
+        difference, error = number(v.get("difference")), number(v.get("standard_error"))
+        if v.get("kind") in TRIED and difference is not None:
             for knob, change in changed_knobs(e).items():
-                error = number(v.get("standard_error"))
                 found[knob, e.group] = Effect(knob, change, e, difference, error, v["kind"])
-    return sorted(found.values(), key=lambda x: (x.is_inside_noise, x.difference > 0, -abs(x.difference)))
+    largest = sorted(found.values(), key=lambda x: -abs(x.difference))
+    return sorted(largest, key=lambda x: (x.is_inside_noise, x.difference > 0))
 
 
 def untouched_knobs(entries: list[Entry]) -> str:
     configs = [e.record["config"] for e in entries if e.record.get("config")]
     touched = {knob for e in entries for knob in changed_knobs(e)}
-    return ", ".join(k for k in (configs or [{}])[-1] if k not in touched and not DERIVED.fullmatch(k)) or "none"
+    knobs = [k for k in (configs or [{}])[-1] if k not in touched]
+    return ", ".join(k for k in knobs if not DERIVED.fullmatch(k)) or "none"
 
 
 def render_effects(entries: list[Entry], limit: int) -> list[str]:
     """A line for each of the `limit` knobs that matter most, then the knobs that nobody has touched."""
     by_knob: dict[str, list[str]] = {}
     for x in compute_effects(entries):
-        by_knob.setdefault(x.knob, []).append(f"{x.change} {x.measured} ({x.kind}, {x.entry.name})")
-    lines = [f"{knob}: {'; '.join(told[:3])}" for knob, told in by_knob.items()][:limit]
-    if len(by_knob) > limit:
-        lines.append(f"and {len(by_knob) - limit} more in report.md")
-    return [*lines, f"never touched: {untouched_knobs(entries)}"]
+        told = f"{x.change} {x.measured} ({x.kind}, {x.entry.name})"
+        by_knob.setdefault(x.knob, []).append(told)
+    lines = [f"{knob}: {'; '.join(told[:3])}" for knob, told in by_knob.items()]
+    return [*lines[:limit], f"never touched: {untouched_knobs(entries)}"]
 
 
-def idea_of(description: str) -> str:
-    """A subject without its prediction."""
-    return EXPECTED.split(description)[0]
+def read_subject(e: Entry) -> tuple[str, float | None]:
+    """The idea, and the difference that the subject expects of it, None where it expects none."""
+    found = EXPECTED.search(e.description)
+    if not found:
+        return e.description, None
+    expected = re.sub("[\u2212\u2013]", "-", found[1]).replace(" ", "").replace(",", ".")
+    return e.description[: found.start()], float(expected)
 
 
-def expected_difference(description: str) -> float | None:
-    found = EXPECTED.search(description)
-    return float(re.sub("[\u2212\u2013]", "-", found[1]).replace(" ", "").replace(",", ".")) if found else None
-
-
-def render_prediction(entry: Entry, difference: float | None, error: float | None) -> str:
-    """What the subject expected and what came, one line; empty where it expected nothing or nothing was measured."""
-    expected = expected_difference(entry.description)
+def render_prediction(e: Entry, difference: float | None, error: float | None) -> str:
+    """What the subject expected and what came, one line; empty without the one or the other."""
+    _, expected = read_subject(e)
     if expected is None or difference is None or not error:
         return ""
     miss, told = difference - expected, "the error allows both"
@@ -2477,135 +2485,152 @@ def render_prediction(entry: Entry, difference: float | None, error: float | Non
 
 
 def render_calibration(entries: list[Entry]) -> str:
-    """How well the author of the subjects predicts; empty before the first prediction that was measured."""
+    """How well the author of the subjects predicts; empty before the first that was measured."""
     effects = {x.entry.name: x for x in compute_effects(entries) if x.error}
-    pairs = [(expected_difference(x.entry.description), x.difference, x.error) for x in effects.values()]
+    pairs = [(read_subject(x.entry)[1], x.difference, x.error) for x in effects.values()]
     pairs = [pair for pair in pairs if pair[0] is not None]
     if not pairs:
         return ""
     expected, came, errors = np.array(pairs).T
-    return (f"{len(pairs)} prediction(s): expected {expected.mean():+.4f} in the mean, came {came.mean():+.4f}; "
-            f"the sign was right in {(expected * came > 0).sum()}, "
-            f"the size within two standard errors in {(abs(came - expected) <= GAIN_ERRORS * errors).sum()}.")
+    num_close = (abs(came - expected) <= GAIN_ERRORS * errors).sum()
+    return (f"{len(pairs)} prediction(s): expected {expected.mean():+.4f} in the mean, came "
+            f"{came.mean():+.4f}; the sign was right in {(expected * came > 0).sum()}, the size within "
+            f"two standard errors in {num_close}.")
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
     """Claims of insights.md that cite runs which do not exist, or rest on runs inside the noise alone."""
     names, lines = {e.name for e in entries}, []
     is_inside = {x.entry.name: x.is_inside_noise for x in compute_effects(entries)}
-    for claim in re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", (text or "").partition("## Claims")[2], re.M):
-        cited = [name for name in RUN_NAME.findall(claim) if name in names or not name.isdecimal()]
+    claims = (text or "").partition("## Claims")[2]
+    for claim in re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", claims, re.M):
+        cited = [n for n in RUN_NAME.findall(claim) if n in names or not n.isdecimal()]
         if missing := [name for name in cited if name not in names]:
-            lines.append(f"no run is called {', '.join(missing)}: {clip(claim, 80)}")
+            lines.append(f"no run is called {', '.join(missing)}: {clip(one_line(claim), 80)}")
         elif cited and all(is_inside.get(name) for name in cited):
-            lines.append(f"rests on runs inside the noise alone: {clip(claim, 80)}")
+            lines.append(f"rests on runs inside the noise alone: {clip(one_line(claim), 80)}")
     return lines
 
 
+def render_kept(entries: list[Entry]) -> list[list[str]]:
+    """The kept chain: run, mean, effect as its verdict has it, whether that is outside the noise, idea."""
+    by_name = {e.name: e for e in entries}
+    effects, rows = {x.entry.group: x for x in compute_effects(entries)}, []
+    for name, mean, _ in compute_history(entries)["lineage"]:
+        cells = ["", ""]
+        if x := effects.get(by_name[name].group):
+            cells = [x.measured, "no" if x.is_inside_noise else "yes"]
+        rows.append([name, f"{mean:.6f}", *cells, read_subject(by_name[name])[0]])
+    return rows
+
+
 def compute_audit(archive: Path, names: Iterable[str]) -> float | None:
-    """Mean score of these runs on validation text that no score used; None where it was not scored."""
-    scores = numbers((read_json(archive / name / EVAL) or {}).get("audit_bpb") for name in names)
+    """Mean score of these runs on validation text that no score used; None where there is none."""
+    records = [read_json(archive / name / EVAL) or {} for name in names]
+    scores = numbers(record.get("audit_bpb") for record in records)
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else None
 
 
 def render_gain(archive: Path, entries: list[Entry]) -> str:
     """The paragraph a person can forward."""
-    h, best, noise = compute_history(entries), compute_best(entries), compute_noise(entries)
+    h, best, share = compute_history(entries), compute_best(entries), compute_gpu_share(entries)
     took = f"{h['hours']:.1f} h" if h["hours"] >= 1 else f"{60 * h['hours']:.1f} minutes"
     night = f"{render_counts(h)}, {took} of training"
-    if h.get("gpu_share"):
-        night += f", the GPU at work {h['gpu_share']:.0%} of the time"
+    night += f", the GPU at work {share:.0%} of the time" if share else ""
     if best is None or not h["lineage"] or h["lineage"][0][0] == best.name:
         return f"{night}. No gain over the first kept run."
     base, start, _ = h["lineage"][0]
-    base_names = [e.name for e in compute_groups(entries)[next(e.group for e in entries if e.name == base)]]
-    won, lent = start - best.mean, h.get("optimism") or 0.0
-    error = noise.sigma and noise.sigma * math.sqrt(1 / len(base_names) + 1 / len(best.names))
-    text = (f"val_bpb went from {start:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} ± {show(error)} "
-            f"(standard error) over the first kept run, {base}: {night}. ")
+    group = next(group for group in compute_groups(entries).values() if base in {e.name for e in group})
+    won, lent, sigma = start - best.mean, h.get("optimism") or 0.0, compute_noise(entries).sigma
+    error = sigma and sigma * math.sqrt(1 / len(group) + 1 / len(best.names))
+    text = (f"val_bpb went from {start:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} ± "
+            f"{show(error)} (standard error) over the first kept run, {base}: {night}. ")
     if lent:
-        text += f"About {lent:.6f} of it is luck, since the best was chosen among equals: {won - lent:.6f} remain. "
-    audits = [compute_audit(archive, names) for names in (base_names, best.names)]
+        text += f"Chosen among equals, the best reads about {lent:.6f} too low: {won - lent:.6f} remain. "
+    audits = compute_audit(archive, (e.name for e in group)), compute_audit(archive, best.names)
     if None in audits:
         text += "It is not confirmed: no text but the score's own was scored. "
     else:
-        on_audit = audits[0] - audits[1]
-        text += (f"On validation text that no score used the gain is {on_audit:.6f}: "
-                 f"{max(won - on_audit, 0):.6f} of it may be the search fitted to the text of the score. ")
-    helped = [f"{idea} ({measured})" for *_, measured, outside, idea in render_kept(entries) if outside == "yes"]
-    return text + f"What helped: {'; '.join(helped[-6:]) or 'nothing that stands outside the noise'}."
+        text += (f"On validation text that no score used the gain is {audits[0] - audits[1]:.6f}: the search "
+                 f"may have fitted {max(won - audits[0] + audits[1], 0):.6f} to the text of the score. ")
+    proven = [row for row in render_kept(entries) if row[3] == "yes"]
+    helped = "; ".join(f"{idea} ({measured})" for _, _, measured, _, idea in proven[-6:])
+    return f"{text}What helped: {helped or 'nothing that stands outside the noise'}."
 
 
-def render_kept(entries: list[Entry]) -> list[list[str]]:
-    """The kept chain: run, mean, effect as its verdict measured it, whether that is outside the noise, idea."""
-    effects, groups, rows = {x.entry.group: x for x in compute_effects(entries)}, {e.name: e.group for e in entries}, []
-    for name, mean, description in compute_history(entries)["lineage"]:
-        cells = ["", ""]
-        if x := effects.get(groups[name]):
-            cells = [x.measured, "no" if x.is_inside_noise else "yes"]
-        rows.append([name, f"{mean:.6f}", *cells, idea_of(description)])
-    return rows
+def render_table(titles: str, rows: list[list[str]]) -> str:
+    lines = [titles.split(", "), ["---"] * len(titles.split(", ")), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
-def render_table(titles: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines] + [""]
+def reason_of(e: Entry) -> str:
+    """Why a run has no score that counts; of one that has, the verdict."""
+    v = verdict_of(e)
+    told = e.record.get("crash") or e.record.get("invalid") or v.get("reasons") or v.get("kind") or ""
+    return clip(told if isinstance(told, str) else "; ".join(told), 200)
 
 
 def render_report(book: Book, archive: Path, pictures: Iterable[str]) -> str:
     """The morning page for a person: what was gained, by what, and all that was tried."""
-    entries = book.entries
+    entries, title = book.entries, "# Report"
+    if any(e.record.get("demo") for e in entries):
+        title += " on the demo"
     effects = [[x.knob, x.change, x.measured, x.kind, x.entry.name] for x in compute_effects(entries)]
-    tried = [[e.name, show(e.val_bpb), mark_of(e), verdict_of(e).get("kind") or "", e.description] for e in entries]
-    lines = [f"# Report{' on the demo' * any(e.record.get('demo') for e in entries)}", ""]
-    lines += [render_gain(archive, entries), "", "![](progress.png)", "", "## Kept, from the first to the best", ""]
-    lines += render_table(["run", "val_bpb", "effect", "outside the noise", "idea"], render_kept(entries))
-    lines += ["## Effects", "", *render_table(["knob", "change", "effect", "verdict", "run"], effects)]
-    lines += [f"Never touched: {untouched_knobs(entries)}. {render_calibration(entries)}", ""]
-    if failed := [e for e in entries if mark_of(e) not in SCORED]:
-        reasons = [[e.name, mark_of(e), reason_of(e), e.description] for e in failed]
-        lines += ["## Without a result", "", *render_table(["run", "", "reason", "description"], reasons)]
-    lines += ["## Everything tried", ""]
-    lines += render_table(["run", "val_bpb", "decision", "verdict", "description"], tried)
-    lines += [f"- {problem}\n" for problem in book.problems]
-    lines += ["## Pictures of the best run", "", *(f"![]({name})\n" for name in pictures)] if pictures else []
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def reason_of(e: Entry) -> str:
-    """Why a run has no score that counts."""
-    told = e.record.get("crash") or e.record.get("invalid") or verdict_of(e).get("reasons") or "none recorded"
-    return clip(told if isinstance(told, str) else "; ".join(told), 200)
+    tried = [[e.name, show(e.val_bpb), mark_of(e), reason_of(e), e.description] for e in entries]
+    blocks = [
+        title, render_gain(archive, entries), "![](progress.png)",
+        "## Kept, from the first to the best",
+        render_table("run, val_bpb, effect, outside the noise, idea", render_kept(entries)),
+        "## Effects", render_table("knob, change, effect, verdict, run", effects),
+        f"Never touched: {untouched_knobs(entries)}. {render_calibration(entries)}",
+        "## Everything tried",
+        render_table("run, val_bpb, decision, verdict or reason, description", tried),
+        *book.problems, "## Pictures of the best run", *(f"![]({name})" for name in pictures),
+    ]
+    return "\n\n".join(blocks) + "\n"
 
 
 def render_html(report: str, pictures: dict[str, bytes]) -> str:
     """report.md as one page that needs no other file: the pictures lie in it."""
     text = re.sub(r"^\| ---.*\n", "", html.escape(report), flags=re.M)
-    text = re.sub(r"^\| (.*) \|$", lambda row: "<tr><td>" + row[1].replace(" | ", "<td>"), text, flags=re.M)
+    text = re.sub(r"^\|(.*) \|$", lambda row: "<tr>" + f" |{row[1]}".replace(" | ", "<td>"), text, flags=re.M)
     text = re.sub(r"((?:^<tr>.*\n)+)", r"<table>\n\1</table>\n", text, flags=re.M)
-    text = re.sub(r"^(#+) (.*)$", lambda found: f"<h{len(found[1])}>{found[2]}</h{len(found[1])}>", text, flags=re.M)
+    text = re.sub(r"^## (.*)$", r"<h2>\1</h2>", text, flags=re.M)
+    text = re.sub(r"^# (.*)$", r"<h1>\1</h1>", text, flags=re.M)
     text = re.sub(r"\n\n(?=[^<\n])", "\n\n<p>", text)
     for name, data in pictures.items():
-        text = text.replace(f"![]({name})", f"<img src='data:image/png;base64,{base64.b64encode(data).decode()}'>")
-    return f"<!doctype html>\n<meta charset=utf-8>\n<title>Report</title>\n<style>{HTML_STYLE}</style>\n{text}"
+        image = f"<img src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
+        text = text.replace(f"![]({name})", image)
+    return f"""<!doctype html>
+<meta charset=utf-8>
+<title>Report</title>
+<style>
+body {{font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem}}
+img {{width: 100%}} table {{border-collapse: collapse}} tr:first-child {{font-weight: bold}}
+td {{border-bottom: 1px solid #ddd; padding: .2rem .6rem; vertical-align: top}}
+</style>
+{text}"""
 
 
 def diff_file(name: str, before: str | None, after: str) -> str:
-    """What `git diff` would print; None stands for no such file. Lines end at newlines alone, as git's do."""
+    """What `git diff` would print; None: no such file yet. Only newlines end a line, as with git."""
     old, new = ([*io.StringIO(text, newline="\n")] for text in (before or "", after))
-    lines = difflib.unified_diff(old, new, "/dev/null" if before is None else f"a/{name}", f"b/{name}")
-    told = "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+    source = "/dev/null" if before is None else f"a/{name}"
+    lines = [*difflib.unified_diff(old, new, source, f"b/{name}")]
+    for i, line in enumerate(lines):
+        if not line.endswith("\n"):
+            lines[i] = f"{line}\n\\ No newline at end of file\n"
     made = "new file mode 100644\n" if before is None else ""
-    return told and f"diff --git a/{name} b/{name}\n{made}{told}"
+    return f"diff --git a/{name} b/{name}\n{made}{''.join(lines)}" if lines else ""
 
 
 def render_patch(entries: list[Entry], base: Run, best: Run) -> str:
-    """All that was kept as one diff that `git apply` takes, below the list of the changes and what each brought."""
-    titles = ["run", "val_bpb", "effect", "outside the noise", "idea"]
-    told = [f"# {' | '.join(row)}\n" for row in [titles, *render_kept(entries)]]
-    before, after = ({"train.py": run.train_py or "", **(run.start.get("modules") or {})} for run in (base, best))
+    """All that was kept as one diff that `git apply` takes, below what was kept and what each brought."""
+    table = render_table("run, val_bpb, effect, outside the noise, idea", render_kept(entries))
+    told = [f"# {line}\n" for line in table.split("\n")]
+    before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
     diffs = [diff_file(name, before.get(name), text) for name, text in after.items()]
-    return f"# train.py of {base.name} -> {best.name}: git apply best.patch\n{''.join([*told, *diffs])}"
+    return f"# From {base.name} to {best.name}: git apply best.patch\n{''.join([*told, *diffs])}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2630,12 +2655,12 @@ MOST_ROWS = 100  # of a heat map: the names of more can be read on no screen
 
 
 def new_figure(title: str, *facts: dict, height: float = 7.5) -> Figure:
-    """An empty figure, 1200 pixels wide. Its title says where `facts`, of a run or of runs, are the demo's."""
+    """An empty figure, 1200 pixels wide. `facts`, of a run or of runs, tell whether they are the demo's."""
     from matplotlib.figure import Figure
 
     figure = Figure((12, height), dpi=100, layout="constrained")
     title = "demo: " * any(fact.get("demo") for fact in facts) + title
-    figure.suptitle(clip(title, 110), x=0.01, ha="left", fontsize=13)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
     return figure
 
 
@@ -2654,35 +2679,36 @@ def dress(axes: Axes, title: str, xlabel: str, yscale: str = "linear") -> None:
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # a description may hold letters that the font lacks: they become boxes
+    with warnings.catch_warnings():  # letters that the font lacks become boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 3})
     return buffer.getvalue()
 
 
-def draw_noisy(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, is_best: bool, count: int = 100) -> None:
-    """Every step as a thin line, the means over `count` stretches of x as a thick one; of the best these alone."""
+def draw_noisy(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, is_best: bool) -> None:
+    """Every step as a thin line, the means over hundredths of x as a thick one; of the best these alone."""
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     if not is_best:
         axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
-    if len(x) > count:
-        which = np.digitize(x, np.linspace(x[0], x[-1], count + 1)[1:-1])
+    if len(x) > 100:
+        which = np.digitize(x, np.linspace(x[0], x[-1], 101)[1:-1])
         x, y = ([values[which == i].mean() for i in np.unique(which)] for values in (x, y))
     axes.plot(x, y, color=ORANGE if is_best else BLUE, lw=1.6, label=label)
 
 
-def draw_loss(run: Run, curves: dict[str, Curve | None], windows: list[dict]) -> Figure | None:
+def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
     """Training loss by tokens; below it the paired difference to the best, where there is one."""
-    known = [(key, curve) for key in ("best", "this") if (curve := curves[key])]
-    if curves["this"] is None:
+    curves = [(r, curve) for r in (best, run) if r and (curve := compute_curve(r))]
+    if not curves or curves[-1][0] is not run:
         return None
     figure = new_figure(f"{run.name}: training loss", run.start)
     grid = figure.add_gridspec(2, 1, height_ratios=(5, 3))
     axes = figure.add_subplot(grid[0] if windows else grid[:])
-    for key, curve in known:
-        draw_noisy(axes, curve.tokens_m, curve.loss, f"{key}: {curve.name}", key == "best")
+    for r, curve in curves:
+        label = f"{'best' if r is best else 'this'}: {r.name}"
+        draw_noisy(axes, curve.tokens_m, curve.loss, label, r is best)
     # The start would flatten the rest, and so would single spikes; what is low is never cut off.
-    late = [curve.loss[curve.tokens_m > DWARFING * curve.tokens_m[-1]] for _, curve in known]
+    late = [c.loss[c.tokens_m > DWARFING * c.tokens_m[-1]] for _, c in curves]
     low, high = min(loss.min() for loss in late), max(np.percentile(loss, 99.5) for loss in late)
     axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     dress(axes, "nats per token", "tokens, millions")
@@ -2692,20 +2718,25 @@ def draw_loss(run: Run, curves: dict[str, Curve | None], windows: list[dict]) ->
 
 
 def draw_paired(axes: Axes, windows: list[dict]) -> None:
-    """Difference on the same text by windows, with two standard errors; hollow where the text had been seen before."""
-    for is_repeat, label in ((False, "new text"), (True, "text seen before: no measure of learning")):
-        some = [w for w in windows if bool(w.get("is_repeat")) == is_repeat]
-        start, end, bpb, errors = (numbers(w[key] for w in some) for key in ("from_m", "to_m", "difference", "error"))
-        if some:
-            axes.errorbar((start + end) / 2, bpb, 2 * errors, (end - start) / 2, fmt="o", color=BLUE,
-                          mfc="white" if is_repeat else BLUE, label=label)
+    """Difference to the best by windows, with two standard errors; shaded where the text had been seen."""
+    starts, ends = (numbers(w[key] for w in windows) for key in ("from_m", "to_m"))
+    for key, error, label, color in (
+        ("difference", "error", "at equal tokens", BLUE),
+        ("at_progress", "at_progress_error", "at equal progress", VERMILION),
+    ):
+        values, errors = numbers(w.get(key) for w in windows), numbers(w.get(error) for w in windows)
+        if np.isfinite(values).any():
+            axes.errorbar((starts + ends) / 2, values, 2 * errors, fmt="o", color=color, label=label)
+    if repeats := [w["from_m"] for w in windows if w.get("is_repeat")]:
+        axes.axvspan(repeats[0], ends[-1], color="0.93", label="text seen before: no learning")
     axes.axhline(0, color="black", lw=0.8)
-    dress(axes, "this minus best on the same text, bpb ± 2 standard errors; below zero is better", "tokens, millions")
+    dress(axes, "this minus best, bpb ± 2 standard errors; below zero is better", "tokens, millions")
 
 
 def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
     """Schedules, learning rates, gradient norm and step time. None for a run without steps to draw."""
-    if len(run.records) < 3:
+    both = [r for r in (best, run) if r and r.step_ms is not None]
+    if run not in both:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
     schedules, rates, gradient, steps = figure.subplots(2, 2).flat
@@ -2716,15 +2747,13 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
         groups.setdefault(run.series(key).tobytes(), []).append(key.removeprefix("lr/"))
     for names in groups.values():
         rates.plot(percent(run), run.series(f"lr/{names[0]}"), label=clip(", ".join(names), 60))
-    both = [r for r in (best, run) if r and r.step_ms is not None]
     for r in both:
         draw_noisy(gradient, percent(r), r.series("train/grad_norm"), r.name, r is best)
         steps_ms = r.series("perf/step_time_ms")
         label = f"{r.name}: median {r.step_ms:.1f}, slowest {np.nanmax(steps_ms):.0f}"
         draw_noisy(steps, percent(r), steps_ms, label, r is best)
-    if both:  # a stall of ten seconds must not flatten the rest: the legend tells it
-        steps.set_ylim(0.8 * min(r.step_ms for r in both), 1.4 * max(r.step_ms for r in both))
-    xlabel = "progress, % of the budget"
+    xlabel, medians = "progress, % of the budget", [r.step_ms for r in both]
+    steps.set_ylim(0.8 * min(medians), 1.4 * max(medians))  # a stall of ten seconds: see the legend
     dress(schedules, "schedules", xlabel)
     dress(rates, "resolved learning rates", xlabel, "log")
     dress(gradient, "gradient norm", xlabel, "log")
@@ -2733,61 +2762,59 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
 
 
 def percent(run: Run) -> np.ndarray:
-    """Share of the budget before each step; where a program does not log it, the share of its steps."""
+    """Share of the budget before each step; where that is not logged, the share of the steps."""
     progress = 100 * run.series("train/progress")
     return progress if np.isfinite(progress).all() else np.linspace(0, 100, len(progress))
 
 
 def draw_layers(run: Run, best: Run | None) -> Figure | None:
-    """Three heat maps, over the run and beside the best's end, and the scalars. None without layer statistics."""
+    """Three heat maps, over the run and beside the best's end, and the scalars. None without layers."""
     kinds = (
-        ("output RMS, log10", "layers/names", lambda r: log10_of(named_values(r, "layers/names", "layers/rms"))),
-        ("update / weight, log10", "params/names", lambda r: log10_of(update_ratios(r))),
-        ("share of inputs near zero", "layers/names", lambda r: named_values(r, "layers/names", "layers/input_zeros")),
+        ("output RMS, log10", "layers/names", lambda r: named_values(r, "layers/names", "layers/rms")),
+        ("update / weight, log10", "params/names", update_ratios),
+        ("inputs near zero, share", "layers/names",
+         lambda r: named_values(r, "layers/names", "layers/input_zeros")),
     )
-    mine = [[look(r) for r in run.records_with(names)] for _, names, look in kinds]
-    theirs = [[look(r) for r in best.records_with(names)[-1:]] if best else [] for _, names, look in kinds]
-    num_rows = max(len(columns[-1]) if columns else 0 for columns in mine)
+    num_rows = max((len(r[key]) for _, key, _ in kinds for r in run.records_with(key)), default=0)
     if not num_rows:
         return None
-    figure = new_figure(f"{run.name}: layers", run.start, height=4.5 + 0.125 * min(num_rows, MOST_ROWS))
+    height = 4.5 + 0.125 * min(num_rows, MOST_ROWS)
+    figure = new_figure(f"{run.name}: layers", run.start, height=height)
     grid = figure.add_gridspec(2, 3, height_ratios=(3, 1))
-    for i, (title, *_) in enumerate(kinds):
-        draw_heat(figure.add_subplot(grid[0, i]), mine[i], theirs[i], len(run.records), title)
+    for i, (title, key, look) in enumerate(kinds):
+        columns, theirs = ([look(record) for record in r.records_with(key)] if r else [] for r in (run, best))
+        draw_heat(figure.add_subplot(grid[0, i]), columns, theirs[-1:], len(run.records), title)
     axes = figure.add_subplot(grid[1, :])
-    for i, (name, logged) in enumerate(run.scalars.items()):
-        axes.plot(numbers(logged[-1]), color=f"C{i}", label=name)
-        if best and name in best.scalars:
-            axes.plot(numbers(best.scalars[name][-1]), color=f"C{i}", ls="--", label=f"{name} of the best")
+    for r, style in ((run, "-"), (best, "--")):
+        for i, (name, logged) in enumerate(r.scalars.items() if r else ()):
+            axes.plot(numbers(logged[-1]), style, color=f"C{i}", label=name + " of the best" * (r is best))
     dress(axes, "scalars at the end", "layer")
     return figure
 
 
-def log10_of(values: dict[str, float]) -> dict[str, float]:
-    return {name: math.log10(v) for name, v in values.items() if v > 0}
-
-
 def draw_heat(axes: Axes, columns: list[dict], theirs: list[dict], num_steps: int, title: str) -> None:
-    """Names down, time across, the value as colour; at the right the best's last column in the same colours.
+    """Names down, time across, the value as colour; at the right the best's end in the same colours.
     `columns` holds the values by name at each moment."""
     names = list(dict.fromkeys(name for column in columns for name in column))
     if names:
-        values = np.array([[column.get(name, math.nan) for column in (*columns, *theirs)] for name in names])
+        values = np.array([[c.get(name, math.nan) for c in (*columns, *theirs)] for name in names])
+        if "log10" in title:
+            values = np.log10(np.where(values > 0, values, math.nan))
         low, high = np.nanpercentile(values, [1, 99])
         look = {"aspect": "auto", "vmin": low, "vmax": max(high, low + 1e-3), "interpolation": "nearest"}
-        rows = (len(names) - 0.5, -0.5)
+        rows, at = (len(names) - 0.5, -0.5), (1.04 * num_steps, 1.12 * num_steps)
         image = axes.imshow(values[:, : len(columns)], extent=(0, num_steps, *rows), **look)
         if theirs:
-            axes.imshow(values[:, len(columns) :], extent=(1.04 * num_steps, 1.12 * num_steps, *rows), **look)
-            axes.text(1.12 * num_steps, -0.8, "best", fontsize=8, ha="right")
+            axes.imshow(values[:, len(columns) :], extent=(*at, *rows), **look)
+            axes.text(at[1], -0.8, "best", fontsize=8, ha="right")
         axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=50).ax.tick_params(labelsize=8)
     dress(axes, title, "step; grey: zero or not finite")
     axes.set_xlim(0, (1.12 if theirs else 1.0) * num_steps)
     axes.set_facecolor("0.85")
     axes.grid(visible=False)
-    axes.set_yticks(range(len(names)), [clip(name.removesuffix(".weight"), 28) for name in names], fontsize=6.5)
-    if len(names) > MOST_ROWS:
-        axes.set_yticks([])
+    shown = names if len(names) <= MOST_ROWS else []
+    labels = [clip(name.removesuffix(".weight"), 28) for name in shown]
+    axes.set_yticks(range(len(shown)), labels, fontsize=6.5)
 
 
 def mark_of(e: Entry) -> str:
@@ -2803,29 +2830,25 @@ def mark_of(e: Entry) -> str:
 
 
 def draw_progress(entries: list[Entry]) -> Figure:
-    """Scores in the order of filing, what the best was at each time, and by number the steps that brought most."""
+    """Scores in the order of filing, what the best was at each time, and the steps that brought most."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries))
     axes, marks = figure.subplots(), [(i, e, mark_of(e)) for i, e in enumerate(entries, 1)]
-    number_of, lineage = {e.name: i for i, e, _ in marks}, compute_history(entries)["lineage"]
-    x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
     scores = [e.val_bpb for _, e, mark in marks if mark in SCORED] or [1.0]
     kept = [e.val_bpb for _, e, mark in marks if mark.startswith("kept")]
     low, high = min(scores), max([np.percentile(scores, 90), *kept])
-    room = max(high - low, 0.004 * high)  # one bad run must not flatten the descent, nor one run fill the picture
+    room = max(high - low, 0.004 * high)  # neither a bad run nor a single one sets the scale
     for label, (marker, color, inside) in MARKS.items():
-        own = [(i, e.val_bpb) for i, e, mark in marks if mark == label]
-        points = [(i, val if label in SCORED and val <= high else high + 0.13 * room) for i, val in own]
+        points = [(i, e.val_bpb) for i, e, mark in marks if mark == label]
+        is_scored, size = label in SCORED, 8 if "kept" in label else 5
+        points = [(i, y if is_scored and y <= high else high + 0.13 * room) for i, y in points]
         if points:
-            axes.plot(*zip(*points, strict=True), marker, ms=8 if "kept" in label else 5, color=color, mfc=inside,
-                      zorder=3, label=f"{label} ({len(points)})")
+            axes.plot(*zip(*points, strict=True), marker, ms=size, color=color, mfc=inside, zorder=3,
+                      label=f"{label} ({len(points)})")
     axes.axhline(high + 0.06 * room, color=GREY, lw=0.8, ls=":", label="above: off the scale, or no score")
-    side = max(0.6, 0.02 * len(entries))
-    if lineage:
-        axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
-        axes.step([*x, len(entries) + side], [*y, y[-1]], where="post", color=GREEN, lw=1.8, label=f"best, {y[-1]:.4f}")
-        label_steps(axes, x, y, [idea_of(description) for _, _, description in lineage])
+    end = len(entries) + max(0.6, 0.02 * len(entries))
+    draw_lineage(axes, entries, end)
     dress(axes, "", "experiment")
-    axes.set_xlim(1 - side, len(entries) + side)
+    axes.set_xlim(len(entries) + 1 - end, end)
     axes.set_ylim(low - 0.1 * room, high + 0.2 * room)
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -2833,20 +2856,29 @@ def draw_progress(entries: list[Entry]) -> Figure:
     return figure
 
 
-def label_steps(axes: Axes, x: list[int], y: np.ndarray, ideas: list[str], limit: int = 8) -> None:
-    """A number at each of the largest steps, and in the margin what they were: no text is in another's way."""
-    gains, told = np.diff(y, prepend=y[0]), []
-    for k, i in enumerate(sorted(i for i in np.argsort(gains)[:limit] if gains[i] < 0), 1):
-        axes.annotate(str(k), (x[i], y[i]), (4, 5), textcoords="offset points", fontsize=10, weight="bold")
-        told.append(textwrap.fill(f"{k}  {gains[i]:+.4f}  {clip(ideas[i], 80)}", 40, subsequent_indent="    "))
+def draw_lineage(axes: Axes, entries: list[Entry], end: float) -> None:
+    """The baseline and the best as lines; a number at each of the eight largest steps, and in the margin
+    what they were, where no text is in another's way."""
+    lineage = compute_history(entries)["lineage"]
+    if not lineage:
+        return
+    number_of = {e.name: i for i, e in enumerate(entries, 1)}
+    x, means = [number_of[name] for name, _, _ in lineage], [mean for _, mean, _ in lineage]
+    y, told = np.minimum.accumulate(means), []
+    axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
+    axes.step([*x, end], [*y, y[-1]], where="post", color=GREEN, lw=1.8, label=f"best, {y[-1]:.4f}")
+    gains = np.diff(y, prepend=y[0])
+    for k, i in enumerate(sorted(i for i in np.argsort(gains)[:8] if gains[i] < 0), 1):
+        axes.annotate(str(k), (x[i], y[i]), (4, 5), textcoords="offset points", weight="bold")
+        idea = clip(read_subject(entries[x[i] - 1])[0], 80)
+        told.append(textwrap.fill(f"{k}  {gains[i]:+.4f}  {idea}", 40, subsequent_indent="    "))
     axes.text(1.02, 0.0, "\n".join(told), transform=axes.transAxes, fontsize=8.5, parse_math=False)
 
 
-def write_pictures(run: Run, best: Run | None, curves: dict[str, Curve | None],
-                   paired: dict | None) -> tuple[list[str], dict[str, str]]:
-    """Names of the pictures made, and why one was not. A surprise in the metrics costs its picture, not the night."""
+def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[list[str], dict[str, str]]:
+    """Names of the pictures made, and why one was not: a surprise costs its picture, not the night."""
     makers = {
-        "loss_curve.png": lambda: draw_loss(run, curves, (paired or {}).get("windows") or []),
+        "loss_curve.png": lambda: draw_loss(run, best, (paired or {}).get("windows") or []),
         "layers.png": lambda: draw_layers(run, best),
         "schedule_and_machine.png": lambda: draw_schedule_and_machine(run, best),
     }
@@ -3106,8 +3138,7 @@ def write_run_pages(archive: Path, name: str) -> None:
     stats = compute_stats(run, this, [*before, this], best_runs)
     diff = diff_lines(best_run.train_py, run.train_py, best_run.name) if best_run else []
     write_atomic(archive / name / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
-    curves = {"this": compute_curve(run), "best": compute_curve(best_run) if best_run else None}
-    pictures, failed = write_pictures(run, best_run, curves, stats["paired"])
+    pictures, failed = write_pictures(run, best_run, stats["paired"])
     stats["failed"] |= failed
     stats["record"]["name"] = name
     write_analysis(archive / name, render_analysis(stats, pictures))
@@ -3167,9 +3198,12 @@ def write_morning(archive: Path, book: Book) -> None:
     for picture in ("loss_curve.png", "layers.png", "schedule_and_machine.png"):
         if best and (archive / best.name / picture).exists():
             pictures[f"{best.name}/{picture}"] = (archive / best.name / picture).read_bytes()
-    if lineage := compute_history(entries)["lineage"]:
+    lineage = compute_history(entries)["lineage"]
+    if lineage and lineage[0][0] != best.name:
         base, kept = (load_folder(archive / name, name) for name in (lineage[0][0], best.name))
         write_atomic(archive / "best.patch", render_patch(entries, base, kept))
+    else:
+        (archive / "best.patch").unlink(missing_ok=True)
     report = render_report(book, archive, [*pictures][1:])
     write_atomic(archive / "report.html", render_html(report, pictures))
     write_atomic(archive / "report.md", report)
@@ -3522,10 +3556,9 @@ def finish_pages(archive: Path, told: list[str]) -> None:
 
 def report_environment(outputs: Outputs) -> int:
     """Say what is broken, and note it in the run's start file: its log will be gone once the next run has begun."""
-    said, start = environment_failure(outputs.run), outputs.files.get(START)
+    said, start = environment_failure(outputs.run).removeprefix("error:").strip(), outputs.files.get(START)
     if start and not outputs.run.start.get("ended"):
         write_json(start, outputs.run.start | {"ended": f"error: {said}"})
-    said = said.removeprefix("error:").strip()
     print(f"error: the environment failed, not the experiment; nothing was filed. {said}", file=sys.stderr)
     return 2
 
