@@ -1235,6 +1235,7 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
         "best_is_kept": bool(best and best.is_kept),
         "noise": {"sigma": noise.sigma, "text": describe_noise(noise), "degrees_of_freedom": noise.freedom},
         "replicates": [e.name for e in same],
+        "same_as": describe_sameness(this, same[0]) if same else None,
         "reasons": [],
     }
     if flaw := compute_flaw(this, facts):
@@ -1252,6 +1253,14 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
         return verdict | compare_with(this.val_bpb, 1, best, noise)
     verdict |= compare_with(verdict["mean"], len(seed_scores([this, *same])), best, noise)
     return verdict | decide(verdict, noise, facts.get("adds_code", False))
+
+
+def describe_sameness(this: Entry, twin: Entry) -> str:
+    if this.record.get("train_sha256") == twin.record.get("train_sha256"):
+        return f"The very train.py of {twin.name}."
+    if this.record.get("program_and_seed") == twin.record.get("program_and_seed"):
+        return f"The same as {twin.name} but for comments or formatting."
+    return f"The same as {twin.name}: nothing but the seed differs."
 
 
 def compute_flaw(this: Entry, facts: dict) -> dict | None:
@@ -1753,11 +1762,11 @@ def compute_machine(this: Entry, earlier: list[Entry]) -> dict:
     Where a second run of the very same program is as slow, with no witness against the machine, it is the program."""
     own, record = this.record.get("pace") or {}, this.record
     step_ms = record.get("step_ms")
-    timed = [e for e in earlier if e.record.get("step_ms") and does_same_work(this, e)]
+    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
     peers = [e for e in timed if e.is_valid][-NUM_PEERS:]
     machine = own | {"step_ms": step_ms, "usual_ms": None, "ratio": None, "hampered": []}
     witnesses = compute_witnesses(own, peers)
-    if step_ms is None or not record.get("is_finished"):
+    if not is_timed(record) or not record.get("is_finished"):
         return machine
     if stalled := compute_stalls(own, record):
         machine["hampered"].append(stalled)
@@ -1778,6 +1787,11 @@ def compute_machine(this: Entry, earlier: list[Entry]) -> dict:
                           f"{usual_ms:.1f})", *witnesses])
         machine["hampered"].append(told)
     return machine
+
+
+def is_timed(record: dict) -> bool:
+    """Whether the run has a step time to judge by: a median of few steps, the first among them, is none."""
+    return bool(record.get("step_ms")) and (record.get("num_steps") or math.inf) >= 20
 
 
 def compute_stalls(own: dict, record: dict) -> str | None:
@@ -2135,6 +2149,7 @@ def render_kind(v: dict) -> list[str]:
         lines.append(f"The edit changed nothing: configuration and losses are those of {v['best']}. It counts as "
                      "another run of that program, not as an idea.")
     elif kind == "replicate":
+        lines.append(v["same_as"])
         lines.append(f"Mean of the {1 + len(v['replicates'])} runs of this program: {v['mean']:.6f}.")
         if v["standard_errors"] is not None and abs(v["standard_errors"]) > 3:
             lines.append("It lies outside the noise of the others: look for a cause before you trust it.")
@@ -2142,7 +2157,7 @@ def render_kind(v: dict) -> list[str]:
             lines.append("With this mean it is the best no more: that is {} at {:.6f}.".format(*v["dethroned_by"]))
     if v["replicates"] and kind in ("new best", "not better", "unproven"):
         lines.append(f"The difference is that of the mean of {1 + len(v['replicates'])} runs of this program, "
-                     f"{v['mean']:.6f} (also {', '.join(v['replicates'][:4])}).")
+                     f"{v['mean']:.6f}. {v['same_as']}")
     return lines
 
 
