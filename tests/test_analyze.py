@@ -580,7 +580,7 @@ def test_a_broken_environment_is_reported_and_not_filed(lab, ending):
      "the data is not what this archive began with (ffffffffffffffff, was 0123456789abcdef): point AUTORESEARCH_CACHE"),
     ({"evaluation": {"tokens": 4096}}, "the number of tokens scored is not what this archive began with (4096.0, was "),
     ({"time_budget": 600, "training_seconds": 600.0},
-     "the time budget is not what this archive began with (600.0, was 300.0): train for the budget of before, or begin"),
+     "the time budget is not what this archive began with (600.0, was 300.0): train for the budget of before, or"),
     ({"demo": True, "start": {"demo": False}},
      "AUTORESEARCH_DEMO is not what this archive began with (True, was False)"),
     ({"training_seconds": 312.0}, "trained 312.0 s on a budget of 300.0 s, off by more than a step"),
