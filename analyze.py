@@ -2018,6 +2018,9 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
     verdict = compute_verdict(this, entries, facts)
     if paired and paired["windows"] and changes and is_unchanged(run, best_run, paired, changes, verdict):
         verdict = compute_verdict(this, entries, facts | {"is_unchanged": True})
+        if verdict["kind"] == "unchanged":  # from now on another run of that program
+            this = replace(this, record=this.record | {"program": best.record.get("program")})
+            entries = [*earlier, this]
     replicates = [e for e in earlier if e.name in {r.name for r in best_runs}]
     verdict["best_is_slower"] = compute_best_pace(this, replicates)
     own = None if this.val_bpb is None or verdict["best_mean"] is None else this.val_bpb - verdict["best_mean"]

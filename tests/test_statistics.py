@@ -413,6 +413,13 @@ def test_an_edit_that_changed_nothing_is_said_to_have_changed_nothing():
     averaged = {"difference": -0.01, "standard_error": 0.001}  # only the score differs, as with averaged weights
     assert not analyze.is_unchanged(this, best, paired, changes, averaged)
     assert not analyze.is_unchanged(this, best, paired, changes | {"config": {"depth": [8, 9]}}, {})
+    entries = [entry("best", 0.99, "p", config={"depth": 8}), entry("this", 0.99, "q", "pending", config={"depth": 8})]
+    stats = analyze.compute_stats(this, entries[1], entries, [best])
+    assert stats["verdict"]["kind"] == "unchanged"
+    assert stats["record"]["program"] == "p"  # a replicate from now on
+    assert analyze.compute_history([entries[0], analyze.Entry("this", "discard", "", stats["record"])])["lineage"] == [
+        ["best", 0.99, ""]
+    ]
     verdict = verdict_of(entry("b", 1.0, "q", "pending"), entry("a", 1.0, "p"), is_unchanged=True)
     assert verdict["kind"] == "unchanged"
     assert "changed nothing" in analyze.render_kind(verdict)[0]
