@@ -1310,24 +1310,31 @@ def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text
     earlier = entries[: next(i for i, e in enumerate(entries) if e.name == this.name)]
     mine = this.record.get("config", {})
     theirs = best.record.get("config", {}) if best else {}
-    diff = diff_lines(best_text, text, best.name if best else "")
-    config = {k: v for k, v in mine.items() if k != "seed"}
-    comparable = [e for e in earlier if config and e.record.get("program") != this.record.get("program")]
-    return {
+    diff = diff_lines(best_text, text, best.name if best else "")[2:]
+    changes = {
         "against": best.name if best else None,
-        "config": {k: [theirs.get(k), mine.get(k)] for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)}
-        if best and mine and theirs else {},
+        "config": {},
         "is_config_known": bool(mine and theirs),
-        "lines_added": sum(line.startswith("+") and not line.startswith("+++") for line in diff),
-        "lines_removed": sum(line.startswith("-") and not line.startswith("---") for line in diff),
+        "lines_added": sum(line.startswith("+") for line in diff),
+        "lines_removed": sum(line.startswith("-") for line in diff),
         "is_diff_known": best_text is not None and text is not None,
-        "same_program": [[e.name, e.status, e.val_bpb] for e in earlier
-                         if this.record.get("program") and e.record.get("program") == this.record.get("program")],
-        "same_config": [[e.name, e.status, e.val_bpb] for e in comparable
-                        if {k: v for k, v in e.record.get("config", {}).items() if k != "seed"} == config],
-        "machine": {k: pair for k in MACHINE_KEYS if best and None not in
-                    (pair := [best.record.get(k), this.record.get(k)]) and pair[0] != pair[1]},
+        "same_program": [],
+        "same_config": [],
+        "machine": {},
     }
+    if mine and theirs:
+        changes["config"] = {k: [theirs.get(k), mine.get(k)] for k in theirs | mine if theirs.get(k) != mine.get(k)}
+    for e in earlier:
+        row = [e.name, e.status, e.val_bpb]
+        if this.record.get("program") and e.record.get("program") == this.record["program"]:
+            changes["same_program"].append(row)
+        elif mine and e.record.get("config") == mine:
+            changes["same_config"].append(row)
+    for key in MACHINE_KEYS if best else ():
+        before, after = best.record.get(key), this.record.get(key)
+        if before is not None and after is not None and before != after:
+            changes["machine"][key] = [before, after]
+    return changes
 
 
 def diff_lines(before: str | None, after: str | None, name: str) -> list[str]:
@@ -1762,30 +1769,28 @@ def compute_machine(this: Entry, earlier: list[Entry]) -> dict:
     Where a second run of the very same program is as slow, with no witness against the machine, it is the program."""
     own, record = this.record.get("pace") or {}, this.record
     step_ms = record.get("step_ms")
-    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
-    peers = [e for e in timed if e.is_valid][-NUM_PEERS:]
-    machine = own | {"step_ms": step_ms, "usual_ms": None, "ratio": None, "hampered": []}
-    witnesses = compute_witnesses(own, peers)
+    machine = own | {"step_ms": step_ms, "usual_ms": None, "hampered": []}
     if not is_timed(record) or not record.get("is_finished"):
         return machine
     if stalled := compute_stalls(own, record):
         machine["hampered"].append(stalled)
+    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
+    peers = [e for e in timed if e.is_valid][-NUM_PEERS:]
     if not peers:
         return machine
     same = [e for e in timed if e.group == this.group]
-    usual_ms = float(np.median([e.record["step_ms"] for e in same or peers if e.is_valid] or [math.nan]))
-    if not math.isfinite(usual_ms):
-        usual_ms = float(np.median([e.record["step_ms"] for e in peers]))
-    machine |= {"usual_ms": usual_ms, "ratio": step_ms / usual_ms}
-    slower = step_ms / usual_ms - 1
+    known = [e for e in same if e.is_valid]
+    machine["usual_ms"] = float(np.median([e.record["step_ms"] for e in known or peers]))
+    slower, witnesses = step_ms / machine["usual_ms"] - 1, compute_witnesses(own, peers)
+    if known:
+        is_slow, what = slower > SLOWER_SAME, "this program"
+    else:
+        is_slow, what = slower > (SLOWER_ALIKE if witnesses else SLOWER_ALONE), "the same work"
     is_confirmed = any(abs(e.record["step_ms"] / step_ms - 1) < SLOWER_SAME for e in same)
-    bar = SLOWER_SAME if any(e.is_valid for e in same) else SLOWER_ALIKE
-    is_slow = slower > bar and (bar == SLOWER_SAME or witnesses or slower > SLOWER_ALONE)
     if is_slow and (witnesses or not is_confirmed):
-        what = "this program" if bar == SLOWER_SAME else "the same work"
-        told = "; ".join([f"steps took {1 + slower:.2f} times what {what} took before ({step_ms:.1f} ms, usually "
-                          f"{usual_ms:.1f})", *witnesses])
-        machine["hampered"].append(told)
+        told = f"steps took {1 + slower:.2f} times what {what} took before ({step_ms:.1f} ms, usually " \
+               f"{machine['usual_ms']:.1f})"
+        machine["hampered"].append("; ".join([told, *witnesses]))
     return machine
 
 
