@@ -1,0 +1,440 @@
+"""The pictures by what is drawn, the morning's pages word for word: hand-made runs and small archives."""
+
+import json
+import math
+import re
+import subprocess
+
+import numpy as np
+import pytest
+
+import analyze
+from analyze import Book, Entry, Run
+
+CONFIG = {"depth": 8, "matrix_lr": 0.04, "mlp_ratio": 4, "seed": 42, "num_params_M": 50.3, "time_budget": 300}
+
+
+def make_run(name="a1b2c3d", num_steps=200, loss=None, step_ms=300.0, layers=("blocks.0", "lm_head"), **start):
+    steps = np.arange(num_steps)
+    loss = 3.0 - 0.004 * steps if loss is None else loss
+    records = []
+    for i in steps:
+        record = {
+            "step": int(i), "train/loss": float(loss[i]), "train/tokens": int(1_000_000 * (i + 1)),
+            "train/progress": i / num_steps, "perf/step_time_ms": step_ms, "train/grad_norm": 0.5,
+            "time/training_s": (i + 1) * step_ms / 1000, "train/lr_multiplier": 1.0, "train/muon_momentum": 0.95,
+            "train/weight_decay": 0.2, "train/epoch": 1, "lr/wte": 0.6, "lr/lm_head": 0.6, "lr/matrix": 0.04,
+        }
+        if i % 20 == 0:
+            record |= {"layers/names": list(layers), "layers/rms": [1.0 + i] * len(layers),
+                       "layers/input_zeros": [None] + [0.5] * (len(layers) - 1), "params/names": ["wte.weight"],
+                       "params/weight_rms": [0.0 if i == 0 else 1.0], "params/update_rms": [0.01],
+                       "scalars/x0_lambdas": [0.1, 0.2]}
+        records.append(record)
+    return Run(name, None, start, {"time_budget": 60.0}, None, records, "", "")
+
+
+def draw_loss(this, best=None, windows=()):
+    return analyze.draw_loss(this, best, list(windows))
+
+
+def labels_of(axes):
+    return axes.get_legend_handles_labels()[1]
+
+
+def entry(name, val, status="keep", description="an idea", kind="new best", difference=None, error=0.001, config=None,
+          **record):
+    """A run in the books. `config`: what it changed, knob to (before, after)."""
+    now = CONFIG | {knob: after for knob, (_, after) in (config or {}).items()}
+    facts = {"val_bpb": val, "program": name, "config": now, "total_s": 360.0, "folder": "/night"} | record
+    verdict = {"kind": kind, "difference": difference, "standard_error": error}
+    verdict["reasons"] = ["another process on the GPU"] if kind == "hampered" else []
+    return Entry(name, status, description, facts, {"verdict": verdict, "changes": {"config": config or {}}})
+
+
+def book(entries, *problems):
+    return Book(entries, rows=[], damaged=[], unbooked=[], facts={}, problems=list(problems), identities={})
+
+
+def night():
+    """Six runs: a baseline, a proven gain, an unproven one, a loss, a crash, and a hampered run that is pending."""
+    entries = [
+        entry("a000000", 0.998, description="baseline", kind="baseline"),
+        entry("b000000", 0.990, description="matrix_lr 0.04 -> 0.05, expect -0.0060", difference=-0.008,
+              config={"matrix_lr": (0.04, 0.05)}),
+        entry("c000000", 0.989, description="rewrite | of the MLP", kind="unproven", difference=-0.001,
+              config={"num_params_M": (50.3, 51.0)}),
+        entry("d000000", 0.995, "discard", "deeper, expect -0.0010", "not better", 0.006,
+              config={"depth": (8, 9), "num_params_M": (50.3, 60.0)}),
+        entry("e000000", None, "crash", "wider", "crash", crash="out of memory"),
+        entry("f000000", 1.2, "pending", "slow machine", "hampered"),
+    ]
+    for i, e in enumerate(entries):
+        e.record.update(started_unix=1.7e9 + 400 * i, ended_unix=1.7e9 + 400 * i + 360)
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_first_run_fills_the_loss_picture_alone_and_the_thin_line_is_in_the_legend():
+    figure = draw_loss(make_run())
+    (axes,) = figure.axes
+    assert labels_of(axes) == ["this, each step", "this: a1b2c3d"]
+    figure.draw_without_rendering()
+    assert axes.get_position().height > 0.75
+
+
+def test_the_paired_difference_is_drawn_by_windows_with_two_standard_errors_and_repeats_shaded():
+    windows = [
+        {"from_m": 0.0, "to_m": 100.0, "difference": -0.02, "error": 0.003, "at_progress": None, "is_repeat": False},
+        {"from_m": 100.0, "to_m": 200.0, "difference": 0.01, "error": 0.001, "at_progress": 0.005,
+         "at_progress_error": 0.002, "is_repeat": True},
+    ]
+    loss, paired = draw_loss(make_run(), make_run("f00ba12"), windows).axes
+    assert labels_of(loss) == ["best: f00ba12", "this, each step", "this: a1b2c3d"]
+    assert labels_of(paired) == ["text seen before: no learning", "at equal tokens", "at equal progress"]
+    (tokens, _, (token_bars,)), (progress, _, (progress_bars,)) = paired.containers
+    assert tokens.get_xydata().tolist() == [[50.0, -0.02], [150.0, 0.01]]
+    assert [bar[:, 1].tolist() for bar in token_bars.get_segments()] == [
+        pytest.approx([-0.026, -0.014]), pytest.approx([0.008, 0.012])]
+    assert progress.get_xydata()[1].tolist() == [150.0, 0.005]
+    assert progress_bars.get_segments()[-1][:, 1] == pytest.approx([0.001, 0.009])
+    (shade,) = paired.patches
+    assert (shade.get_x(), shade.get_width()) == (100.0, 100.0)
+
+
+def test_a_dip_is_never_cut_off_and_the_start_does_not_flatten_the_rest():
+    loss = np.linspace(3.0, 2.0, 200)
+    loss[0], loss[150] = 11.0, 0.5
+    low, high = draw_loss(make_run(loss=loss)).axes[0].get_ylim()
+    assert low < 0.5
+    assert high < 4.0
+
+
+@pytest.mark.parametrize(("num_rows", "num_names"), [(2, 2), (61, 61), (100, 100), (101, 0)])
+def test_every_row_of_a_heat_map_is_named_or_none(num_rows, num_names):
+    figure = analyze.draw_layers(make_run(layers=[f"blocks.{i}" for i in range(num_rows)]), None)
+    assert len([t for t in figure.axes[0].get_yticklabels() if t.get_text()]) == num_names
+
+
+def test_a_cell_without_a_value_is_grey_and_said_to_be_and_the_bests_end_stands_beside_in_the_same_colours():
+    figure = analyze.draw_layers(make_run(), make_run("f00ba12", num_steps=100))
+    by_title = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    update = by_title["update / weight, log10"]
+    mine, best = update.images
+    assert np.isnan(mine.get_array().filled(math.nan)).tolist() == [[True] + [False] * 9]
+    assert update.get_facecolor()[:3] == (0.85, 0.85, 0.85)
+    assert update.get_xlabel() == "step; grey: zero or not finite"
+    assert by_title["output RMS, log10"].images[1].get_array().tolist() == pytest.approx(
+        np.full((2, 1), math.log10(81)))
+    assert mine.get_clim() == best.get_clim()
+    assert labels_of(by_title["scalars at the end"]) == ["x0_lambdas", "x0_lambdas of the best"]
+
+
+def test_schedules_rates_gradient_and_step_time_are_one_picture_with_the_median_that_the_books_have():
+    run, best = make_run(), make_run("f00ba12", step_ms=290.9)
+    run.records[50]["perf/step_time_ms"] = 9000.0
+    schedules, rates, gradient, steps = analyze.draw_schedule_and_machine(run, best).axes
+    assert labels_of(schedules) == ["lr_multiplier", "muon_momentum", "weight_decay"]
+    assert labels_of(rates) == ["lm_head, wte", "matrix"]
+    assert labels_of(gradient) == ["f00ba12", "this, each step", "a1b2c3d"]
+    assert labels_of(steps)[::2] == ["f00ba12: median 290.9, slowest 291", "a1b2c3d: median 300.0, slowest 9000"]
+    assert steps.get_ylim() == pytest.approx((0.8 * 290.9, 1.4 * 300.0))
+
+
+def test_a_program_that_logs_little_gets_the_pictures_that_it_can(tmp_path):
+    records = [{"step": i, "train/loss": 3.0, "perf/step_time_ms": 10.0} for i in range(20)]
+    run = Run("a1b2c3d", tmp_path, {}, {"total_batch_size": 2**19}, None, records, "", "")
+    assert analyze.write_pictures(run, None, None) == (["loss_curve.png", "schedule_and_machine.png"], {})
+    header = (tmp_path / "loss_curve.png").read_bytes()[:24]
+    assert (header[:4], int.from_bytes(header[16:20], "big")) == (b"\x89PNG", 1200)
+
+
+def test_a_surprise_costs_its_picture_alone(tmp_path):
+    run = make_run()
+    run.records[20]["layers/rms"] = 3.0
+    run = Run("a1b2c3d", tmp_path, {}, {}, None, run.records, "", "")
+    made, failed = analyze.write_pictures(run, None, None)
+    assert made == ["loss_curve.png", "schedule_and_machine.png"]
+    assert list(failed) == ["layers.png"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture of a night
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_runs", [1, 8, 100])
+def test_the_axis_of_the_nights_picture_fits_the_number_of_runs(num_runs):
+    (axes,) = analyze.draw_progress([entry(f"{i:07x}", 1 - i / 1000) for i in range(num_runs)]).axes
+    first, last = axes.get_xlim()
+    assert 0 <= 1 - first <= 0.6 + 0.02 * num_runs
+    assert 0 <= last - num_runs <= 0.6 + 0.02 * num_runs
+    assert all(tick == int(tick) for tick in axes.get_xticks())
+
+
+def test_the_baseline_has_a_line_and_each_kind_of_run_its_own_mark():
+    (axes,) = analyze.draw_progress(night()).axes
+    lines = dict(zip(labels_of(axes), axes.get_legend_handles_labels()[0], strict=True))
+    assert list(lines) == ["kept (2)", "kept, unproven (1)", "discarded (1)", "hampered (1)", "crashed (1)",
+                           "above: off the scale, or no score", "baseline, 0.9980", "best, 0.9890"]
+    assert set(lines["baseline, 0.9980"].get_ydata()) == {0.998}
+    assert lines["kept, unproven (1)"].get_markerfacecolor() == "white"
+    assert lines["kept, unproven (1)"].get_xydata().tolist() == [[3, 0.989]]
+    above = lines["above: off the scale, or no score"].get_ydata()[0]
+    assert lines["hampered (1)"].get_ydata()[0] > above > lines["kept (2)"].get_ydata().max()
+
+
+def test_only_the_largest_steps_are_numbered_and_told_in_the_margin():
+    vals = [1 - i / 1000 - (i >= 5) / 100 for i in range(12)]
+    entries = [entry(f"{i:07x}", val, description=f"idea {i}, expect -0.001") for i, val in enumerate(vals)]
+    (axes,) = analyze.draw_progress(entries).axes
+    *numbers, told = (text.get_text() for text in axes.texts)
+    assert numbers == ["1", "2", "3", "4", "5", "6", "7", "8"]
+    assert "-0.0110  idea 5\n" in told
+    assert "expect" not in told
+
+
+def test_the_demos_pictures_say_so():
+    assert draw_loss(make_run(demo=True)).get_suptitle() == "demo: a1b2c3d: training loss"
+    night_of_the_demo = analyze.draw_progress([entry("a000000", 2.0, demo=True)])
+    assert night_of_the_demo.get_suptitle() == "demo: val_bpb over experiments, lower is better"
+
+
+def test_a_night_without_a_score_has_a_picture_too():
+    (axes,) = analyze.draw_progress([entry("e000000", None, "crash", kind="crash")]).axes
+    assert labels_of(axes)[0] == "crashed (1)"
+    assert analyze.draw_progress([]).axes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Effects, predictions, claims
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_effects_tell_what_each_knob_brought_and_which_nobody_touched():
+    assert analyze.render_effects(night(), 10) == [
+        "matrix_lr: 0.04 -> 0.05 -0.00800 ± 0.00100 (new best, b000000)",
+        "depth: 8 -> 9 +0.00600 ± 0.00100 (not better, d000000)",
+        "rewrite | of the MLP: code -0.00100 ± 0.00100 (unproven, c000000)",
+        "never touched: mlp_ratio",
+    ]
+    assert analyze.render_effects(night(), 1) == [
+        "matrix_lr: 0.04 -> 0.05 -0.00800 ± 0.00100 (new best, b000000)",
+        "never touched: mlp_ratio",
+    ]
+
+
+def test_of_replicates_the_last_verdict_speaks_and_two_knobs_at_once_say_so():
+    both = {"depth": (8, 9), "mlp_ratio": (4, 3), "num_heads": (4, 5), "num_kv_heads": (4, 5)}
+    first = entry("b000000", 0.99, difference=-0.008, config=both, program="p")
+    again = entry("c000000", 0.994, difference=-0.006, error=0.0007, config=both, program="p")
+    assert analyze.render_effects([first, again], 10) == [
+        "depth: 8 -> 9, one of 2 changes -0.00600 ± 0.00070 (new best, c000000)",
+        "mlp_ratio: 4 -> 3, one of 2 changes -0.00600 ± 0.00070 (new best, c000000)",
+        "never touched: matrix_lr, num_kv_heads",
+    ]
+
+
+def test_an_effect_of_unknown_noise_counts_as_inside_it():
+    (effect,) = analyze.compute_effects([entry("b000000", 0.9, kind="not better", difference=0.5, error=None)])
+    assert effect.measured == "+0.50000 ± unknown"
+    assert effect.is_inside_noise
+
+
+@pytest.mark.parametrize(("subject", "expected"), [
+    ("warmdown 0.5 -> 0.7: longer decay, expect -0.0006", -0.0006),
+    ("half the batch, expected: -0.0119 bpb", -0.0119),
+    ("deeper; expecting about +.002", 0.002),
+    ("Expect val_bpb \u22120.0006", -0.0006),
+    ("expect ~ \u2013 0.001, maybe", -0.001),
+    ("predicts -6e-4", -6e-4),
+    ("expect -0,0006", -0.0006),
+    ("expect 0.0006", None),
+    ("expect -10 % step time", None),
+    ("expect -10% step time", None),
+    ("expect a gain of 0.0006", None),
+    ("warmdown -0.0006", None),
+    ("unexpected -0.1", None),
+])
+def test_a_prediction_is_read_in_several_spellings_but_not_without_its_sign(subject, expected):
+    idea, found = analyze.read_subject(entry("a000000", 1.0, description=subject))
+    assert found == expected
+    assert "expect" not in idea or expected is None
+
+
+@pytest.mark.parametrize(("difference", "error", "line"), [
+    (-0.0004, 0.0009, "Expected -0.0060, came -0.0004 ± 0.0009: worse than expected by 0.0056."),
+    (-0.0050, 0.0009, "Expected -0.0060, came -0.0050 ± 0.0009: the error allows both."),
+    (-0.0160, 0.0009, "Expected -0.0060, came -0.0160 ± 0.0009: better than expected by 0.0100."),
+    (None, None, ""),
+])
+def test_a_page_says_what_was_expected_and_what_came(difference, error, line):
+    assert analyze.render_prediction(night()[1], difference, error) == line
+
+
+def test_the_history_says_how_well_the_author_predicts():
+    assert analyze.render_calibration(night()) == (
+        "2 prediction(s): expected -0.0035 in the mean, came -0.0010; the sign was right in 1, "
+        "the size within two standard errors in 1."
+    )
+    assert analyze.render_calibration(night()[:1]) == ""
+
+
+def test_claims_are_checked_against_the_runs_they_cite():
+    text = """# Insights
+
+## Current Best
+- c000000: val_bpb 0.989000, one run
+
+## Claims
+- A higher rate helps (b000000, c000000).
+- The MLP can be rewritten,
+  at no cost (c000000).
+- Depth hurts: d000000, d000001.
+- 1048576 tokens a step are too many (a000000).
+- The machine is slow today.
+"""
+    assert analyze.check_insights(text, night()) == [
+        "rests on runs inside the noise alone: The MLP can be rewritten, at no cost (c000000).",
+        "no run is called d000001: Depth hurts: d000000, d000001.",
+    ]
+    assert analyze.check_insights(None, night()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_scores(archive, audits):
+    for name, audit in audits.items():
+        (archive / name).mkdir(exist_ok=True)
+        (archive / name / "eval_record.json").write_text(json.dumps({"audit_bpb": audit}))
+
+
+def test_the_report_of_a_night_word_for_word(tmp_path):
+    write_scores(tmp_path, {"a000000": 0.990, "c000000": 0.9825})
+    full = book(night(), "results.tsv line 3: no files of a run 'g000000' in the archive")
+    gain, luck = analyze.compute_history(night())["gain"], analyze.compute_history(night()).get("optimism")
+    report = analyze.render_report(full, tmp_path, ["c000000/layers.png"])
+    opening, rest = report.split("\n\n![](progress.png)\n\n")
+    assert rest == """\
+## Kept, from the first to the best
+
+| run | val_bpb | effect | outside the noise | idea |
+| --- | --- | --- | --- | --- |
+| a000000 | 0.998000 |  |  | baseline |
+| b000000 | 0.990000 | -0.00800 ± 0.00100 | yes | matrix_lr 0.04 -> 0.05 |
+| c000000 | 0.989000 | -0.00100 ± 0.00100 | no | rewrite / of the MLP |
+
+## Effects
+
+| knob | change | effect | verdict | run |
+| --- | --- | --- | --- | --- |
+| matrix_lr | 0.04 -> 0.05 | -0.00800 ± 0.00100 | new best | b000000 |
+| depth | 8 -> 9 | +0.00600 ± 0.00100 | not better | d000000 |
+| rewrite / of the MLP | code | -0.00100 ± 0.00100 | unproven | c000000 |
+
+Never touched: mlp_ratio. 2 prediction(s): expected -0.0035 in the mean, came -0.0010; the sign was right in 1, \
+the size within two standard errors in 1.
+
+## Everything tried
+
+| run | val_bpb | decision | verdict or reason | description |
+| --- | --- | --- | --- | --- |
+| a000000 | 0.998000 | kept | baseline | baseline |
+| b000000 | 0.990000 | kept | new best | matrix_lr 0.04 -> 0.05, expect -0.0060 |
+| c000000 | 0.989000 | kept, unproven | unproven | rewrite / of the MLP |
+| d000000 | 0.995000 | discarded | not better | deeper, expect -0.0010 |
+| e000000 | unknown | crashed | out of memory | wider |
+| f000000 | 1.200000 | hampered | another process on the GPU | slow machine |
+
+results.tsv line 3: no files of a run 'g000000' in the archive
+
+## Pictures of the best run
+
+![](c000000/layers.png)
+"""
+    assert opening.startswith(
+        "# Report\n\nval_bpb went from 0.998000 to 0.989000 (c000000), a gain of 0.009000 ± 0.001414 (standard error) "
+        "over the first kept run, a000000: 6 runs (1 pending, 3 keep, 1 discard, 1 crash), 36.0 minutes of training, "
+        "the GPU at work 92% of the time. ")
+    assert opening.endswith(
+        "On validation text that no score used the gain is 0.007500: the search may have fitted 0.001500 to the text "
+        "of the score. What helped: matrix_lr 0.04 -> 0.05 (-0.00800 ± 0.00100).")
+    assert ("Chosen among equals, the best reads about " in opening) == bool(luck)
+    assert gain is not None
+
+
+def test_a_gain_that_no_other_text_confirms_is_said_not_to_be_confirmed(tmp_path):
+    write_scores(tmp_path, {"a000000": 0.990, "c000000": None})
+    opening = analyze.render_gain(tmp_path, night())
+    assert "It is not confirmed: no text but the score's own was scored." in opening
+    assert "fitted" not in opening
+
+
+def test_a_night_without_a_gain_says_so_in_minutes_where_hours_would_vanish(tmp_path):
+    demo = book([entry("a000000", 2.1, kind="baseline", total_s=41.0, demo=True)])
+    assert analyze.render_report(demo, tmp_path, []).startswith(
+        "# Report on the demo\n\n1 run (1 keep), 0.7 minutes of training. No gain over the first kept run.\n")
+    assert analyze.render_gain(tmp_path, []).endswith("No gain over the first kept run.")
+
+
+def test_report_html_needs_no_other_file_and_shows_the_pictures_and_tables(tmp_path):
+    report = analyze.render_report(book(night()), tmp_path, ["c000000/layers.png"])
+    page = analyze.render_html(report.replace("wider", "<b>"), {"progress.png": b"one", "c000000/layers.png": b"two"})
+    assert re.findall(r"(?:src|href)=(.{22})", page) == ["'data:image/png;base64"] * 2
+    assert page.count("<table>") == page.count("</table>") == 3
+    assert "<h1>Report</h1>" in page
+    assert "<tr><td>b000000<td>0.990000<td>-0.00800 ± 0.00100<td>yes<td>matrix_lr 0.04 -&gt; 0.05\n" in page
+    assert "<td>&lt;b&gt;" in page
+    assert "| " not in page
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("a = 1\nb = 2\n", "a = 1\nb = 3\n"),
+    ("a = 1\nb = 2", "a = 1\nb = 3"),
+    ("a = 1\r\nb = 2\r\n", "a = 1\r\nb = 3\n"),
+    ("a = 1\n\x0c\nb = '\u2028'\n", "a = 2\n\x0c\nb = '\u2028 \x1c'\n"),
+])
+def test_best_patch_applies_in_a_real_repository_and_brings_the_bests_files(tmp_path, before, after):
+    folder = tmp_path
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    (folder / "train.py").write_bytes(before.encode())
+    (folder / "old.py").write_text("x = 1\n")
+    base, best = make_run("a000000", modules={"old.py": "x = 1\n"}), make_run("c000000")
+    base = Run("a000000", None, base.start, {}, None, [], None, before)
+    best = Run("c000000", None, {"modules": {"old.py": "x = 2\n", "new.py": "y = 1"}}, {}, None, [], None, after)
+    patch = analyze.render_patch(night(), base, best)
+    assert patch.startswith("""\
+# From a000000 to c000000: git apply best.patch
+# | run | val_bpb | effect | outside the noise | idea |
+# | --- | --- | --- | --- | --- |
+# | a000000 | 0.998000 |  |  | baseline |
+# | b000000 | 0.990000 | -0.00800 ± 0.00100 | yes | matrix_lr 0.04 -> 0.05 |
+# | c000000 | 0.989000 | -0.00100 ± 0.00100 | no | rewrite / of the MLP |
+diff --git a/train.py b/train.py
+""")
+    (folder / "best.patch").write_bytes(patch.encode())
+    subprocess.run(["git", "apply", "best.patch"], cwd=folder, check=True)
+    assert (folder / "train.py").read_bytes().decode() == after
+    assert (folder / "old.py").read_text() == "x = 2\n"
+    assert (folder / "new.py").read_text() == "y = 1"
+
+
+def test_the_morning_is_written_whole_with_the_report_last(tmp_path, monkeypatch):
+    for name in ("a000000", "c000000"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.py").write_text(f"name = {name!r}\n")
+    (tmp_path / "c000000" / "layers.png").write_bytes(b"picture")
+    written, write = [], analyze.write_atomic
+    monkeypatch.setattr(analyze, "write_atomic", lambda path, data: (written.append(path.name), write(path, data)))
+    analyze.write_morning(tmp_path, book(night()))
+    assert written == ["progress.png", "best.patch", "report.html", "report.md"]
+    assert "+name = 'c000000'\n" in (tmp_path / "best.patch").read_text()
+    assert (tmp_path / "report.html").read_text().count("<img") == 2
+    assert "![](c000000/layers.png)" in (tmp_path / "report.md").read_text()
