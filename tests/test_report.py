@@ -46,7 +46,8 @@ def entry(name, val, status="keep", description="an idea", kind="new best", diff
           **record):
     """A run in the books. `config`: what it changed, knob to (before, after)."""
     now = CONFIG | {knob: after for knob, (_, after) in (config or {}).items()}
-    facts = {"val_bpb": val, "program": name, "config": now, "total_s": 360.0, "folder": "/night"} | record
+    facts = {"val_bpb": val, "program": name, "config": now, "total_s": 360.0, "folder": "/night"}
+    facts |= {"time_budget": 300.0} | record
     verdict = {"kind": kind, "difference": difference, "standard_error": error}
     verdict["reasons"] = ["another process on the GPU"] if kind == "hampered" else []
     return Entry(name, status, description, facts, {"verdict": verdict, "changes": {"config": config or {}}})
