@@ -2454,6 +2454,8 @@ DERIVED = re.compile(
 EXPECTED = re.compile(
     r",? *\b(?:expect|predict)\w*[^-+\d\u2212\u2013]{0,24}"
     r"([-+\u2212\u2013] ?\d*[.,]?\d+(?:e-?\d+)?)(?![\d.]| ?(?:%|ms|x|M))", re.I)
+STYLE = """body {font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto} img {width: 100%}
+td {border-bottom: 1px solid #ddd; padding: .2rem .6rem} tr:first-child {font-weight: bold}"""
 RUN_NAME = re.compile(r"\b(?:unknown-|nogit-)?[0-9a-f]{7}(?:-dirty)?(?:\.\d+)?\b")
 
 
@@ -2666,15 +2668,7 @@ def render_html(report: str, pictures: dict[str, bytes]) -> str:
     for name, data in pictures.items():
         image = f"<img src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
         text = text.replace(f"![]({name})", image)
-    return f"""<!doctype html>
-<meta charset=utf-8>
-<title>Report</title>
-<style>
-body {{font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem}}
-img {{width: 100%}} table {{border-collapse: collapse}} tr:first-child {{font-weight: bold}}
-td {{border-bottom: 1px solid #ddd; padding: .2rem .6rem; vertical-align: top}}
-</style>
-{text}"""
+    return f"<!doctype html>\n<meta charset=utf-8>\n<title>Report</title>\n<style>{STYLE}</style>\n{text}"
 
 
 def diff_file(name: str, before: str | None, after: str) -> str:
@@ -2752,7 +2746,8 @@ def png(figure: Figure) -> bytes:
 
 def draw_noisy(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, is_best: bool) -> None:
     """Every step as a thin line, the means over hundredths of x as a thick one; of the best these alone."""
-    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    is_known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[is_known], y[is_known]
     if not is_best:
         axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
     if len(x) > 100:
@@ -2785,15 +2780,14 @@ def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
 def draw_paired(axes: Axes, windows: list[dict]) -> None:
     """Difference to the best by windows, with two standard errors; shaded where the text had been seen."""
     starts, ends = (numbers(w[key] for w in windows) for key in ("from_m", "to_m"))
-    for key, error, label, color in (
-        ("difference", "error", "at equal tokens", BLUE),
-        ("at_progress", "at_progress_error", "at equal progress", VERMILION),
-    ):
-        values, errors = numbers(w.get(key) for w in windows), numbers(w.get(error) for w in windows)
+    kinds = (("difference", "error", "tokens", BLUE),
+             ("at_progress", "at_progress_error", "progress", VERMILION))
+    for key, error, what, color in kinds:
+        values, errors = (numbers(w.get(k) for w in windows) for k in (key, error))
         if np.isfinite(values).any():
-            axes.errorbar((starts + ends) / 2, values, 2 * errors, fmt="o", color=color, label=label)
+            axes.errorbar((starts + ends) / 2, values, 2 * errors, fmt="o", color=color, label=f"at equal {what}")
     if repeats := [w["from_m"] for w in windows if w.get("is_repeat")]:
-        axes.axvspan(repeats[0], ends[-1], color="0.93", label="text seen before: no learning")
+        axes.axvspan(repeats[0], ends[-1], color="0.93", label="text seen before: no measure of learning")
     axes.axhline(0, color="black", lw=0.8)
     dress(axes, "this minus best, bpb ± 2 standard errors; below zero is better", "tokens, millions")
 
@@ -2805,18 +2799,19 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
     schedules, rates, gradient, steps = figure.subplots(2, 2).flat
+    x = 100 * run.series("train/progress")
     for key in ("train/lr_multiplier", "train/muon_momentum", "train/weight_decay"):
-        schedules.plot(percent(run), run.series(key), label=key.removeprefix("train/"))
+        schedules.plot(x, run.series(key), label=key.removeprefix("train/"))
     groups: dict[bytes, list[str]] = {}  # several of the same rate are one line with all their names
     for key in sorted({k for r in run.records[:3] for k in r if k.startswith("lr/")}):
         groups.setdefault(run.series(key).tobytes(), []).append(key.removeprefix("lr/"))
     for names in groups.values():
-        rates.plot(percent(run), run.series(f"lr/{names[0]}"), label=clip(", ".join(names), 60))
+        rates.plot(x, run.series(f"lr/{names[0]}"), label=clip(", ".join(names), 60))
     for r in both:
-        draw_noisy(gradient, percent(r), r.series("train/grad_norm"), r.name, r is best)
-        steps_ms = r.series("perf/step_time_ms")
+        x, steps_ms = 100 * r.series("train/progress"), r.series("perf/step_time_ms")
+        draw_noisy(gradient, x, r.series("train/grad_norm"), r.name, r is best)
         label = f"{r.name}: median {r.step_ms:.1f}, slowest {np.nanmax(steps_ms):.0f}"
-        draw_noisy(steps, percent(r), steps_ms, label, r is best)
+        draw_noisy(steps, x, steps_ms, label, r is best)
     xlabel, medians = "progress, % of the budget", [r.step_ms for r in both]
     steps.set_ylim(0.8 * min(medians), 1.4 * max(medians))  # a stall of ten seconds: see the legend
     dress(schedules, "schedules", xlabel)
@@ -2824,12 +2819,6 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
     dress(gradient, "gradient norm", xlabel, "log")
     dress(steps, "step time, ms", xlabel)
     return figure
-
-
-def percent(run: Run) -> np.ndarray:
-    """Share of the budget before each step; where that is not logged, the share of the steps."""
-    progress = 100 * run.series("train/progress")
-    return progress if np.isfinite(progress).all() else np.linspace(0, 100, len(progress))
 
 
 def draw_layers(run: Run, best: Run | None) -> Figure | None:

@@ -96,7 +96,7 @@ def test_the_paired_difference_is_drawn_by_windows_with_two_standard_errors_and_
     ]
     loss, paired = draw_loss(make_run(), make_run("f00ba12"), windows).axes
     assert labels_of(loss) == ["best: f00ba12", "this, each step", "this: a1b2c3d"]
-    assert labels_of(paired) == ["text seen before: no learning", "at equal tokens", "at equal progress"]
+    assert labels_of(paired) == ["text seen before: no measure of learning", "at equal tokens", "at equal progress"]
     (tokens, _, (token_bars,)), (progress, _, (progress_bars,)) = paired.containers
     assert tokens.get_xydata().tolist() == [[50.0, -0.02], [150.0, 0.01]]
     assert [bar[:, 1].tolist() for bar in token_bars.get_segments()] == [
