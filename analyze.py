@@ -2579,11 +2579,11 @@ def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
     return lines
 
 
-def render_kept(entries: list[Entry]) -> list[list[str]]:
+def render_kept(entries: list[Entry], lineage: list[list]) -> list[list[str]]:
     """The kept chain: run, mean, effect as its verdict has it, whether that is outside the noise, idea."""
     by_name = {e.name: e for e in entries}
     effects, rows = {x.entry.group: x for x in compute_effects(entries)}, []
-    for name, mean, _ in compute_history(entries)["lineage"]:
+    for name, mean, _ in lineage:
         cells = ["", ""]
         if x := effects.get(by_name[name].group):
             cells = [x.measured, "no" if x.is_inside_noise else "yes"]
@@ -2598,9 +2598,9 @@ def compute_audit(archive: Path, names: Iterable[str]) -> float | None:
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else None
 
 
-def render_gain(archive: Path, entries: list[Entry]) -> str:
+def render_gain(archive: Path, entries: list[Entry], h: dict, kept: list[list[str]]) -> str:
     """The paragraph a person can forward."""
-    h, best = compute_history(entries), compute_best(entries)
+    best = compute_best(entries)
     took = f"{h['hours']:.1f} h" if h["hours"] >= 1 else f"{60 * h['hours']:.1f} minutes"
     night = f"{render_counts(h)}, {took} of training"
     night += f", the GPU at work {h['gpu_share']:.0%} of the time" if h["gpu_share"] else ""
@@ -2620,7 +2620,7 @@ def render_gain(archive: Path, entries: list[Entry]) -> str:
     else:
         text += (f"On validation text that no score used the gain is {audits[0] - audits[1]:.6f}: the search "
                  f"may have fitted {max(won - audits[0] + audits[1], 0):.6f} to the text of the score. ")
-    proven = [row for row in render_kept(entries) if row[3] == "yes"]
+    proven = [row for row in kept if row[3] == "yes"]
     helped = "; ".join(f"{idea} ({measured})" for _, _, measured, _, idea in proven[-6:])
     return f"{text}What helped: {helped or 'nothing that stands outside the noise'}."
 
@@ -2637,17 +2637,18 @@ def reason_of(e: Entry) -> str:
     return clip(told if isinstance(told, str) else "; ".join(told), 200)
 
 
-def render_report(book: Book, archive: Path, pictures: Iterable[str]) -> str:
-    """The morning page for a person: what was gained, by what, and all that was tried."""
+def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -> str:
+    """The morning page for a person: what was gained, by what, and all that was tried. `h`: the history."""
     entries, title = book.entries, "# Report"
+    kept = render_kept(entries, h["lineage"])
     if any(e.record.get("demo") for e in entries):
         title += " on the demo"
     effects = [[x.knob, x.change, x.measured, x.kind, x.entry.name] for x in compute_effects(entries)]
     tried = [[e.name, show(e.val_bpb), mark_of(e), reason_of(e), e.description] for e in entries]
     blocks = [
-        title, render_gain(archive, entries), "![](progress.png)",
+        title, render_gain(archive, entries, h, kept), "![](progress.png)",
         "## Kept, from the first to the best",
-        render_table("run, val_bpb, effect, outside the noise, idea", render_kept(entries)),
+        render_table("run, val_bpb, effect, outside the noise, idea", kept),
         "## Effects", render_table("knob, change, effect, verdict, run", effects),
         f"Never touched: {untouched_knobs(entries)}. {render_calibration(entries)}",
         "## Everything tried",
@@ -2683,9 +2684,9 @@ def diff_file(name: str, before: str | None, after: str) -> str:
     return f"diff --git a/{name} b/{name}\n{made}{''.join(lines)}" if lines else ""
 
 
-def render_patch(entries: list[Entry], base: Run, best: Run) -> str:
+def render_patch(kept: list[list[str]], base: Run, best: Run) -> str:
     """All that was kept as one diff that `git apply` takes, below what was kept and what each brought."""
-    table = render_table("run, val_bpb, effect, outside the noise, idea", render_kept(entries))
+    table = render_table("run, val_bpb, effect, outside the noise, idea", kept)
     told = [f"# {line}\n" for line in table.split("\n")]
     before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
     diffs = [diff_file(name, before.get(name), text) for name, text in after.items()]
@@ -2883,7 +2884,7 @@ def mark_of(e: Entry) -> str:
     return "discarded" if e.status == "discard" else "pending"
 
 
-def draw_progress(entries: list[Entry]) -> Figure:
+def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
     """Scores in the order of filing, what the best was at each time, and the steps that brought most."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries))
     axes, marks = figure.subplots(), [(i, e, mark_of(e)) for i, e in enumerate(entries, 1)]
@@ -2900,7 +2901,8 @@ def draw_progress(entries: list[Entry]) -> Figure:
                       label=f"{label} ({len(points)})")
     axes.axhline(high + 0.06 * room, color=GREY, lw=0.8, ls=":", label="above: off the scale, or no score")
     end = len(entries) + max(0.6, 0.02 * len(entries))
-    draw_lineage(axes, entries, end)
+    if lineage:
+        draw_lineage(axes, entries, lineage, end)
     dress(axes, "", "experiment")
     axes.set_xlim(len(entries) + 1 - end, end)
     axes.set_ylim(low - 0.1 * room, high + 0.2 * room)
@@ -2910,12 +2912,9 @@ def draw_progress(entries: list[Entry]) -> Figure:
     return figure
 
 
-def draw_lineage(axes: Axes, entries: list[Entry], end: float) -> None:
+def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: float) -> None:
     """The baseline and the best as lines; a number at each of the eight largest steps, and in the margin
     what they were, where no text is in another's way."""
-    lineage = compute_history(entries)["lineage"]
-    if not lineage:
-        return
     number_of = {e.name: i for i, e in enumerate(entries, 1)}
     x, means = [number_of[name] for name, _, _ in lineage], [mean for _, mean, _ in lineage]
     y, told = np.minimum.accumulate(means), []
@@ -3246,19 +3245,17 @@ def write_archive_pages(archive: Path, is_stale: bool = True) -> None:
 
 def write_morning(archive: Path, book: Book) -> None:
     """progress.png, best.patch, report.html and, last, report.md: where it is new, all of them are."""
-    entries, best = book.entries, compute_best(book.entries)
-    pictures = {"progress.png": png(draw_progress(entries))}
+    entries, best, h = book.entries, compute_best(book.entries), compute_history(book.entries)
+    pictures = {"progress.png": png(draw_progress(entries, h["lineage"]))}
     write_atomic(archive / "progress.png", pictures["progress.png"])
     for picture in ("loss_curve.png", "layers.png", "schedule_and_machine.png"):
         if best and (archive / best.name / picture).exists():
             pictures[f"{best.name}/{picture}"] = (archive / best.name / picture).read_bytes()
-    lineage = compute_history(entries)["lineage"]
-    if lineage and lineage[0][0] != best.name:
-        base, kept = (load_folder(archive / name, name) for name in (lineage[0][0], best.name))
-        write_atomic(archive / "best.patch", render_patch(entries, base, kept))
-    else:
-        (archive / "best.patch").unlink(missing_ok=True)
-    report = render_report(book, archive, [*pictures][1:])
+    (archive / "best.patch").unlink(missing_ok=True)
+    if h["lineage"] and h["lineage"][0][0] != best.name:
+        base, kept = (load_folder(archive / name, name) for name in (h["lineage"][0][0], best.name))
+        write_atomic(archive / "best.patch", render_patch(render_kept(entries, h["lineage"]), base, kept))
+    report = render_report(book, h, archive, [*pictures][1:])
     write_atomic(archive / "report.html", render_html(report, pictures))
     write_atomic(archive / "report.md", report)
 
