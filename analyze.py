@@ -2880,7 +2880,7 @@ def mark_of(e: Entry) -> str:
     if not e.is_valid:
         return "crashed" if e.status == "crash" else "invalid"
     if e.status == "keep":
-        return "kept, unproven" if kind == "unproven" else "kept"
+        return "kept, unproven" if kind in ("unproven", "not better") else "kept"
     return "discarded" if e.status == "discard" else "pending"
 
 

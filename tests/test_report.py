@@ -206,6 +206,16 @@ def test_the_baseline_has_a_line_and_each_kind_of_run_its_own_mark():
     assert lines["hampered (1)"].get_ydata()[0] > above > lines["kept (2)"].get_ydata().max()
 
 
+@pytest.mark.parametrize(("status", "kind", "mark"), [
+    ("keep", "baseline", "kept"), ("keep", "replicate", "kept"), ("keep", "new best", "kept"),
+    ("keep", "unproven", "kept, unproven"), ("keep", "not better", "kept, unproven"),
+    ("discard", "new best", "discarded"), ("pending", "unproven", "pending"), ("pending", "hampered", "hampered"),
+    ("discard", "stopped", "stopped"), ("crash", "crash", "crashed"), ("invalid", "invalid", "invalid"),
+])
+def test_a_run_is_marked_by_what_its_verdict_proves_and_what_was_decided(status, kind, mark):
+    assert analyze.mark_of(entry("a000000", 0.99, status, kind=kind)) == mark
+
+
 def test_only_the_largest_steps_are_numbered_and_told_in_the_margin():
     vals = [1 - i / 1000 - (i >= 5) / 100 for i in range(12)]
     entries = [entry(f"{i:07x}", val, description=f"idea {i}, expect -0.001") for i, val in enumerate(vals)]
