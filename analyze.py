@@ -583,11 +583,11 @@ class Entry:
 class Book:
     entries: list[Entry]
     rows: list[Row]
-    damaged: list[Row]  # lines that are no row of a run
     unbooked: list[str]  # filed, without a row
     facts: dict
     problems: list[str]
-    identities: dict[str, str]  # to the name under which that run is filed
+    identities: dict[str, str] = field(default_factory=dict)  # to the name under which that run is filed
+    damaged: list[Row] = field(default_factory=list)  # lines that are no row of a run
 
     def entry(self, name: str) -> Entry:
         return next(e for e in self.entries if e.name == name)
@@ -696,7 +696,7 @@ def load_book(archive: Path) -> Book:
                 f"{RESULTS} line {i}: {row.val_bpb:.6f} is not what {row.name} scored: {this.val_bpb:.6f} counts"
             )
     unbooked = sorted(records.keys() - seen, key=lambda name: number(records[name].get("started_unix")) or math.inf)
-    return Book(entries, [row for row in rows if row not in damaged], damaged, unbooked, facts, problems, identities)
+    return Book(entries, [row for row in rows if row not in damaged], unbooked, facts, problems, identities, damaged)
 
 
 def save_rows(archive: Path, rows: list[Row]) -> None:
@@ -857,7 +857,8 @@ def identity_of(run: Run) -> str:
 def compute_comparable(run: Run) -> dict:
     """What must be the same in all runs of an archive, None where the run does not say."""
     values = {key: run.first_of(key) for key in COMPARABLE}
-    values["eval_tokens"] = number(run.first_of("eval_tokens") or (run.evaluation or {}).get("tokens"))
+    values["time_budget"] = number(values["time_budget"])
+    values["eval_tokens"] = number(values["eval_tokens"]) or number((run.evaluation or {}).get("tokens"))
     return values | {"analyze_program": analyze_program()}
 
 
@@ -3610,10 +3611,9 @@ def finish_pages(archive: Path, told: list[str]) -> None:
 
 def report_environment(outputs: Outputs) -> int:
     """Say what is broken, and note it in the run's start file: its log will be gone once the next run has begun."""
-    said, start = environment_failure(outputs.run), outputs.files.get(START)
+    said, start = environment_failure(outputs.run).removeprefix("error:").strip(), outputs.files.get(START)
     if start and not outputs.run.start.get("ended"):
         write_json(start, outputs.run.start | {"ended": f"error: {said}"})
-    said = said.removeprefix("error:").strip()
     print(f"error: the environment failed, not the experiment; nothing was filed. {said}", file=sys.stderr)
     return 2
 

@@ -1,5 +1,6 @@
 """analyze.py against hand-made runs whose answers are known, in real git repositories; one night is trained."""
 
+import contextlib
 import copy
 import fcntl
 import hashlib
@@ -9,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -122,11 +122,13 @@ class Lab:
             "run_id": f"20260301-0000{self.count:02d}-abcd",
             "started_unix": 1.7e9 + 600 * self.count,
             "git_commit": self.git("rev-parse", "HEAD"),
-            "git_dirty": bool(self.git("status", "--porcelain", "--untracked-files=no")),
+            "git_dirty": bool(self.git("status", "--porcelain", "-uno", "--", "train.py", "prepare.py")),
             "train_py": text,
             "train_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "prepare_sha256": hashlib.sha256((self.folder / "prepare.py").read_bytes()).hexdigest(),
+            "measurement_sha256": "a" * 64,
             "data_fingerprint": "0123456789abcdef",
+            "demo": False,
         } | changes
         (self.folder / "run_start.json").write_text(json.dumps(start))
         (self.folder / "run.log").write_text(f"run {start['run_id']}\ndevice: cpu\n")
@@ -155,7 +157,7 @@ class Lab:
         num_bytes = 100_000_000
         record = {"val_bpb": val_bpb, "nats": val_bpb * math.log(2) * num_bytes, "bytes": num_bytes,
                   "tokens": round(NATS_PER_TOKEN_TO_BPB * math.log(2) * num_bytes), "causal": True, "num_calls": 1,
-                  "data_fingerprint": "0123456789abcdef", "prepare_sha256": start["prepare_sha256"]}
+                  "data_fingerprint": "0123456789abcdef", "measurement_sha256": start["measurement_sha256"]}
         (self.folder / "eval_record.json").write_text(json.dumps(record | (evaluation or {})))
         summary = {
             "depth": 8, "matrix_lr": 0.04, "seed": 42, "total_batch_size": BATCH, "time_budget": BUDGET_S,
@@ -452,7 +454,7 @@ def test_the_folder_of_a_run_holds_its_files_byte_for_byte(lab):
         assert (lab.archive / name / file).read_bytes() == (lab.folder / file).read_bytes(), file
     assert (lab.archive / name / "train.diff").read_text() == ""
     assert {p.name for p in lab.archive.iterdir()} == {
-        ".gitignore", ".lock", "archive.json", "insights.md", "progress.png", "report.html", "report.md",
+        ".gitignore", ".lock", "archive.json", "best.patch", "insights.md", "progress.png", "report.html", "report.md",
         "results.tsv", name}
     assert lab.git("status", "--porcelain") == ""
 
@@ -541,6 +543,15 @@ def test_without_git_a_run_is_filed_under_its_program(lab):
     "error: no CUDA device; set AUTORESEARCH_DEMO=1 for the demo\n",
     "Traceback (most recent call last):\nRuntimeError: No CUDA GPUs are available\n",
     "Traceback (most recent call last):\nOSError: [Errno 28] No space left on device\n",
+    "RuntimeError: [enforce fail at inline_container.cc:626] . unexpected pos 64 vs 0\n",
+    "torch.AcceleratorError: CUDA error: no kernel image is available for execution on the device\n",
+    "RuntimeError: Failed to find C compiler. Please specify via CC environment variable.\n",
+    "/tmp/tmpx/cuda_utils.c:6:10: fatal error: Python.h: No such file or directory\n",
+    "PermissionError: [Errno 13] Permission denied: '/tmp/torchinductor_root/ab/x.py'\n",
+    "OSError: [Errno 24] Too many open files: 'train.py'\n",
+    "ImportError: libcudnn.so.9: cannot open shared object file: No such file or directory\n",
+    "RuntimeError: The NVIDIA driver on your system is too old (found version 12020).\n",
+    "bash: line 1: uv: command not found\n",
 ])
 def test_a_broken_environment_is_reported_and_not_filed(lab, ending):
     base = lab.baseline()
@@ -562,10 +573,20 @@ def test_a_broken_environment_is_reported_and_not_filed(lab, ending):
     ({"evaluation": {"num_calls": 2}}, "evaluation was called 2 times"),
     ({"evaluation": {"val_bpb": 1.1}}, "the summary says val_bpb 0.900000, the evaluation record 1.100000"),
     ({"evaluation": {"nats": 1.0}}, "the evaluation record's nats and bytes give 0.000000"),
-    ({"evaluation": {"data_fingerprint": "f" * 16}}, "the data differ from the archive's (fingerprint ffff"),
+    ({"evaluation": {"causal": None, "finding": "two calls differ"}},
+     "whether the model looks ahead could not be tested (two calls differ): make it repeatable in evaluation"),
+    ({"evaluation": {"faults": ["the logits are not those of the loss"]}}, "the logits are not those of the loss"),
+    ({"evaluation": {"data_fingerprint": "f" * 16}},
+     "the data is not what this archive began with (ffffffffffffffff, was 0123456789abcdef): point AUTORESEARCH_CACHE"),
+    ({"evaluation": {"tokens": 4096}}, "the number of tokens scored is not what this archive began with (4096.0, was "),
+    ({"time_budget": 600, "training_seconds": 600.0},
+     "the time budget is not what this archive began with (600.0, was 300.0): train for the budget of before, or begin"),
+    ({"demo": True, "start": {"demo": False}},
+     "AUTORESEARCH_DEMO is not what this archive began with (True, was False)"),
     ({"training_seconds": 312.0}, "trained 312.0 s on a budget of 300.0 s, off by more than a step"),
     ({"training_seconds": 250.0}, "trained 250.0 s on a budget of 300.0 s, off by more than a step"),
-    ({"start": {"prepare_sha256": "f" * 64}}, "prepare.py is not the one this archive began with (ffffffff, was"),
+    ({"start": {"measurement_sha256": "f" * 64}},
+     "what prepare.py measures is not what this archive began with (ffffffffffffffff, was aaaaaaaaaaaaaaaa): undo the"),
 ])
 def test_an_invalid_run_is_named_with_its_reason_and_never_the_best(lab, fault, reason):
     base = lab.baseline()
@@ -589,13 +610,53 @@ def test_a_run_without_evaluation_record_is_invalid(lab):
     assert lab.rows()[0][:4] == (name, "0.900000", "44.0", "invalid")
 
 
-def test_a_changed_analyze_makes_new_runs_invalid(lab):
+def test_a_last_step_of_more_than_a_fifth_of_the_budget_is_invalid(lab):
+    lab.commit("one long step")
+    lab.train(0.9, make_records(step_ms=[100_000.0, 100_000.0, 190_000.0], num_steps=3))
+    assert "- the last step ran 90.0 s past a budget of 300.0 s: make steps shorter" in lab.analyze()[1]
+
+
+def test_another_analyze_makes_new_runs_invalid_but_not_another_comment_in_it(lab):
     lab.baseline()
     facts = json.loads((lab.archive / "archive.json").read_text())
-    assert facts["analyze_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-    (lab.archive / "archive.json").write_text(json.dumps(facts | {"analyze_sha256": "0" * 64}))
+    assert facts["analyze_program"] == analyze.program_hash("# a comment\n" + SCRIPT.read_text())
+    (lab.archive / "archive.json").write_text(json.dumps(facts | {"analyze_program": "0" * 16}))
     lab.train(0.998)
-    assert "- analyze.py is not the one this archive began with" in lab.analyze()[1]
+    assert "- analyze.py is not what this archive began with (" in (said := lab.analyze()[1])
+    assert "undo the change of analyze.py (`git log -p analyze.py`), or begin a new archive (`uv run analyze.py" in said
+
+
+def test_a_changed_comment_in_prepare_changes_nothing(lab):
+    lab.baseline()
+    (lab.folder / "prepare.py").write_text("VOCAB_SIZE = 8192  # another comment\n")
+    lab.git("add", "prepare.py")
+    lab.commit("depth 9", variant(depth=9))
+    lab.train(0.99, config={"depth": 9})
+    lab.analyze()
+    assert lab.rows()[1][3] == "pending"
+
+
+def test_an_archive_begins_with_its_first_valid_run(lab):
+    lab.commit("leaks")
+    lab.train(0.5, evaluation={"causal": False, "data_fingerprint": "f" * 16}, time_budget=600, training_seconds=600.0)
+    lab.analyze()
+    assert not (lab.archive / "archive.json").exists()
+    lab.train(0.998)
+    lab.analyze()
+    facts = json.loads((lab.archive / "archive.json").read_text())
+    assert (facts["time_budget"], facts["data_fingerprint"], facts["demo"]) == (300, "0123456789abcdef", False)
+    assert [row[3] for row in lab.rows()] == ["invalid", "pending"]
+
+
+def test_a_new_archive_puts_the_old_one_aside_and_takes_the_run_that_did_not_fit(lab):
+    base = lab.baseline()
+    lab.train(0.97, make_records(300, step_ms=np.full(300, 2000.0)), time_budget=600)
+    assert "the time budget is not what this archive began with" in lab.analyze()[1]
+    assert "the next run begins a new one" in lab.analyze("new-archive")[1]
+    (old,) = lab.folder.glob(".auto-log-research.*")
+    assert (old / base / "run_summary.json").exists()
+    assert lab.git("status", "--porcelain") == ""
+    assert "**BASELINE**: val_bpb 0.970000" in lab.analyze()[1]
 
 
 def test_a_clock_that_stood_still_is_noticed(lab):
@@ -638,7 +699,6 @@ def test_torch_compiles_explanation_is_searched_for_the_error_inside(lab):
     lab.crash(COMPILED_SHAPE_ERROR)
     said = lab.analyze()[1]
     assert "**CRASHED**: RuntimeError('a and b must have same reduction dim, but got [3, 4] X [5, 6].')" in said
-    assert '   File "train.py", line 7, in forward\n    return x @ w\n' in lab.page(name)
     assert "Ended: before the first step.\n" in lab.page(name)
 
 
@@ -648,6 +708,8 @@ def test_torch_compiles_explanation_is_searched_for_the_error_inside(lab):
     ("RuntimeError: mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)\n", "shapes do not fit"),
     ("torch._inductor.exc.InductorError: bad kernel\n", "compile failure"),
     (COMPILED_SHAPE_ERROR, "shapes do not fit"),
+    ("torch.AcceleratorError: CUDA error: unspecified launch failure\n",
+     "a failed launch on the GPU: the machine's fault or the program's"),
     ("NameError: name 'depht' is not defined\n", "the program does not parse or a name is wrong"),
     ("", "killed from outside, or out of time"),
 ])
@@ -661,26 +723,68 @@ def test_known_causes_of_a_crash_come_with_what_helps(lab, ending, cause):
     assert f"Looks like: {cause}. What usually helps: " in page
 
 
-def test_a_run_in_progress_is_left_alone(lab):
+@contextlib.contextmanager
+def in_progress(folder):
+    """A run holds this lock on its metrics for its whole life."""
+    with open(folder / "metrics.jsonl", "a") as metrics:
+        fcntl.flock(metrics, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_run_in_progress_is_left_alone_whatever_the_clock_says(lab):
     lab.commit("baseline")
-    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        lab.start(pid=sleeper.pid, host=socket.gethostname(), started_unix=4e9)
-        lab.log_steps(make_records(10))
+    lab.start(pid=4_000_000, started_unix=1.0)
+    lab.log_steps(make_records(10))
+    with in_progress(lab.folder):
         code, said, complaint = lab.analyze()
         assert (code, said) == (1, "")
-        assert f"is still in progress (process {sleeper.pid}): wait for it to end" in complaint
+        assert "is still in progress (process 4000000): wait for it to end (`uv run analyze.py --wait`)" in complaint
         assert "in progress, 10 steps so far" in lab.analyze("status")[1]
-    finally:
-        sleeper.kill()
-        sleeper.wait()
     assert "**CRASHED**: the log just stops: killed" in lab.analyze()[1]
+    assert "this folder: run" in (said := lab.analyze("status")[1])
+    assert "killed from outside, or out of time: the idea was not tested; train the same commit again" in said
 
 
-def test_a_process_number_given_to_another_process_does_not_hide_a_crash(lab):
+def test_waiting_ends_when_the_run_does_and_files_it(lab):
     lab.commit("baseline")
-    lab.start(pid=os.getpid(), host=socket.gethostname(), started_unix=1.0e9)
-    assert "**CRASHED**" in lab.analyze()[1]
+    lab.train(0.998)
+    with in_progress(lab.folder):
+        call = subprocess.Popen([sys.executable, str(SCRIPT), "--wait"], cwd=lab.folder, stdout=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            call.wait(1)
+    assert b"**BASELINE**" in call.communicate(timeout=60)[0]
+
+
+def test_waiting_gives_a_start_that_has_said_nothing_yet_time_to_begin(lab):
+    lab.baseline()
+    (lab.folder / "run.log").write_text("")
+    assert "a start that has written nothing to run.log yet" in lab.analyze("status")[1]
+    call = subprocess.Popen([sys.executable, str(SCRIPT), "--wait"], cwd=lab.folder, stdout=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        call.wait(1)
+    lab.train(0.9981)
+    assert b"**REPLICATE**" in call.communicate(timeout=60)[0]
+
+
+def test_stop_ends_a_run_which_is_filed_as_stopped_with_its_metrics(lab):
+    lab.baseline()
+    name = lab.commit("depth 9", variant(depth=9))
+    code = "import fcntl; f = open('metrics.jsonl', 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    assert "error: no run is in progress in" in lab.analyze("stop")[2]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    lab.start()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=lab.folder, **pipes)
+    process.stdout.readline()
+    start = json.loads((lab.folder / "run_start.json").read_text())
+    (lab.folder / "run_start.json").write_text(json.dumps(start | {"pid": process.pid}))
+    lab.log_steps(make_records(10))
+    assert "is stopped: `uv run analyze.py` files it, with its metrics" in lab.analyze("stop")[1]
+    assert process.wait() != 0
+    assert lab.analyze()[0] == 0
+    assert lab.rows()[1] == (name, "nan", "nan", "discard", "depth 9")
+    assert len(load_run(name).metrics) == 10
+    assert "was_killed" in load_runs()
+    assert f"this folder: run {name}, filed, discard" in lab.analyze("status")[1]
 
 
 def test_a_folder_without_outputs_is_one_clear_line(lab):
@@ -789,7 +893,7 @@ def test_the_pages_of_a_run_whose_analysis_was_killed_are_written_after_the_next
     base = lab.baseline()
     first = lab.commit("depth 9", variant(depth=9))
     lab.train(0.99, config={"depth": 9})
-    assert os.WTERMSIG(analyze_and_die(7)) == signal.SIGKILL
+    assert os.WTERMSIG(analyze_and_die(10)) == signal.SIGKILL
     assert (lab.archive / first / "run_summary.json").exists()
     assert not (lab.archive / first / "analysis.md").exists()
     lab.commit("depth 10", variant(depth=10))
@@ -841,28 +945,49 @@ def test_the_agents_notes_survive_and_lost_pages_are_made_again(lab):
     assert lab.rows()[0][:4] == (name, "0.998000", "44.0", "keep")
 
 
-def test_hand_edits_of_the_table_hold(lab):
+def test_hand_edits_of_the_table_hold_and_a_removed_row_comes_back(lab):
     base = lab.baseline()
-    second = lab.commit("depth 9", variant(depth=9))
-    lab.train(0.99, config={"depth": 9})
-    lab.analyze()
-    third = lab.commit("depth 10", variant(depth=10))
-    lab.train(0.97, config={"depth": 10})
-    lab.analyze()
+    for i, val in ((9, 0.99), (10, 0.97)):
+        lab.commit(f"depth {i}", variant(depth=i))
+        lab.train(val, config={"depth": i})
+        lab.analyze()
+    _, second, third = [row[0] for row in lab.rows()]
     table = lab.archive / "results.tsv"
     header, *lines = table.read_text().splitlines()
-    lines = [lines[1].replace("pending\tdepth 9", "keep\tmy own words"), "what is this?", lines[0]]  # the third removed
-    table.write_text("\n".join([header, *lines]))
-    lab.commit("depth 11", variant(depth=11))
-    lab.train(0.98, config={"depth": 11})
+    edited = lines[1].replace("pending\tdepth 9", "keep\tmy own words")
+    table.write_text("\n".join([header, edited, "what is this?", lines[0]]))  # the third is removed
+    assert "problem: results.tsv line 3: 1 columns where five are due: not counted" in lab.analyze("status")[1]
     said = lab.analyze()[1]
-    assert f"best so far 0.990000 ({second})" in said  # the third is no more
-    written = table.read_text().splitlines()
-    assert written[:4] == [header, *lines]
-    assert len(written) == 5
-    assert third not in table.read_text()
-    assert "problem: results.tsv line 3: 1 columns where five are due; kept, not counted" in lab.analyze("status")[1]
+    assert f"{third} had no row in results.tsv: added, as pending\n1 line(s) of results.tsv were no rows: moved" in said
+    assert table.read_text().splitlines() == [header, edited, lines[0], lines[2]]
+    assert (lab.archive / "results.damaged.tsv").read_text() == "what is this?\n"
+    table.write_text(table.read_text().replace("pending\tdepth 10", "discard\tdepth 10"))  # the way to leave it out
+    assert f"best: {second} val_bpb 0.990000" in lab.analyze("status")[1]
     assert base in lab.analyze("status")[1]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: "",
+    lambda text: text[: len(text) // 2],
+    lambda text: text.encode("utf-16"),
+    lambda text: text.replace("\t", ","),
+    lambda text: re.sub(r"^(\w{7})\t", "1.2E+45\t", text, flags=re.M),
+    lambda text: b"\0" * len(text),
+], ids=["emptied", "cut", "utf-16", "commas", "names read as numbers", "zeroed"])
+def test_a_damaged_table_is_rebuilt_from_the_runs_with_what_was_decided(lab, damage):
+    base = lab.baseline()
+    name = lab.commit("depth 9", variant(depth=9))
+    lab.train(1.1, config={"depth": 9})
+    lab.analyze()
+    lab.analyze("discard")
+    rows, table = lab.rows(), lab.archive / "results.tsv"
+    damaged = damage(table.read_text())
+    table.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    said = lab.analyze()[1]
+    assert f"{name} had no row in results.tsv: added, as discard" in said
+    assert lab.rows() == rows
+    assert f"best: {base} val_bpb 0.998000" in lab.analyze("status")[1]
+    assert lab.analyze()[1].startswith(f"{name} is filed already: nothing changed\n")
 
 
 def test_a_score_edited_by_hand_is_named_and_does_not_count(lab):
@@ -873,11 +998,437 @@ def test_a_score_edited_by_hand_is_named_and_does_not_count(lab):
     assert load_runs()["val_bpb"].tolist() == [0.998]
 
 
-def test_a_lost_table_is_rebuilt_from_the_runs(lab):
-    name = lab.baseline()
-    (lab.archive / "results.tsv").unlink()
-    assert f"{name} was filed but had no row: added" in lab.analyze()[1]
-    assert lab.rows() == [(name, "0.998000", "44.0", "pending", "baseline")]
+def score_later(lab, val_bpb, start):
+    """What `train.py --score` leaves: a log of its own, the evaluation and the summary."""
+    (lab.folder / "run.log").write_text(f"run {start['run_id']}\n")
+    lab.finish(start, val_bpb, make_records(300))
+
+
+def test_a_run_filed_without_a_score_is_filed_again_in_place_once_it_has_one(lab):
+    lab.baseline()
+    name = lab.commit("depth 9", variant(depth=9))
+    lab.crash("crash: RuntimeError: out of luck\n", make_records(300))
+    lab.analyze()
+    with open(lab.archive / name / "analysis.md", "a") as f:
+        f.write("\nmy note\n")
+    lab.commit("depth 10", variant(depth=10))
+    start = json.loads((lab.folder / "run_start.json").read_text())
+    score_later(lab, 0.97, start)
+    assert "**NEW BEST**: val_bpb 0.970000" in lab.analyze()[1]
+    assert lab.rows()[1] == (name, "0.970000", "44.0", "pending", "depth 9")
+    assert load_run(name).summary["val_bpb"] == 0.97
+    assert lab.page(name).endswith("\nmy note\n")
+    assert len(lab.rows()) == 2
+    assert lab.analyze()[1].startswith(f"{name} is filed already: nothing changed")
+
+
+def test_a_score_that_comes_before_the_next_start_is_not_lost_with_the_run_that_was_filed(lab):
+    lab.baseline()
+    name = lab.commit("depth 9", variant(depth=9))
+    lab.crash("crash: RuntimeError: out of luck\n", make_records(300))
+    lab.analyze()
+    start = json.loads((lab.folder / "run_start.json").read_text())
+    score_later(lab, 0.97, start)
+    unfiled = lab.archive / "unfiled" / start["run_id"]
+    unfiled.mkdir(parents=True)
+    for file in OUTPUTS[1:]:
+        (lab.folder / file).rename(unfiled / file)
+    second = lab.commit("depth 10", variant(depth=10))
+    lab.train(0.96, config={"depth": 10})
+    assert f"unfiled run {start['run_id']} filed as {name}" in lab.analyze()[1]
+    assert [row[:2] for row in lab.rows()[1:]] == [(name, "0.970000"), (second, "0.960000")]
+
+
+def test_an_evaluation_that_failed_over_its_environment_and_is_scored_later_is_filed(lab):
+    lab.baseline()
+    name = lab.commit("depth 9", variant(depth=9))
+    lab.crash("error: /cache/val.bin is missing\n", make_records(300))
+    assert lab.analyze()[0] == 2
+    start = json.loads((lab.folder / "run_start.json").read_text())
+    assert start["ended"] == "error: /cache/val.bin is missing"
+    score_later(lab, 0.97, start)
+    lab.set_aside()
+    assert "filed as " + name in lab.analyze()[1]
+    assert load_run(name).summary["val_bpb"] == 0.97
+
+
+def test_the_metrics_of_a_run_whose_disk_was_full_are_kept_though_it_is_no_experiment(lab):
+    lab.baseline()
+    lab.crash("RuntimeError: unexpected pos 64 vs 0\n", make_records(30))
+    run_id = json.loads((lab.folder / "run_start.json").read_text())["run_id"]
+    assert lab.analyze()[0] == 2
+    lab.train(0.9981)
+    assert f"not an experiment, kept in failed/{run_id}" in lab.analyze()[1]
+    assert (lab.archive / "failed" / run_id / "metrics.jsonl").exists()
+    assert len(lab.rows()) == 2
+
+
+def test_what_is_on_its_way_into_unfiled_is_left_alone(lab):
+    lab.baseline()
+    unfiled = lab.archive / "unfiled"
+    for name in (".20260301-moving", "without-start"):
+        (unfiled / name).mkdir(parents=True)
+        (unfiled / name / "metrics.jsonl").write_text('{"step": 0}\n')
+    (unfiled / "link").symlink_to(lab.folder)
+    said = lab.analyze()[1]
+    assert "unfiled/without-start is no readable run: left there" in said
+    assert "unfiled/link is a link: left there" in said
+    assert {p.name for p in unfiled.iterdir()} == {".20260301-moving", "without-start", "link"}
+    assert len(lab.rows()) == 1
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"", "is not valid JSON"),
+    (b"[1]", "holds no JSON object"),
+    (b'{"data_fingerprint": 7, "demo": "no"}', "data_fingerprint is 7, taken for missing"),
+    (b"[" * 5000, "is not valid JSON"),
+])
+def test_a_damaged_archive_json_is_named_and_the_rest_goes_on(lab, content, said):
+    lab.baseline()
+    (lab.archive / "archive.json").write_bytes(content)
+    assert said in lab.analyze("status")[1]
+    lab.train(0.9981)
+    assert "**REPLICATE**" in lab.analyze()[1]
+    assert json.loads((lab.archive / "archive.json").read_text())["time_budget"] == 300
+
+
+def test_a_byte_order_mark_in_archive_json_is_nothing(lab):
+    lab.baseline()
+    path = lab.archive / "archive.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert "problem" not in lab.analyze("status")[1]
+
+
+@pytest.mark.parametrize("file", ["run_start.json", "run_summary.json", "eval_record.json", "metrics.jsonl"])
+@pytest.mark.parametrize("value", [7, "x", [], {}, True, 10**400, [[[[]]]], None])
+def test_a_field_of_another_type_is_damage_and_never_a_traceback(lab, file, value):
+    lab.commit("odd")
+    lab.train(0.998)
+    path = lab.folder / file
+    line = path.read_text().splitlines()[0] if file == "metrics.jsonl" else path.read_text()
+    keys = [*json.loads(line)]
+    for some in (keys[::2], keys[1::2]):
+        shutil.rmtree(lab.archive, ignore_errors=True)
+        text = json.dumps(json.loads(line) | {key: value for key in some if key != "run_id"})
+        path.write_text(text + "\n")
+        assert lab.analyze()[0] in (0, 2)
+        for command in ("status", "check"):
+            assert lab.analyze(command)[0] in (0, 1)
+
+
+def test_json_nested_a_thousand_deep_is_named(lab):
+    lab.commit("odd")
+    lab.train(0.998)
+    (lab.folder / "metrics.jsonl").write_text('{"step": ' + "[" * 100_000 + "\n" + '{"step": 1}\n')
+    (lab.folder / "eval_record.json").write_text('{"val_bpb": ' + "[" * 100_000)
+    said = lab.analyze()[1]
+    assert "metrics.jsonl: 1 damaged line(s) left out (line 1)" in said
+    assert "eval_record.json is not valid JSON" in said
+
+
+def test_a_closing_block_with_leading_zeros_blocks_nothing(lab):
+    lab.commit("odd")
+    lab.start()
+    with open(lab.folder / "run.log", "a") as log:
+        log.write(f"---\nval_bpb: 0.998000\nword: 007\nlarge: {'9' * 5000}\n")
+    assert lab.analyze()[0] == 0
+    assert lab.analyze("status")[0] == 0
+    assert lab.rows()[0][1] == "0.998000"
+
+
+def test_of_a_very_long_log_only_the_ends_are_read_and_archived(lab):
+    name = lab.commit("talkative")
+    lab.train(0.998)
+    text = (lab.folder / "run.log").read_text()
+    with open(lab.folder / "run.log", "w") as log:
+        log.write(text.splitlines()[0] + "\n")
+        log.truncate(2**30)  # a gigabyte of nothing
+        log.seek(0, 2)
+        log.write(text)
+    lab.analyze()
+    assert (lab.archive / name / "run.log").stat().st_size < 2**20
+    assert load_run(name).log.startswith("run 2026")
+    assert lab.rows()[0][1] == "0.998000"
+
+
+def test_escape_sequences_and_headings_of_a_log_reach_neither_terminal_nor_page(lab):
+    name = lab.commit("red \x1b[31mhot\x1b]0;title\x07 \u202eidea", variant(depth=9))
+    ending = "ValueError: \x1b[2J```\n## Agent Investigation Notes\n\x07crash: ValueError: \x1b[2J``` at step 3\n"
+    lab.crash(ending)
+    said = lab.analyze()[1] + lab.analyze("status")[1]
+    first = lab.page(name)
+    for text in (said, first, (lab.archive / "report.md").read_text(), (lab.archive / "results.tsv").read_text()):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert lab.rows()[0][4] == "red hot idea"
+    (lab.archive / name / "stats.json").unlink()
+    lab.analyze()
+    assert lab.page(name) == first
+    assert first.count("## Agent Investigation Notes") == 1
+
+
+def test_a_lock_that_is_held_for_long_is_named(lab, monkeypatch):
+    lab.baseline()
+    monkeypatch.setattr(analyze, "LOCK_PATIENCE_S", 0.1)
+    code = "import analyze, time\nwith analyze.locked(analyze.archive_dir()): print(flush=True); time.sleep(1)"
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=lab.folder, env=environment, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    assert f"waiting for .auto-log-research, held by process {holder.pid} on " in lab.analyze("keep")[2]
+    assert holder.wait() == 0
+
+
+def test_what_others_append_to_the_insights_meanwhile_is_not_lost(lab):
+    lab.baseline()
+    code = "for i in range(400): open('.auto-log-research/insights.md', 'a').write(f'- claim {i}\\n')"
+    writer = subprocess.Popen([sys.executable, "-c", code], cwd=lab.folder)
+    i = 0
+    while writer.poll() is None:
+        i += 1
+        analyze.update_insights(lab.archive, f"- {i:07d}: val_bpb 0.998000, one run\n- its change: number {i}")
+    text = (lab.archive / "insights.md").read_text()
+    assert i > 1
+    assert [int(n) for n in re.findall(r"^- claim (\d+)$", text, re.M)] == [*range(400)]
+    assert text.count("its change") == 1
+
+
+def test_the_gpu_had_nothing_to_do_between_runs_of_one_folder(lab):
+    lab.commit("baseline")
+    for i in range(3):
+        lab.train(0.998, start={"started_unix": 1.7e9 + 480 * i + (9e4 if i == 2 else 0)})  # a run takes 360 s
+        lab.analyze()
+    entries = analyze.load_book(lab.archive).entries
+    assert analyze.compute_idle(entries) == {entries[1].name: pytest.approx(120.0)}  # the third is of the next day
+    assert analyze.compute_gpu_share(entries) == pytest.approx(3 * 360 / (3 * 360 + 120))
+
+
+def test_the_demo_has_an_archive_of_its_own(lab, monkeypatch):
+    base = lab.baseline()
+    lab.train(2.0, start={"demo": True}, demo=True, time_budget=30, training_seconds=30.0)
+    (lab.folder / "metrics.jsonl").unlink()
+    assert "**BASELINE**: val_bpb 2.000000" in lab.analyze()[1]
+    assert lab.analyze("keep")[0] == 0
+    assert [row[0] for row in lab.rows()] == [base]
+    assert lab.analyze("status")[1].startswith(f"best: {base} val_bpb 0.998000")
+    monkeypatch.setenv("AUTORESEARCH_DEMO", "yes")
+    assert lab.analyze("status")[1].startswith("demo (AUTORESEARCH_DEMO): its archive is its own\nbest: ")
+    assert load_runs()["val_bpb"].tolist() == [2.0]
+    monkeypatch.setenv("AUTORESEARCH_DEMO", "maybe")
+    assert lab.analyze("status")[2].startswith("error: AUTORESEARCH_DEMO=maybe is neither yes nor no: set it to 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Git as people have it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def discard_one(lab):
+    lab.commit("depth 9", variant(depth=9))
+    lab.train(1.1, config={"depth": 9})
+    lab.analyze()
+    return lab.analyze("discard")
+
+
+def test_line_ends_that_git_converts_are_no_change(lab):
+    lab.git("config", "core.autocrlf", "true")
+    lab.baseline(0.99)
+    for _ in range(2):
+        lab.git("checkout", "-q", "--", "train.py")
+        assert "and committed" in discard_one(lab)[1]
+        (lab.folder / "train.py").unlink()
+        lab.git("checkout", "-q", "--", "train.py")
+        assert b"\r\n" in (lab.folder / "train.py").read_bytes()
+        lab.train(0.9902)
+        assert "-dirty" not in lab.analyze()[1]
+        assert "nothing to commit" in lab.analyze("discard")[1]
+
+
+def test_without_an_identity_discard_commits_all_the_same(lab, monkeypatch, tmp_path):
+    lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    lab.train(1.1, config={"depth": 9})
+    lab.analyze()
+    lab.git("config", "--unset", "user.email")
+    lab.git("config", "user.useConfigOnly", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "and committed" in lab.analyze("discard")[1]
+    assert lab.git("log", "-1", "--format=%ae") == "auto-log-research@localhost"
+
+
+def test_a_repository_that_git_refuses_to_read_is_named_with_gits_own_reason(lab, monkeypatch):
+    lab.commit("baseline")
+    lab.train(0.998)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    code, _, complaint = lab.analyze()
+    assert code == 1
+    assert "git cannot read this repository: fatal: detected dubious ownership" in complaint
+    assert "git config --global --add safe.directory" in complaint
+
+
+def test_hooks_never_run_inside_discard(lab):
+    lab.baseline()
+    hooks = lab.folder / ".git" / "hooks"
+    for hook in ("prepare-commit-msg", "post-commit", "pre-commit", "commit-msg", "reference-transaction"):
+        (hooks / hook).write_text("#!/bin/sh\ntouch hook-ran\n")
+    lab.commit("depth 9", variant(depth=9))
+    for hook in hooks.iterdir():
+        hook.chmod(0o755)
+    lab.train(1.1, config={"depth": 9})
+    lab.analyze()
+    assert "and committed" in lab.analyze("discard")[1]
+    assert not (lab.folder / "hook-ran").exists()
+
+
+def test_a_subject_is_not_the_line_of_a_signature(lab):
+    lab.git("config", "log.showSignature", "true")
+    lab.git("config", "gpg.program", "false")
+    name = lab.commit("depth 8")
+    lab.train(0.998)
+    lab.analyze()
+    assert lab.rows()[0] == (name, "0.998000", "44.0", "pending", "depth 8")
+
+
+def test_a_subject_that_the_console_cannot_print_ends_nothing(lab):
+    name = lab.commit("größer → besser")
+    lab.train(0.998)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUTF8"} | {"PYTHONIOENCODING": "ascii"}
+    for command in ([], ["status"]):
+        done = subprocess.run([sys.executable, str(SCRIPT), *command], cwd=lab.folder, env=environment,
+                              capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert f"{name}, filed, pending: gr\\xf6\\xdfer" in done.stdout
+
+
+def test_only_what_a_run_used_makes_it_dirty(lab):
+    (lab.folder / "program.md").write_text("mine\n")
+    lab.git("add", "program.md")
+    lab.baseline(0.99)
+    (lab.folder / "program.md").write_text("mine, changed\n")
+    lab.train(0.991)
+    assert "uncommitted changes" not in lab.analyze()[1]
+
+
+def test_a_module_that_the_best_imported_comes_back_with_it(lab):
+    (lab.folder / "knobs.py").write_text("LR = 1\n")
+    lab.git("add", "knobs.py")
+    lab.baseline(0.99, start={"modules": {"knobs.py": "LR = 1\n"}})
+    (lab.folder / "knobs.py").write_text("LR = 2\n")
+    lab.git("add", "knobs.py")
+    lab.commit("another rate")
+    lab.train(1.1, start={"modules": {"knobs.py": "LR = 2\n"}})
+    assert "**NOT BETTER**" in lab.analyze()[1]
+    assert "and committed" in lab.analyze("discard")[1]
+    assert (lab.folder / "knobs.py").read_text() == "LR = 1\n"
+    assert lab.git("status", "--porcelain") == ""
+    (lab.folder / "knobs.py").write_text("LR = 3\n")
+    assert "knobs.py has changes that are neither committed nor archived" in lab.analyze("discard")[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# check, start, rerun, and the live line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_check_names_what_a_new_program_changes(lab):
+    lab.baseline()
+    (lab.folder / "train.py").write_text(variant(depth=9))
+    base = lab.rows()[0][0]
+    assert lab.analyze("check") == (0, f"against {base}: depth 8 -> 9, +1 -1 lines of train.py\n", "")
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (PROGRAM, "this program was trained before: {} scored 0.998000, keep: baseline; `uv run analyze.py rerun` runs"),
+    (PROGRAM + "# more words\n", "this program was trained before: {} scored"),
+    (variant(seed=43), "this program but for its seed was trained before: {} scored"),
+    ("def f(:\n", "train.py does not parse: line 1: "),
+    (PROGRAM.replace("seed: int", "total_batch_size: int = 2**19\n    device_batch_size: int = 96\n    seed: int"),
+     "total_batch_size 524288 is no multiple of 196608, the tokens of one pass"),
+])
+def test_check_refuses_what_would_teach_nothing_or_would_not_run(lab, text, said):
+    base = lab.baseline()
+    (lab.folder / "prepare.py").write_text("VOCAB_SIZE = 8192\nMAX_SEQ_LEN = 256 if DEMO else 2048  # tokens\n")
+    lab.git("add", "prepare.py")
+    lab.git("commit", "-qm", "context")
+    (lab.folder / "train.py").write_text(text)
+    code, told, _ = lab.analyze("check")
+    assert code == 1
+    assert told.startswith(said.format(base))
+
+
+def test_check_names_a_configuration_tried_with_other_code_and_files_that_must_not_change(lab):
+    lab.baseline()
+    name = lab.commit("depth 9", variant(depth=9))
+    lab.train(1.1, config={"depth": 9})
+    lab.analyze()
+    (lab.folder / "train.py").write_text(variant(depth=9) + "OTHER = 1\n")
+    code, said, _ = lab.analyze("check")
+    assert code == 0
+    assert said.endswith(f"this configuration, with other code, was trained before: {name} scored 1.100000, pending\n")
+    (lab.folder / "prepare.py").write_text("VOCAB_SIZE = 4096\n")
+    assert "changed besides train.py: prepare.py; commit what belongs" in lab.analyze("check")[1]
+
+
+def test_check_and_status_see_what_is_under_way_in_another_worktree(lab, monkeypatch, tmp_path):
+    base = lab.baseline()
+    other = add_worktree(lab, tmp_path / "other", monkeypatch)
+    commit = other.commit("depth 9", variant(depth=9))
+    other.start()
+    (lab.folder / "train.py").write_text(variant(depth=9))
+    with in_progress(other.folder):
+        assert f"this program is being trained now: {commit} in {other.folder}: depth 9\n" in lab.analyze("check")[1]
+        assert f"under way elsewhere: {commit} in {other.folder}: depth 9\n" in lab.analyze("status")[1]
+    assert lab.analyze("check")[1].startswith(f"against {base}: depth 8 -> 9")
+
+
+def test_start_makes_the_branch_and_the_two_files_and_may_be_repeated(lab):
+    manifest = "def load_manifest():\n    return {'source': 'here', 'fingerprint': 'f00'}\n"
+    (lab.folder / "prepare.py").write_text(manifest)
+    lab.commit("baseline")
+    said = lab.analyze("start", "tag")[1]
+    assert said.startswith("branch autoresearch/tag; insights.md and ideas_queue.md are in .auto-log-research\n")
+    assert "\ndata: here f00\n" in said
+    assert said.endswith("next, the baseline: timeout --kill-after=10 600 uv run train.py > run.log 2>&1\n")
+    assert lab.git("branch", "--show-current") == "autoresearch/tag"
+    queue = (lab.archive / "ideas_queue.md").read_text()
+    assert queue.startswith("# Ideas\n\n- half the batch")
+    (lab.archive / "ideas_queue.md").write_text("# Ideas\n\n- mine\n")
+    assert "branch autoresearch/tag;" in lab.analyze("start", "another")[1]
+    assert "queue: 1 idea(s) in ideas_queue.md, the first:\n  mine\n" in lab.analyze("status")[1]
+    lab.git("switch", "-q", "main")
+    assert "branch autoresearch/tag-2;" in lab.analyze("start", "tag")[1]
+    (lab.folder / "prepare.py").write_text("raise SystemExit('error: nothing here')\n")
+    assert "error: the data are not ready: error: nothing here; run `uv run prepare.py`" in lab.analyze("start")[2]
+
+
+def test_rerun_puts_the_best_in_place_and_names_a_seed_that_it_has_not_had(lab):
+    base = lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    said = lab.analyze("rerun")[1]
+    assert said == (f"train.py is back to that of the best, {base}, and committed\n"
+                    "next: AUTORESEARCH_SEED_OFFSET=1 timeout --kill-after=10 600 uv run train.py > run.log 2>&1\n")
+    assert (lab.folder / "train.py").read_text() == PROGRAM
+    lab.train(0.9981, start={"seed_offset": 1}, config={"seed": 43})
+    assert "**REPLICATE**" in lab.analyze()[1]
+    lab.analyze("keep")
+    assert "next: AUTORESEARCH_SEED_OFFSET=2 " in lab.analyze("rerun")[1]
+
+
+def test_status_stays_within_its_lines_and_shows_what_decides(lab):
+    base = lab.baseline()
+    claims = "".join(f"- claim {i} ({base}) " + "x" * 300 + "\n" for i in range(60))
+    with open(lab.archive / "insights.md", "a") as f:
+        f.write(claims)
+    (lab.archive / "ideas_queue.md").write_text("# Ideas\n\n" + "".join(f"- idea {i}\n" for i in range(50)))
+    for i in range(6):
+        lab.commit(f"rate {i}", variant(matrix_lr=1.0 + i))
+        lab.train(1.1, config={"matrix_lr": 1.0 + i})
+        lab.analyze()
+    lines = lab.analyze("status")[1].splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 160
+    assert lines[0] == f"best: {base} val_bpb 0.998000, one run: baseline"
+    assert "queue: 50 idea(s) in ideas_queue.md, the first:" in lines
+    assert "claims in insights.md: 60:" in lines
+    assert re.fullmatch(r"  and \d+ more", lines[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1141,9 +1692,10 @@ def test_status_lets_a_fresh_agent_go_on(lab):
     assert "this folder: run 20260301-000002-abcd is not filed yet: `uv run analyze.py`" in lab.analyze("status")[1]
     lab.analyze()
     status = json.loads(lab.analyze("status", "--json")[1])
-    assert status["best"] == {"name": base, "val_bpb": 0.998, "runs": [base], "is_kept": True}
+    assert status["best"] == {
+        "name": base, "val_bpb": 0.998, "runs": [base], "is_kept": True, "description": "baseline"}
     assert len(status["pending"]) == 1
-    assert status["queue_length"] == 3
+    assert status["queue"] == ["one", "two", "three"]
     assert status["noise"]["sigma"] == 0.001
     assert status["hours_used"] == pytest.approx(0.2)
     page = lab.analyze("status")[1]
@@ -1200,10 +1752,48 @@ def test_comments_docstrings_formatting_and_seed_do_not_change_a_program():
         ("SEED = 1", "SEED = 2"),
         ("f(seed=1)", "f(seed=2)"),
         ("replace(CONFIG, depth=4)", "replace(CONFIG, depth=4, seed=2)"),
+        ("manual_seed(CONFIG.seed)", "manual_seed(43)"),
+        ("manual_seed(CONFIG.seed)", "manual_seed(CONFIG.seed + 1)"),
+        ("torch.cuda.manual_seed_all(-1)", "torch.cuda.manual_seed_all(2**5)"),
+        ("f(CONFIG.seed)", "f(CONFIG.seed + 7)"),
+        ("SEED = 1", "SEED: int = -2"),
+        ("CONFIG['seed'] = 1", "CONFIG['seed'] = 2"),
+        ("A = Config()", "A = Config()\nA.seed += 1"),
+        ("CONFIG = Config()", "CONFIG = Config()\nCONFIG = replace(CONFIG, seed=43)"),
+        ("x = 1", "\ufeffx = 1\r\n"),
     ):
         assert analyze.program_hash(before) == analyze.program_hash(after)
     assert analyze.program_hash("f(speed=1)") != analyze.program_hash("f(speed=2)")
     assert analyze.program_hash("def f(:") == analyze.program_hash("def f(:")
+    assert analyze.program_hash("x = 1", modules={"m.py": "y = 1"}) != analyze.program_hash(
+        "x = 1", modules={"m.py": "y = 2"})
+    assert analyze.program_hash("x = 1", modules={"m.py": "y = 1"}) == analyze.program_hash(
+        "x = 1", modules={"m.py": "y = 1  # why"})
+
+
+@pytest.mark.parametrize("other", [
+    {"config": {"matrix_lr": 0.08}},  # read from the environment, say: the program's text is the same
+    {"start": {"modules": {"knobs.py": "LR = 2"}}},
+    {"gpu_name": "Abacus 4000"},
+], ids=["configuration", "module", "gpu"])
+def test_the_same_train_py_is_no_replicate_where_something_else_differs(lab, other):
+    lab.baseline()
+    lab.train(0.9985, **other)
+    lab.analyze()
+    first, second = analyze.load_book(lab.archive).entries
+    assert first.group != second.group
+    assert first.record["train_sha256"] == second.record["train_sha256"]
+    lab.train(0.9986, config={"seed": 7, "startup_ms": 12.0}, start={"seed_offset": 3})
+    lab.analyze()
+    assert analyze.load_book(lab.archive).entries[2].group == first.group
+
+
+def test_a_copied_run_folder_is_no_second_run(lab):
+    name = lab.baseline()
+    shutil.copytree(lab.archive / name, lab.archive / "0copy")
+    assert f"problem: 0copy is a copy of {name}: left out" in lab.analyze("status")[1]
+    assert lab.analyze()[1].startswith(f"{name} is filed already")
+    assert [row[0] for row in lab.rows()] == [name]
 
 
 def test_a_program_tried_before_is_named(lab):
