@@ -94,7 +94,6 @@ PRIOR_WEIGHT = 2
 # In standard errors of the difference to the best, as tests/bench_nights.py found them to gain most.
 KEEP_ERRORS, KEEP_ERRORS_WITH_CODE, GAIN_ERRORS = 0.5, 1.0, 2.0
 RERUN_EVERY = 15  # runs, after which the best is run again: the lowest of many noisy scores reads too low
-SMOOTHING = 0.9
 DWARFING = 0.12  # of the budget: what pictures leave off the scale, because it would flatten the rest
 
 LOG_BYTES = 2**20  # of a log that are read and archived; a real one has 50 KB
@@ -1361,92 +1360,66 @@ class Curve:
     """A run's loss, up to its first step whose loss is no number: arrays over the steps, at the end of each."""
 
     name: str
-    step: np.ndarray
-    time_s: np.ndarray
     tokens_m: np.ndarray
+    share: np.ndarray  # of the budget
     loss: np.ndarray  # nats per token
-    smooth: np.ndarray
-    lr: np.ndarray  # multiplier, NaN where unknown
-    epoch: np.ndarray
+    epoch: np.ndarray  # NaN where unknown
     data_sum: np.ndarray  # of all tokens so far, NaN where unknown
-    budget_s: float
     bpb_per_nat: float | None
-    bounds: np.ndarray = field(repr=False)  # token counts, from 0, at which the sum of the loss is known exactly
-    nats: np.ndarray = field(repr=False)  # that sum
+    bounds: np.ndarray  # token counts, from 0, at which the sum of the loss is known: ends of steps and micro-batches
+    nats: np.ndarray  # that sum
 
     def sum_at(self, tokens: np.ndarray) -> np.ndarray:
         """Nats of all tokens up to these counts; inside a step, split evenly."""
         return np.interp(tokens, self.bounds, self.nats)
 
-    def mean_between(self, first: float, last: float) -> float:
-        low, high = self.sum_at(np.array([first, last]))
-        return float((high - low) / (last - first))
+    def share_at(self, tokens: float) -> float:
+        return float(np.interp(tokens, np.append(0.0, 1e6 * self.tokens_m), np.append(0.0, self.share)))
 
-    def progress_at(self, tokens: float) -> float:
-        """Share of the budget used up when this many tokens had been seen."""
-        ends = np.append(0.0, 1e6 * self.tokens_m)
-        return float(np.interp(tokens, ends, np.append(0.0, self.time_s / self.budget_s)))
+    def tokens_at(self, share: float) -> float:
+        return float(np.interp(share, np.append(0.0, self.share), np.append(0.0, 1e6 * self.tokens_m)))
 
-    def tokens_at(self, progress: float) -> float:
-        shares = np.append(0.0, self.time_s / self.budget_s)
-        return float(np.interp(progress, shares, np.append(0.0, 1e6 * self.tokens_m)))
-
-    def at_time(self, fraction: float) -> float:
-        """Smoothed loss at a fraction of the budget, NaN where the run had ended. The last step stands in for 100 %."""
-        time_s = fraction * self.budget_s
-        if fraction == 1.0 and self.time_s[-1] > 0.97 * self.budget_s:
-            return float(self.smooth[-1])
-        return float(np.interp(time_s, self.time_s, self.smooth, right=math.nan))
+    def is_repeat_at(self, tokens: float) -> bool:
+        return bool(np.interp(tokens, 1e6 * self.tokens_m, self.epoch) > 1)
 
 
 def compute_curve(run: Run) -> Curve | None:
     """None where fewer than three steps have a loss. Tokens and clock are derived where they are not logged."""
     loss = run.series("train/loss")
-    num_steps = int(np.argmin(np.isfinite(loss))) if not np.isfinite(loss).all() else len(loss)
+    num_steps = len(loss) if np.isfinite(loss).all() else int(np.argmin(np.isfinite(loss)))
     if num_steps < 3:
         return None
-    time_s, budget_s = compute_clock(run)
     tokens = compute_tokens(run)[:num_steps]
-    loss, time_s = loss[:num_steps], np.maximum.accumulate(time_s[:num_steps])
-    step, smooth = run.series("step")[:num_steps], run.series("train/loss_smooth")[:num_steps]
-    if not np.isfinite(step).all():
-        step = np.arange(num_steps, dtype=float)
-    if not np.isfinite(smooth).all():
-        smooth = smoothed(loss)
-    bounds, nats = compute_loss_sums(run.records[:num_steps], loss, tokens)
+    bounds, nats = compute_loss_sums(run.records[:num_steps], tokens)
+    record = run.evaluation or {}
+    num_tokens, num_bytes = number(record.get("tokens")), number(record.get("bytes"))
     return Curve(
         name=run.name,
-        step=step,
-        time_s=time_s,
         tokens_m=tokens / 1e6,
-        loss=loss,
-        smooth=smooth,
-        lr=run.series("train/lr_multiplier")[:num_steps],
+        share=np.maximum.accumulate(compute_clock(run)[:num_steps]),
+        loss=loss[:num_steps],
         epoch=run.series("train/epoch")[:num_steps],
         data_sum=run.series("train/data_sum")[:num_steps],
-        budget_s=budget_s,
-        bpb_per_nat=compute_bpb_per_nat(run, float(smooth[-1])),
+        bpb_per_nat=num_tokens / (math.log(2) * num_bytes) if num_tokens and num_bytes else None,
         bounds=bounds,
         nats=nats,
     )
 
 
-def compute_clock(run: Run) -> tuple[np.ndarray, float]:
-    """Seconds on the budget clock at the end of each step, and the budget."""
+def compute_clock(run: Run) -> np.ndarray:
+    """Share of the budget used up at the end of each step."""
     step_s = np.nan_to_num(run.series("perf/step_time_ms")) / 1e3
     progress, time_s = run.series("train/progress"), run.series("time/training_s")
     budget_s = number(run.summary.get("time_budget"))
-    if not np.isfinite(time_s).all():  # the original logs progress at the start of a step instead
+    if not np.isfinite(time_s).all():  # a program that logs progress alone, as it is when a step begins
+        if np.isfinite(progress).all():
+            return np.append(progress[1:], 1.0)
         time_s = np.cumsum(step_s)
-        if budget_s is not None and np.isfinite(progress).all():
-            time_s = np.append(progress[1:], progress[-1]) * budget_s
-            time_s[-1] += step_s[-1]
     if budget_s is None:  # a crash, or a run in progress, has no summary; its progress tells the budget
         known = np.flatnonzero(progress > 0.02)
-        budget_s = float(time_s[-1])
-        if len(known):
-            budget_s = float((time_s[known[-1]] - step_s[known[-1]]) / progress[known[-1]])
-    return time_s, budget_s
+        i = known[-1] if len(known) else -1
+        budget_s = (time_s[i] - step_s[i]) / progress[i] if len(known) else time_s[-1]
+    return time_s / budget_s
 
 
 def compute_tokens(run: Run) -> np.ndarray:
@@ -1461,38 +1434,18 @@ def compute_tokens(run: Run) -> np.ndarray:
     return np.cumsum(np.nan_to_num(per_step))
 
 
-def compute_loss_sums(records: list[dict], loss: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def compute_loss_sums(records: list[dict], tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Token counts with the sum of the loss up to each, at the ends of the steps and of their micro-batches."""
     bounds, nats = [0.0], [0.0]
-    for record, step_loss, end in zip(records, loss, tokens, strict=True):
-        parts = numbers(record.get("train/micro_losses") or [step_loss])
-        if not np.isfinite(parts).all():
-            parts = np.array([step_loss])
+    for record, end in zip(records, tokens, strict=True):
+        parts = numbers(record.get("train/micro_losses") or [])
+        if not len(parts) or not np.isfinite(parts).all():
+            parts = [record["train/loss"]]
         span = (end - bounds[-1]) / len(parts)
-        if span <= 0:
-            continue
         for k, part in enumerate(parts, 1):
             bounds.append(end - (len(parts) - k) * span)
             nats.append(nats[-1] + float(part) * span)
     return np.array(bounds), np.array(nats)
-
-
-def smoothed(loss: np.ndarray) -> np.ndarray:
-    """Exponential average, debiased, as train.py logs it."""
-    average, values = 0.0, np.empty_like(loss)
-    for i, x in enumerate(loss):
-        average = SMOOTHING * average + (1 - SMOOTHING) * x
-        values[i] = average / (1 - SMOOTHING ** (i + 1))
-    return values
-
-
-def compute_bpb_per_nat(run: Run, last_loss: float) -> float | None:
-    """What one nat per token is in bits per byte: by the evaluation's own counts, else by the final training loss."""
-    record, val = run.evaluation or {}, number(run.summary.get("val_bpb"))
-    tokens, num_bytes = number(record.get("tokens")), number(record.get("bytes"))
-    if tokens and num_bytes:
-        return tokens / (math.log(2) * num_bytes)
-    return val / last_loss if val and last_loss > 0 else None
 
 
 def compute_data_agreement(this: Run, mine: Curve, other: Run, theirs: Curve) -> tuple[float, str | None]:
@@ -1581,12 +1534,12 @@ def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa:
         windows.append({
             "from_m": first / 1e6,
             "to_m": last / 1e6,
-            "progress": mine.progress_at(last),
+            "progress": mine.share_at(last),
             "difference": kappa * difference,
             "error": kappa * error,
             "at_progress": None if moved is None else kappa * (difference - moved[0]),
             "at_progress_error": None if moved is None else kappa * math.hypot(error, moved[1]),
-            "is_repeat": is_repeated(mine, last) or any(is_repeated(c, last) for c in theirs),
+            "is_repeat": any(c.is_repeat_at(last) for c in (mine, *theirs)),
         })
     return windows
 
@@ -1622,7 +1575,7 @@ def move_to_progress(mine: Curve, theirs: list[Curve], first: float, last: float
     """Change of the best's loss in nats, and its error, between this window's text and the tokens at which the best was
     as far in its budget as this run is here, along a straight line through the best's losses around there."""
     middle = (first + last) / 2
-    progress = mine.progress_at(middle)
+    progress = mine.share_at(middle)
     changes, variances = [], []
     for curve in theirs:
         shift = curve.tokens_at(progress) - middle
@@ -1638,11 +1591,6 @@ def move_to_progress(mine: Curve, theirs: list[Curve], first: float, last: float
         changes.append(slope * shift)
         variances.append(variance * shift**2)
     return float(np.mean(changes)), math.sqrt(sum(variances)) / len(variances)
-
-
-def is_repeated(curve: Curve, tokens: float) -> bool:
-    epoch = np.interp(tokens, 1e6 * curve.tokens_m, curve.epoch)
-    return bool(epoch > 1)
 
 
 def compute_rate_changes(this: Run, best: Run) -> list[str]:
@@ -1684,18 +1632,17 @@ def compute_gap(run: Run, others: list[Run]) -> dict | None:
     epochs = number(run.records[-1].get("train/epoch"))
     is_repeated = epochs is not None and epochs > 1
     is_wide = mine[1] > GAP_SHARE * (mine[0] + mine[1])
-    is_wider = best is None or mine[1] > best[1]
-    return {"training_bpb": mine[0], "gap": mine[1], "best_gap": best[1] if best else None,
-            "best_training_bpb": best[0] if best else None, "epochs": epochs,
-            "is_overfitting": is_repeated and is_wide, "is_wider": is_wider}
+    return {"this": mine, "best": best, "epochs": epochs, "is_overfitting": is_repeated and is_wide,
+            "is_wider": best is None or mine[1] > best[1]}
 
 
 def training_and_gap(run: Run) -> tuple[float, float] | None:
     curve, val = compute_curve(run), number(run.summary.get("val_bpb"))
-    if curve is None or val is None or curve.bpb_per_nat is None or not run.evaluation:
+    if curve is None or val is None or curve.bpb_per_nat is None:
         return None
     end = curve.bounds[-1]
-    training = curve.bpb_per_nat * curve.mean_between(0.95 * end, end)
+    nats, before = curve.sum_at(np.array([end, 0.95 * end]))
+    training = float(curve.bpb_per_nat * (nats - before) / (0.05 * end))
     return training, val - training
 
 
@@ -1775,8 +1722,6 @@ def compute_pace(run: Run) -> dict:
     loads = [v for r in run.records if (v := number(r.get("machine/load"))) is not None]
     return pace | {
         "startup_s": number(s.get("startup_seconds")),
-        "eval_s": number(s.get("eval_seconds")),
-        "stats_s": number(s.get("stats_seconds")),
         "other_gpu_mb": max(other_mb, default=number(s.get("other_gpu_mb"))),
         "load": float(np.median(loads)) if loads else None,
         "unclocked_s": compute_unclocked_s(run),
@@ -1997,12 +1942,10 @@ def compute_history(entries: list[Entry]) -> dict:
         "num_runs": len(entries),
         "counts": {status: sum(e.status == status for e in entries) for status in STATUSES},
         "lineage": lineage,
-        "hit_rate": (len(lineage) - 1) / (len(groups) - 1) if len(groups) > 1 and lineage else None,
         "hours": hours,
         "first_start_unix": min(starts, default=None),
         "gain": None if gain is None else gain - optimism,
         "optimism": optimism,
-        "gain_per_hour": (gain - optimism) / hours if gain is not None and hours > 0 else None,
         "ideas_since_best": since,
         "runs_since_best_was_run": runs_since(alike, best),
         "last": [[e.name, e.val_bpb, e.status, e.description] for e in entries[-5:]],
@@ -2029,18 +1972,6 @@ def compute_optimism(best: Best, entries: list[Entry], noise: Noise) -> float:
     num_near = sum(mean < best.mean + 2 * error for mean in means)
     # Blom (1958): the expected maximum of k standard normals is near the quantile of (k - 0.375) / (k + 0.25).
     return error * NormalDist().inv_cdf((num_near - 0.375) / (num_near + 0.25)) if num_near > 1 else 0.0
-
-
-def compute_near_misses(entries: list[Entry], limit: int = 5) -> list[Entry]:
-    """Discarded or pending programs run once whose score is within the noise of the best: they deserve a rerun."""
-    entries = comparable(entries)
-    best, noise, groups = compute_best(entries), compute_noise(entries), compute_groups(entries)
-    if best is None or noise.sigma is None:
-        return []
-    bar = best.mean + GAIN_ERRORS * noise.sigma * math.sqrt(1 + 1 / best.num_seeds)
-    near = [e for e in entries if e.is_valid and e.status in ("discard", "pending") and e.group != best.group
-            and len(groups[e.group]) == 1 and e.val_bpb <= bar]
-    return sorted(near, key=lambda e: e.val_bpb)[:limit]
 
 
 def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[Run]) -> dict:
@@ -2256,17 +2187,16 @@ def render_paired(paired: dict) -> list[str]:
 def render_learning(stats: dict) -> list[str]:
     gap, why, lines = stats["gap"], stats["why"], []
     if gap:
-        best = "" if gap["best_gap"] is None else f" (best {gap['best_training_bpb']:.4f} and {gap['best_gap']:+.4f})"
-        ends = f"{gap['training_bpb']:.4f} bpb, validation {gap['gap']:+.4f} to it"
-        lines.append(f"Training loss at the end {ends}{best}.")
+        (training, opened), best = gap["this"], ""
+        if gap["best"]:
+            best = " (best {:.4f} and {:+.4f})".format(*gap["best"])
+        lines.append(f"Training loss at the end {training:.4f} bpb, validation {opened:+.4f} to it{best}.")
         if gap["is_overfitting"]:
             lines.append(f"**Over-fitting**: epoch {gap['epochs']:.0f}, and validation is left behind"
                          f"{', more than by the best' if gap['is_wider'] else ''}: more steps need not help.")
         elif gap["epochs"] and gap["epochs"] > 1:
             lines.append(f"The data were repeated: epoch {gap['epochs']:.0f} at the end.")
-    if why:
-        lines.append(render_why(why))
-    return lines
+    return [*lines, render_why(why)] if why else lines
 
 
 def render_why(why: dict) -> str:
@@ -2316,8 +2246,7 @@ def render_cost(stats: dict) -> list[str]:
     if m.get("p95_ms"):
         usual = f", usually {m['usual_ms']:.1f}" if m["usual_ms"] else ""
         lines.append(f"Step {m['step_ms']:.1f} ms{usual}, 95th percentile {m['p95_ms']:.1f}; {m['stalls']} stall(s), "
-                     f"{m['stalled_s']:.1f} s lost; start-up {show(m['startup_s'], '.0f', ' s')}, evaluation "
-                     f"{show(m['eval_s'], '.0f', ' s')}.")
+                     f"{m['stalled_s']:.1f} s lost; start-up {show(m['startup_s'], '.0f', ' s')}.")
     if (m.get("other_gpu_mb") or 0.0) > OTHER_GPU_MB:
         lines.append(f"Another process held {m['other_gpu_mb']:.0f} MB of this GPU.")
     return lines
@@ -3353,7 +3282,6 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "hours_used": history["hours"],
         "hours_since_first_start": (time.time() - started) / 3600 if started else None,
         "gpu_share": compute_gpu_share(book.entries),
-        "rerun": [e.name for e in compute_near_misses(book.entries)],
         "problems": book.problems,
     }
 
@@ -3419,8 +3347,6 @@ def render_status(s: dict) -> str:
     ]
     if s["unfiled"]:
         lines.append(f"not filed yet, run `uv run analyze.py`: {', '.join(s['unfiled'][:10])}")
-    if s["rerun"]:
-        lines.append(f"within noise of the best, run once: {', '.join(s['rerun'])}")
     lines += [f"problem: {p}" for p in s["problems"][:5]]
     lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {d}" for n, v, status, d in s["last"]]
     lines.append(f"queue: {len(s['queue'])} idea(s) in {QUEUE}" + (", the first:" if s["queue"] else ""))

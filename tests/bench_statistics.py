@@ -49,9 +49,7 @@ def make_curve(num_steps: int, extra: np.ndarray, text: np.ndarray) -> Curve:
     bounds = np.append(0.0, ends)
     nats = np.append(0.0, np.cumsum(loss * BATCH))
     flat = np.ones(num_steps)
-    rate = np.minimum(1.0, (1 - progress) / WARMDOWN)
-    return Curve("run", ends / BATCH, progress * BUDGET_S, ends / 1e6, loss, loss, rate, flat, math.nan * flat,
-                 BUDGET_S, KAPPA, bounds, nats)
+    return Curve("run", ends / 1e6, progress, loss, flat, math.nan * flat, KAPPA, bounds, nats)
 
 
 Case = tuple[list[dict], np.ndarray, np.ndarray]

@@ -381,7 +381,8 @@ def test_a_loss_that_is_no_number_ends_the_curve_there():
 def test_over_fitting_is_called_that_when_the_text_repeats_and_the_gap_opens():
     epochs = [1 + (i >= 350) for i in range(600)]
     gap = analyze.compute_gap(make_run(val=0.90, **{"train/epoch": epochs}), [make_run("best", val=0.78)])
-    assert gap["gap"] + gap["training_bpb"] == pytest.approx(0.90)
+    assert sum(gap["this"]) == pytest.approx(0.90)
+    assert gap["best"] == pytest.approx([gap["this"][0], 0.78 - gap["this"][0]])
     assert (gap["is_overfitting"], gap["is_wider"]) == (True, True)
     assert not analyze.compute_gap(make_run(val=0.90), [])["is_overfitting"]  # one epoch
 
