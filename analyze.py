@@ -2550,8 +2550,8 @@ def render_gain(archive: Path, entries: list[Entry], h: dict, kept: list[list[st
     else:
         text += (f"On validation text that no score used the gain is {audits[0] - audits[1]:.6f}: the search "
                  f"may have fitted {max(won - audits[0] + audits[1], 0):.6f} to the text of the score. ")
-    proven = [row for row in kept if row[3] == "yes"]
-    helped = "; ".join(f"{idea} ({measured})" for _, _, measured, _, idea in proven[-6:])
+    proven = sorted((row for row in kept if row[3] == "yes"), key=lambda row: float(row[2].split()[0]))
+    helped = "; ".join(f"{idea} ({measured})" for _, _, measured, _, idea in proven[:6])
     return f"{text}What helped: {helped or 'nothing that stands outside the noise'}."
 
 

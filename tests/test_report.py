@@ -398,6 +398,16 @@ results.tsv line 3: no files of a run 'g000000' in the archive
     assert gain is not None
 
 
+def test_the_report_names_what_helped_most_first(tmp_path):
+    gains = (0.001, 0.008, 0.002, 0.004, 0.003, 0.006, 0.005)
+    entries = [entry("a000000", 0.998, description="baseline", kind="baseline")]
+    for i, gain in enumerate(gains):
+        val = entries[-1].val_bpb - gain
+        entries.append(entry(f"b00000{i}", val, description=f"idea {i}", difference=-gain, error=0.0003))
+    told = render_gain(tmp_path, entries).partition("What helped: ")[2]
+    assert re.findall(r"idea (\d)", told) == ["1", "5", "6", "3", "4", "2"]
+
+
 def test_a_gain_that_no_other_text_confirms_is_said_not_to_be_confirmed(tmp_path):
     write_scores(tmp_path, {"a000000": 0.990, "c000000": None})
     opening = render_gain(tmp_path, night())
