@@ -2081,10 +2081,18 @@ ADVICE = {
 }
 
 
+HEADINGS = {
+    "crash": "**CRASHED**",
+    "invalid": "**INVALID**, not a result",
+    "hampered": "**HAMPERED** by the machine, no evidence",
+    "replicate": "**REPLICATE** of the best, no new idea",
+}
+
+
 def render_verdict(stats: dict) -> list[str]:
     v = stats["verdict"]
     kind = v["kind"]
-    lines = [f"**{kind.upper()}**: {render_comparison(stats)}. {ADVICE[v['advice']]}"]
+    lines = [f"{HEADINGS.get(kind, f'**{kind.upper()}**')}: {render_comparison(stats)}. {ADVICE[v['advice']]}"]
     lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
     lines += render_kind(v)
     lines += [stats["prediction"]] if stats["prediction"] else []
@@ -2107,7 +2115,7 @@ def render_comparison(stats: dict) -> str:
     if v["kind"] == "crash":
         return clip(stats["crash"]["reason"], 200) + f". Best so far: {render_best(v)}"
     if v["kind"] in ("stopped", "invalid", "hampered"):
-        return f"val_bpb {show(v['val_bpb'])} is no result. Best so far: {render_best(v)}"
+        return f"val_bpb {show(v['val_bpb'])}. Best so far: {render_best(v)}"
     text = f"val_bpb {show(v['val_bpb'])}, best so far {render_best(v)}"
     if v.get("difference") is None:
         return text
@@ -2128,8 +2136,7 @@ def render_kind(v: dict) -> list[str]:
         lines.append(f"The edit changed nothing: configuration and losses are those of {v['best']}. It counts as "
                      "another run of that program, not as an idea.")
     elif kind == "replicate":
-        lines.append(f"Another run of the best's program, no new idea: mean of {1 + len(v['replicates'])} runs "
-                     f"{v['mean']:.6f}.")
+        lines.append(f"Mean of the {1 + len(v['replicates'])} runs of this program: {v['mean']:.6f}.")
         if v["standard_errors"] is not None and abs(v["standard_errors"]) > 3:
             lines.append("It lies outside the noise of the others: look for a cause before you trust it.")
         if v["dethroned_by"]:
@@ -3121,7 +3128,7 @@ def write_run_pages(archive: Path, name: str) -> None:
     stats = compute_stats(run, this, [*before, this], best_runs)
     diff = diff_lines(best_run.train_py, run.train_py, best_run.name) if best_run else []
     write_atomic(archive / name / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
-    pictures, failed = write_pictures(run, best_run, stats.get("paired"))
+    pictures, failed = write_pictures(run, best_run, stats["paired"])
     stats["failed"] |= failed
     stats["record"]["name"] = name
     write_analysis(archive / name, render_analysis(stats, pictures))

@@ -218,7 +218,7 @@ def test_an_invalid_run_gives_its_reasons_and_is_never_said_to_be_counted():
     leaking = entry("b", 0.2, "p", "invalid", invalid=["the causality test failed"])
     verdict = verdict_of(leaking, entry("a", 1.0, "p"))
     page = "\n".join(analyze.render_verdict({"verdict": verdict, "record": leaking.record, "prediction": ""}))
-    assert page.startswith("**INVALID**: val_bpb 0.200000 is no result. Best so far: 1.000000 (a).")
+    assert page.startswith("**INVALID**, not a result: val_bpb 0.200000. Best so far: 1.000000 (a).")
     assert "- the causality test failed" in page
     assert "ounted" not in page
 
