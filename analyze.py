@@ -2044,6 +2044,7 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         "layers": attempt("layers", lambda: compute_layers(run, best_run)),
         "prediction": attempt("prediction", lambda: render_prediction(this, own, verdict.get("standard_error"))),
         "history": attempt("history", lambda: compute_history(entries)),
+        "calibration": attempt("calibration", lambda: render_calibration(entries)),
         "failed": failed,
     })
 
@@ -2313,7 +2314,8 @@ def render_analysis(stats: dict, pictures: list[str]) -> str:
     sections.append(("What changed", render_changes(changes) if changes else []))
     sections.append(("Layers", [f"- {clip(line, 200)}" for line in (stats["layers"] or [])[:6]]))
     sections.append(("Cost", render_cost(stats)))
-    sections.append(("History", render_history(stats["history"]) if stats["history"] else []))
+    history = render_history(stats["history"]) if stats["history"] else []
+    sections.append(("History", [*history, stats["calibration"]] if stats.get("calibration") else history))
     failed = [f"- not computed: {part}: {clip(why, 160)}" for part, why in stats["failed"].items()]
     sections.append(("Data", [
         f"Pictures: {', '.join(pictures) or 'none'}; across runs ../progress.png. Numbers: stats.json. "
@@ -2412,6 +2414,8 @@ DERIVED = re.compile(
 EXPECTED = re.compile(
     r",? *\b(?:expect|predict)\w*[^-+\d\u2212\u2013]{0,24}"
     r"([-+\u2212\u2013] ?\d*[.,]?\d+(?:e-?\d+)?)(?![\d.]| ?(?:%|ms|x|M))", re.I)
+STYLE = """body {font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto} img {width: 100%}
+td {border-bottom: 1px solid #ddd; padding: .2rem .6rem} tr:first-child {font-weight: bold}"""
 RUN_NAME = re.compile(r"\b(?:unknown-|nogit-)?[0-9a-f]{7}(?:-dirty)?(?:\.\d+)?\b")
 
 
@@ -2535,11 +2539,11 @@ def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
     return lines
 
 
-def render_kept(entries: list[Entry]) -> list[list[str]]:
+def render_kept(entries: list[Entry], lineage: list[list]) -> list[list[str]]:
     """The kept chain: run, mean, effect as its verdict has it, whether that is outside the noise, idea."""
     by_name = {e.name: e for e in entries}
     effects, rows = {x.entry.group: x for x in compute_effects(entries)}, []
-    for name, mean, _ in compute_history(entries)["lineage"]:
+    for name, mean, _ in lineage:
         cells = ["", ""]
         if x := effects.get(by_name[name].group):
             cells = [x.measured, "no" if x.is_inside_noise else "yes"]
@@ -2554,18 +2558,18 @@ def compute_audit(archive: Path, names: Iterable[str]) -> float | None:
     return float(np.nanmean(scores)) if np.isfinite(scores).any() else None
 
 
-def render_gain(archive: Path, entries: list[Entry]) -> str:
+def render_gain(archive: Path, entries: list[Entry], h: dict, kept: list[list[str]]) -> str:
     """The paragraph a person can forward."""
-    h, best, share = compute_history(entries), compute_best(entries), compute_gpu_share(entries)
+    best = compute_best(entries)
     took = f"{h['hours']:.1f} h" if h["hours"] >= 1 else f"{60 * h['hours']:.1f} minutes"
     night = f"{render_counts(h)}, {took} of training"
-    night += f", the GPU at work {share:.0%} of the time" if share else ""
+    night += f", the GPU at work {h['gpu_share']:.0%} of the time" if h["gpu_share"] else ""
     if best is None or not h["lineage"] or h["lineage"][0][0] == best.name:
         return f"{night}. No gain over the first kept run."
     base, start, _ = h["lineage"][0]
     group = next(group for group in compute_groups(entries).values() if base in {e.name for e in group})
-    won, lent, sigma = start - best.mean, h.get("optimism") or 0.0, compute_noise(entries).sigma
-    error = sigma and sigma * math.sqrt(1 / len(group) + 1 / len(best.names))
+    won, lent, sigma = start - best.mean, h["optimism"], compute_noise(entries).sigma
+    error = sigma and sigma * math.sqrt(1 / len(seed_scores(group)) + 1 / best.num_seeds)
     text = (f"val_bpb went from {start:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} ± "
             f"{show(error)} (standard error) over the first kept run, {base}: {night}. ")
     if lent:
@@ -2576,8 +2580,8 @@ def render_gain(archive: Path, entries: list[Entry]) -> str:
     else:
         text += (f"On validation text that no score used the gain is {audits[0] - audits[1]:.6f}: the search "
                  f"may have fitted {max(won - audits[0] + audits[1], 0):.6f} to the text of the score. ")
-    proven = [row for row in render_kept(entries) if row[3] == "yes"]
-    helped = "; ".join(f"{idea} ({measured})" for _, _, measured, _, idea in proven[-6:])
+    proven = sorted((row for row in kept if row[3] == "yes"), key=lambda row: float(row[2].split()[0]))
+    helped = "; ".join(f"{idea} ({measured})" for _, _, measured, _, idea in proven[:6])
     return f"{text}What helped: {helped or 'nothing that stands outside the noise'}."
 
 
@@ -2593,17 +2597,18 @@ def reason_of(e: Entry) -> str:
     return clip(told if isinstance(told, str) else "; ".join(told), 200)
 
 
-def render_report(book: Book, archive: Path, pictures: Iterable[str]) -> str:
-    """The morning page for a person: what was gained, by what, and all that was tried."""
+def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -> str:
+    """The morning page for a person: what was gained, by what, and all that was tried. `h`: the history."""
     entries, title = book.entries, "# Report"
+    kept = render_kept(entries, h["lineage"])
     if any(e.record.get("demo") for e in entries):
         title += " on the demo"
     effects = [[x.knob, x.change, x.measured, x.kind, x.entry.name] for x in compute_effects(entries)]
     tried = [[e.name, show(e.val_bpb), mark_of(e), reason_of(e), e.description] for e in entries]
     blocks = [
-        title, render_gain(archive, entries), "![](progress.png)",
+        title, render_gain(archive, entries, h, kept), "![](progress.png)",
         "## Kept, from the first to the best",
-        render_table("run, val_bpb, effect, outside the noise, idea", render_kept(entries)),
+        render_table("run, val_bpb, effect, outside the noise, idea", kept),
         "## Effects", render_table("knob, change, effect, verdict, run", effects),
         f"Never touched: {untouched_knobs(entries)}. {render_calibration(entries)}",
         "## Everything tried",
@@ -2624,15 +2629,7 @@ def render_html(report: str, pictures: dict[str, bytes]) -> str:
     for name, data in pictures.items():
         image = f"<img src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
         text = text.replace(f"![]({name})", image)
-    return f"""<!doctype html>
-<meta charset=utf-8>
-<title>Report</title>
-<style>
-body {{font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem}}
-img {{width: 100%}} table {{border-collapse: collapse}} tr:first-child {{font-weight: bold}}
-td {{border-bottom: 1px solid #ddd; padding: .2rem .6rem; vertical-align: top}}
-</style>
-{text}"""
+    return f"<!doctype html>\n<meta charset=utf-8>\n<title>Report</title>\n<style>{STYLE}</style>\n{text}"
 
 
 def diff_file(name: str, before: str | None, after: str) -> str:
@@ -2647,9 +2644,9 @@ def diff_file(name: str, before: str | None, after: str) -> str:
     return f"diff --git a/{name} b/{name}\n{made}{''.join(lines)}" if lines else ""
 
 
-def render_patch(entries: list[Entry], base: Run, best: Run) -> str:
+def render_patch(kept: list[list[str]], base: Run, best: Run) -> str:
     """All that was kept as one diff that `git apply` takes, below what was kept and what each brought."""
-    table = render_table("run, val_bpb, effect, outside the noise, idea", render_kept(entries))
+    table = render_table("run, val_bpb, effect, outside the noise, idea", kept)
     told = [f"# {line}\n" for line in table.split("\n")]
     before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
     diffs = [diff_file(name, before.get(name), text) for name, text in after.items()]
@@ -2710,7 +2707,8 @@ def png(figure: Figure) -> bytes:
 
 def draw_noisy(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, is_best: bool) -> None:
     """Every step as a thin line, the means over hundredths of x as a thick one; of the best these alone."""
-    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    is_known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[is_known], y[is_known]
     if not is_best:
         axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
     if len(x) > 100:
@@ -2743,15 +2741,14 @@ def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
 def draw_paired(axes: Axes, windows: list[dict]) -> None:
     """Difference to the best by windows, with two standard errors; shaded where the text had been seen."""
     starts, ends = (numbers(w[key] for w in windows) for key in ("from_m", "to_m"))
-    for key, error, label, color in (
-        ("difference", "error", "at equal tokens", BLUE),
-        ("at_progress", "at_progress_error", "at equal progress", VERMILION),
-    ):
-        values, errors = numbers(w.get(key) for w in windows), numbers(w.get(error) for w in windows)
+    kinds = (("difference", "error", "tokens", BLUE),
+             ("at_progress", "at_progress_error", "progress", VERMILION))
+    for key, error, what, color in kinds:
+        values, errors = (numbers(w.get(k) for w in windows) for k in (key, error))
         if np.isfinite(values).any():
-            axes.errorbar((starts + ends) / 2, values, 2 * errors, fmt="o", color=color, label=label)
+            axes.errorbar((starts + ends) / 2, values, 2 * errors, fmt="o", color=color, label=f"at equal {what}")
     if repeats := [w["from_m"] for w in windows if w.get("is_repeat")]:
-        axes.axvspan(repeats[0], ends[-1], color="0.93", label="text seen before: no learning")
+        axes.axvspan(repeats[0], ends[-1], color="0.93", label="text seen before: no measure of learning")
     axes.axhline(0, color="black", lw=0.8)
     dress(axes, "this minus best, bpb ± 2 standard errors; below zero is better", "tokens, millions")
 
@@ -2763,18 +2760,19 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
     schedules, rates, gradient, steps = figure.subplots(2, 2).flat
+    x = 100 * run.series("train/progress")
     for key in ("train/lr_multiplier", "train/muon_momentum", "train/weight_decay"):
-        schedules.plot(percent(run), run.series(key), label=key.removeprefix("train/"))
+        schedules.plot(x, run.series(key), label=key.removeprefix("train/"))
     groups: dict[bytes, list[str]] = {}  # several of the same rate are one line with all their names
     for key in sorted({k for r in run.records[:3] for k in r if k.startswith("lr/")}):
         groups.setdefault(run.series(key).tobytes(), []).append(key.removeprefix("lr/"))
     for names in groups.values():
-        rates.plot(percent(run), run.series(f"lr/{names[0]}"), label=clip(", ".join(names), 60))
+        rates.plot(x, run.series(f"lr/{names[0]}"), label=clip(", ".join(names), 60))
     for r in both:
-        draw_noisy(gradient, percent(r), r.series("train/grad_norm"), r.name, r is best)
-        steps_ms = r.series("perf/step_time_ms")
+        x, steps_ms = 100 * r.series("train/progress"), r.series("perf/step_time_ms")
+        draw_noisy(gradient, x, r.series("train/grad_norm"), r.name, r is best)
         label = f"{r.name}: median {r.step_ms:.1f}, slowest {np.nanmax(steps_ms):.0f}"
-        draw_noisy(steps, percent(r), steps_ms, label, r is best)
+        draw_noisy(steps, x, steps_ms, label, r is best)
     xlabel, medians = "progress, % of the budget", [r.step_ms for r in both]
     steps.set_ylim(0.8 * min(medians), 1.4 * max(medians))  # a stall of ten seconds: see the legend
     dress(schedules, "schedules", xlabel)
@@ -2782,12 +2780,6 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
     dress(gradient, "gradient norm", xlabel, "log")
     dress(steps, "step time, ms", xlabel)
     return figure
-
-
-def percent(run: Run) -> np.ndarray:
-    """Share of the budget before each step; where that is not logged, the share of the steps."""
-    progress = 100 * run.series("train/progress")
-    return progress if np.isfinite(progress).all() else np.linspace(0, 100, len(progress))
 
 
 def draw_layers(run: Run, best: Run | None) -> Figure | None:
@@ -2848,11 +2840,11 @@ def mark_of(e: Entry) -> str:
     if not e.is_valid:
         return "crashed" if e.status == "crash" else "invalid"
     if e.status == "keep":
-        return "kept, unproven" if kind == "unproven" else "kept"
+        return "kept, unproven" if kind in ("unproven", "not better") else "kept"
     return "discarded" if e.status == "discard" else "pending"
 
 
-def draw_progress(entries: list[Entry]) -> Figure:
+def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
     """Scores in the order of filing, what the best was at each time, and the steps that brought most."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries))
     axes, marks = figure.subplots(), [(i, e, mark_of(e)) for i, e in enumerate(entries, 1)]
@@ -2869,7 +2861,8 @@ def draw_progress(entries: list[Entry]) -> Figure:
                       label=f"{label} ({len(points)})")
     axes.axhline(high + 0.06 * room, color=GREY, lw=0.8, ls=":", label="above: off the scale, or no score")
     end = len(entries) + max(0.6, 0.02 * len(entries))
-    draw_lineage(axes, entries, end)
+    if lineage:
+        draw_lineage(axes, entries, lineage, end)
     dress(axes, "", "experiment")
     axes.set_xlim(len(entries) + 1 - end, end)
     axes.set_ylim(low - 0.1 * room, high + 0.2 * room)
@@ -2879,12 +2872,9 @@ def draw_progress(entries: list[Entry]) -> Figure:
     return figure
 
 
-def draw_lineage(axes: Axes, entries: list[Entry], end: float) -> None:
+def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: float) -> None:
     """The baseline and the best as lines; a number at each of the eight largest steps, and in the margin
     what they were, where no text is in another's way."""
-    lineage = compute_history(entries)["lineage"]
-    if not lineage:
-        return
     number_of = {e.name: i for i, e in enumerate(entries, 1)}
     x, means = [number_of[name] for name, _, _ in lineage], [mean for _, mean, _ in lineage]
     y, told = np.minimum.accumulate(means), []
@@ -3215,19 +3205,17 @@ def write_archive_pages(archive: Path, is_stale: bool = True) -> None:
 
 def write_morning(archive: Path, book: Book) -> None:
     """progress.png, best.patch, report.html and, last, report.md: where it is new, all of them are."""
-    entries, best = book.entries, compute_best(book.entries)
-    pictures = {"progress.png": png(draw_progress(entries))}
+    entries, best, h = book.entries, compute_best(book.entries), compute_history(book.entries)
+    pictures = {"progress.png": png(draw_progress(entries, h["lineage"]))}
     write_atomic(archive / "progress.png", pictures["progress.png"])
     for picture in ("loss_curve.png", "layers.png", "schedule_and_machine.png"):
         if best and (archive / best.name / picture).exists():
             pictures[f"{best.name}/{picture}"] = (archive / best.name / picture).read_bytes()
-    lineage = compute_history(entries)["lineage"]
-    if lineage and lineage[0][0] != best.name:
-        base, kept = (load_folder(archive / name, name) for name in (lineage[0][0], best.name))
-        write_atomic(archive / "best.patch", render_patch(entries, base, kept))
-    else:
-        (archive / "best.patch").unlink(missing_ok=True)
-    report = render_report(book, archive, [*pictures][1:])
+    (archive / "best.patch").unlink(missing_ok=True)
+    if h["lineage"] and h["lineage"][0][0] != best.name:
+        base, kept = (load_folder(archive / name, name) for name in (h["lineage"][0][0], best.name))
+        write_atomic(archive / "best.patch", render_patch(render_kept(entries, h["lineage"]), base, kept))
+    report = render_report(book, h, archive, [*pictures][1:])
     write_atomic(archive / "report.html", render_html(report, pictures))
     write_atomic(archive / "report.md", report)
 

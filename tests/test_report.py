@@ -46,10 +46,28 @@ def entry(name, val, status="keep", description="an idea", kind="new best", diff
           **record):
     """A run in the books. `config`: what it changed, knob to (before, after)."""
     now = CONFIG | {knob: after for knob, (_, after) in (config or {}).items()}
-    facts = {"val_bpb": val, "program": name, "config": now, "total_s": 360.0, "folder": "/night"} | record
+    facts = {"val_bpb": val, "program": name, "config": now, "total_s": 360.0, "folder": "/night"}
+    facts |= {"time_budget": 300.0} | record
     verdict = {"kind": kind, "difference": difference, "standard_error": error}
     verdict["reasons"] = ["another process on the GPU"] if kind == "hampered" else []
     return Entry(name, status, description, facts, {"verdict": verdict, "changes": {"config": config or {}}})
+
+
+def lineage_of(entries):
+    return analyze.compute_history(entries)["lineage"]
+
+
+def draw_progress(entries):
+    return analyze.draw_progress(entries, lineage_of(entries))
+
+
+def render_gain(archive, entries):
+    kept = analyze.render_kept(entries, lineage_of(entries))
+    return analyze.render_gain(archive, entries, analyze.compute_history(entries), kept)
+
+
+def render_report(book, archive, pictures):
+    return analyze.render_report(book, analyze.compute_history(book.entries), archive, pictures)
 
 
 def book(entries, *problems):
@@ -95,7 +113,7 @@ def test_the_paired_difference_is_drawn_by_windows_with_two_standard_errors_and_
     ]
     loss, paired = draw_loss(make_run(), make_run("f00ba12"), windows).axes
     assert labels_of(loss) == ["best: f00ba12", "this, each step", "this: a1b2c3d"]
-    assert labels_of(paired) == ["text seen before: no learning", "at equal tokens", "at equal progress"]
+    assert labels_of(paired) == ["text seen before: no measure of learning", "at equal tokens", "at equal progress"]
     (tokens, _, (token_bars,)), (progress, _, (progress_bars,)) = paired.containers
     assert tokens.get_xydata().tolist() == [[50.0, -0.02], [150.0, 0.01]]
     assert [bar[:, 1].tolist() for bar in token_bars.get_segments()] == [
@@ -169,7 +187,7 @@ def test_a_surprise_costs_its_picture_alone(tmp_path):
 
 @pytest.mark.parametrize("num_runs", [1, 8, 100])
 def test_the_axis_of_the_nights_picture_fits_the_number_of_runs(num_runs):
-    (axes,) = analyze.draw_progress([entry(f"{i:07x}", 1 - i / 1000) for i in range(num_runs)]).axes
+    (axes,) = draw_progress([entry(f"{i:07x}", 1 - i / 1000) for i in range(num_runs)]).axes
     first, last = axes.get_xlim()
     assert 0 <= 1 - first <= 0.6 + 0.02 * num_runs
     assert 0 <= last - num_runs <= 0.6 + 0.02 * num_runs
@@ -177,7 +195,7 @@ def test_the_axis_of_the_nights_picture_fits_the_number_of_runs(num_runs):
 
 
 def test_the_baseline_has_a_line_and_each_kind_of_run_its_own_mark():
-    (axes,) = analyze.draw_progress(night()).axes
+    (axes,) = draw_progress(night()).axes
     lines = dict(zip(labels_of(axes), axes.get_legend_handles_labels()[0], strict=True))
     assert list(lines) == ["kept (2)", "kept, unproven (1)", "discarded (1)", "hampered (1)", "crashed (1)",
                            "above: off the scale, or no score", "baseline, 0.9980", "best, 0.9890"]
@@ -188,10 +206,20 @@ def test_the_baseline_has_a_line_and_each_kind_of_run_its_own_mark():
     assert lines["hampered (1)"].get_ydata()[0] > above > lines["kept (2)"].get_ydata().max()
 
 
+@pytest.mark.parametrize(("status", "kind", "mark"), [
+    ("keep", "baseline", "kept"), ("keep", "replicate", "kept"), ("keep", "new best", "kept"),
+    ("keep", "unproven", "kept, unproven"), ("keep", "not better", "kept, unproven"),
+    ("discard", "new best", "discarded"), ("pending", "unproven", "pending"), ("pending", "hampered", "hampered"),
+    ("discard", "stopped", "stopped"), ("crash", "crash", "crashed"), ("invalid", "invalid", "invalid"),
+])
+def test_a_run_is_marked_by_what_its_verdict_proves_and_what_was_decided(status, kind, mark):
+    assert analyze.mark_of(entry("a000000", 0.99, status, kind=kind)) == mark
+
+
 def test_only_the_largest_steps_are_numbered_and_told_in_the_margin():
     vals = [1 - i / 1000 - (i >= 5) / 100 for i in range(12)]
     entries = [entry(f"{i:07x}", val, description=f"idea {i}, expect -0.001") for i, val in enumerate(vals)]
-    (axes,) = analyze.draw_progress(entries).axes
+    (axes,) = draw_progress(entries).axes
     *numbers, told = (text.get_text() for text in axes.texts)
     assert numbers == ["1", "2", "3", "4", "5", "6", "7", "8"]
     assert "-0.0110  idea 5\n" in told
@@ -200,14 +228,14 @@ def test_only_the_largest_steps_are_numbered_and_told_in_the_margin():
 
 def test_the_demos_pictures_say_so():
     assert draw_loss(make_run(demo=True)).get_suptitle() == "demo: a1b2c3d: training loss"
-    night_of_the_demo = analyze.draw_progress([entry("a000000", 2.0, demo=True)])
+    night_of_the_demo = draw_progress([entry("a000000", 2.0, demo=True)])
     assert night_of_the_demo.get_suptitle() == "demo: val_bpb over experiments, lower is better"
 
 
 def test_a_night_without_a_score_has_a_picture_too():
-    (axes,) = analyze.draw_progress([entry("e000000", None, "crash", kind="crash")]).axes
+    (axes,) = draw_progress([entry("e000000", None, "crash", kind="crash")]).axes
     assert labels_of(axes)[0] == "crashed (1)"
-    assert analyze.draw_progress([]).axes
+    assert draw_progress([]).axes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +348,7 @@ def test_the_report_of_a_night_word_for_word(tmp_path):
     write_scores(tmp_path, {"a000000": 0.990, "c000000": 0.9825})
     full = book(night(), "results.tsv line 3: no files of a run 'g000000' in the archive")
     gain, luck = analyze.compute_history(night())["gain"], analyze.compute_history(night()).get("optimism")
-    report = analyze.render_report(full, tmp_path, ["c000000/layers.png"])
+    report = render_report(full, tmp_path, ["c000000/layers.png"])
     opening, rest = report.split("\n\n![](progress.png)\n\n")
     assert rest == """\
 ## Kept, from the first to the best
@@ -370,22 +398,32 @@ results.tsv line 3: no files of a run 'g000000' in the archive
     assert gain is not None
 
 
+def test_the_report_names_what_helped_most_first(tmp_path):
+    gains = (0.001, 0.008, 0.002, 0.004, 0.003, 0.006, 0.005)
+    entries = [entry("a000000", 0.998, description="baseline", kind="baseline")]
+    for i, gain in enumerate(gains):
+        val = entries[-1].val_bpb - gain
+        entries.append(entry(f"b00000{i}", val, description=f"idea {i}", difference=-gain, error=0.0003))
+    told = render_gain(tmp_path, entries).partition("What helped: ")[2]
+    assert re.findall(r"idea (\d)", told) == ["1", "5", "6", "3", "4", "2"]
+
+
 def test_a_gain_that_no_other_text_confirms_is_said_not_to_be_confirmed(tmp_path):
     write_scores(tmp_path, {"a000000": 0.990, "c000000": None})
-    opening = analyze.render_gain(tmp_path, night())
+    opening = render_gain(tmp_path, night())
     assert "It is not confirmed: no text but the score's own was scored." in opening
     assert "fitted" not in opening
 
 
 def test_a_night_without_a_gain_says_so_in_minutes_where_hours_would_vanish(tmp_path):
     demo = book([entry("a000000", 2.1, kind="baseline", total_s=41.0, demo=True)])
-    assert analyze.render_report(demo, tmp_path, []).startswith(
+    assert render_report(demo, tmp_path, []).startswith(
         "# Report on the demo\n\n1 run (1 keep), 0.7 minutes of training. No gain over the first kept run.\n")
-    assert analyze.render_gain(tmp_path, []).endswith("No gain over the first kept run.")
+    assert render_gain(tmp_path, []).endswith("No gain over the first kept run.")
 
 
 def test_report_html_needs_no_other_file_and_shows_the_pictures_and_tables(tmp_path):
-    report = analyze.render_report(book(night()), tmp_path, ["c000000/layers.png"])
+    report = render_report(book(night()), tmp_path, ["c000000/layers.png"])
     page = analyze.render_html(report.replace("wider", "<b>"), {"progress.png": b"one", "c000000/layers.png": b"two"})
     assert re.findall(r"(?:src|href)=(.{22})", page) == ["'data:image/png;base64"] * 2
     assert page.count("<table>") == page.count("</table>") == 3
@@ -409,7 +447,7 @@ def test_best_patch_applies_in_a_real_repository_and_brings_the_bests_files(tmp_
     base, best = make_run("a000000", modules={"old.py": "x = 1\n"}), make_run("c000000")
     base = Run("a000000", None, base.start, {}, None, [], None, before)
     best = Run("c000000", None, {"modules": {"old.py": "x = 2\n", "new.py": "y = 1"}}, {}, None, [], None, after)
-    patch = analyze.render_patch(night(), base, best)
+    patch = analyze.render_patch(analyze.render_kept(night(), lineage_of(night())), base, best)
     assert patch.startswith("""\
 # From a000000 to c000000: git apply best.patch
 # | run | val_bpb | effect | outside the noise | idea |
