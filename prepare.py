@@ -705,12 +705,13 @@ def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_ke
         found = f"the data of {held}, not {source}"
     elif manifest.get("text_key", "text") != text_key:
         found = f"the texts of {manifest['text_key']!r}, not {text_key!r}"
-    else:
-        for name, shard in manifest["shards"].items():
-            if name not in files and not is_climbmix:  # there, tokens are enough
-                found = f"{name} of {held}, which {source} does not have"
-            elif name in files and sha256_file(files[name]) != shard["sha256"]:
-                found = f"another {name} than {files[name]}"
+    for name, shard in manifest["shards"].items():
+        if found:
+            break
+        if name not in files and not is_climbmix:  # there, tokens are enough
+            found = f"{name} of {held}, which {source} does not have"
+        elif name in files and sha256_file(files[name]) != shard["sha256"]:
+            found = f"another {name} than {files[name]}"
     if found:
         remedy = f"use another cache (AUTORESEARCH_CACHE=FOLDER), or remove {CACHE_DIR} if you no longer need its data"
         raise SetupError(f"{CACHE_DIR} holds {found}: {remedy}")
