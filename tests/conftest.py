@@ -1,8 +1,10 @@
 """What several tests need: a cache of their own, the real commands, a web server that misbehaves as told, and
 attention as it is defined."""
 
+import hashlib
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -10,12 +12,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import prepare
 
 ROOT = Path(__file__).parent.parent
+VAL = "shard_06542.parquet"
 
 
 @pytest.fixture
@@ -32,7 +37,30 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "get_device", lambda: torch.device("cpu"))
     monkeypatch.delenv("AUTO_LOG_RESEARCH_DIR", raising=False)
     monkeypatch.chdir(work)
+    prepare.load_manifest.cache_clear()
     return folder
+
+
+def words(seed: int, count: int) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choice(["alpha", "beta", "gamma", "delta", "12345", "naïve", "日本"]) for _ in range(count))
+
+
+def write_parquet(path, texts: list, row_group_size: int = 1000, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"text": pa.array(texts, pa.string())})
+    pq.write_table(table, path, row_group_size=row_group_size, **options)
+
+
+@pytest.fixture
+def two_shards(cache, tmp_path):
+    """A prepared cache: two training shards with row groups of 200 documents, and a validation shard."""
+    source = tmp_path / "source"
+    for number, name in enumerate(("b.parquet", "a.parquet")):
+        write_parquet(source / name, [f"{name} {i} {words(i + number, i % 40)}" for i in range(700)], 200)
+    write_parquet(source / VAL, [words(7000 + i, i % 40) for i in range(300)], 200)
+    prepare.encode_source(str(source), prepare.find_source_files(source))
+    return source
 
 
 def explicit_attention(q, k, v, window):
@@ -75,7 +103,6 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.acts: dict[str, list] = {}
-        self.head_status = 200
         self.requests: list[tuple[str, str, str | None]] = []
         self.is_over = threading.Event()
 
@@ -89,12 +116,6 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        name = self._note()
-        if self.server.head_status != 200 or name not in self.server.files:
-            return self.reply(self.server.head_status if self.server.head_status != 200 else 404)
-        self.reply(200, {"Content-Length": len(self.server.files[name])})
-
     def do_GET(self):
         name = self._note()
         acts = self.server.acts.get(name, [])
@@ -119,17 +140,21 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def serve(num_bytes: int | None = None, *, ranges: bool = True, then_stall: bool = False):
-    """Serve the file, or only `num_bytes` of what the headers promise; then close, or keep the client waiting."""
+def serve(num_bytes=None, *, ranges=True, tag="ETag", heeds_if_range=True, then_stall=False):
+    """Serve the file, or only `num_bytes` of what the headers promise; then close, or keep the client waiting. `tag`
+    is the header, if any, that tells one file from another of the same name."""
 
     def act(handler: Handler, body: bytes | None) -> None:
         if body is None:
             return handler.reply(404)
+        this = f'"{hashlib.sha256(body).hexdigest()}"'
         wanted = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "")) if ranges else None
+        if heeds_if_range and handler.headers.get("If-Range", this) != this:
+            wanted = None
         first = int(wanted[1]) if wanted else 0
         if wanted and first >= len(body):
             return handler.reply(416, {"Content-Range": f"bytes */{len(body)}"})
-        headers = {"Content-Length": len(body) - first}
+        headers = {"Content-Length": len(body) - first} | ({tag: this} if tag else {})
         if wanted:
             headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
         handler.reply(206 if wanted else 200, headers, body[first : None if num_bytes is None else first + num_bytes])
