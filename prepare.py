@@ -17,6 +17,7 @@ working folder.
 """
 
 import argparse
+import ast
 import base64
 import contextlib
 import errno
@@ -32,10 +33,13 @@ import queue
 import re
 import secrets
 import shutil
+import signal
 import socket
+import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import traceback
@@ -45,6 +49,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -64,10 +69,29 @@ jit = triton.jit if triton else lambda function: function
 # Constants (fixed: results are comparable because nobody changes them)
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEMO = os.environ.get("AUTORESEARCH_DEMO") == "1"
+
+def from_environment(name: str, read: Callable, default: object, wanted: str) -> object:
+    """What a variable says; of nonsense, one line and exit code 2."""
+    text = os.environ.get(name, "").strip()
+    try:
+        return read(text) if text else default
+    except (KeyError, ValueError):
+        print(f"error: {name}={text}: {wanted} is wanted", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+DEMO = from_environment("AUTORESEARCH_DEMO", lambda text: SWITCH[text.lower()], False, "1 or 0")
+SEED_OFFSET = from_environment("AUTORESEARCH_SEED_OFFSET", int, 0, "a whole number")  # another seed: a replicate
 
 MAX_SEQ_LEN = 256 if DEMO else 2048  # tokens of context
-TIME_BUDGET = float(os.environ.get("AUTORESEARCH_TIME_BUDGET", 30)) if DEMO else 300  # seconds of training
+TIME_BUDGET = from_environment("AUTORESEARCH_TIME_BUDGET", _positive, 30.0, "seconds") if DEMO else 300  # of training
 EVAL_TOKENS = 2**16 if DEMO else 40 * 524288  # validation tokens scored
 VOCAB_SIZE = 1024 if DEMO else 8192  # tokens, the special ones included
 
@@ -116,6 +140,10 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+PREPARE_SOURCE = Path(__file__).read_bytes()  # of the code that runs, whatever becomes of the file meanwhile
+PREPARE_SHA256 = hashlib.sha256(PREPARE_SOURCE).hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as f:
         digest = hashlib.sha256()
@@ -124,20 +152,19 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-PREPARE_SHA256 = sha256_file(Path(__file__))  # of the code that runs, whatever becomes of the file meanwhile
-
-
 def finite_json(value: object, indent: int | None = None) -> str:
-    """JSON in which NaN and infinity are null, so that any parser reads it."""
+    """JSON that any parser reads: NaN and infinity are null, tensors and arrays numbers, what JSON lacks is named."""
 
     def clean(v):
+        if isinstance(v, torch.Tensor | np.ndarray | np.generic):
+            v = v.tolist()
         if isinstance(v, float):
             return v if math.isfinite(v) else None
         if isinstance(v, dict):
-            return {key: clean(item) for key, item in v.items()}
+            return {str(key): clean(item) for key, item in v.items()}
         return [clean(item) for item in v] if isinstance(v, list | tuple) else v
 
-    return json.dumps(clean(value), indent=indent, allow_nan=False)
+    return json.dumps(clean(value), indent=indent, allow_nan=False, default=str)
 
 
 class Progress:
@@ -789,6 +816,7 @@ def pack_rows(
 # ---------------------------------------------------------------------------------------------------------------------
 
 DOC_BATCH = 128  # documents appended to the packing buffer at a time, as upstream does
+_num_val_loaders = 0  # made outside the evaluation: who has seen the validation text has no score on it
 
 
 def get_device() -> torch.device:
@@ -797,8 +825,15 @@ def get_device() -> torch.device:
         return torch.device("cuda")
     if DEMO:
         return torch.device("cpu")
+    try:
+        torch.cuda.init()
+        reason = "it does not start"
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0]
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no GPU"
     raise SetupError(
-        "no CUDA GPU found (is the driver running?). To try everything on the CPU in small, set AUTORESEARCH_DEMO=1: "
+        f"no CUDA GPU found: {reason} (torch {torch.__version__} is built for {built_for}; CUDA 13 needs driver 580 or "
+        "newer). To try everything on the CPU in small, set AUTORESEARCH_DEMO=1: "
         "`AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py`"
     )
 
@@ -861,15 +896,9 @@ def prefetch(items: Iterable, depth: int = 4) -> Iterator:
         is_closed.set()
 
 
-def make_dataloader(
-    tokenizer: Tokenizer, B: int, T: int, split: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Endless (x, y, epoch): int64 (B, T) on the training device, y is x shifted by one, epoch counts from 1.
-
-    Rows are packed and copied to pinned memory in a thread. Each batch has a pinned buffer of its own: torch's host
-    allocator hands one out again only after the copies that were queued from it have finished.
-    """
-    assert split in ("train", "val"), split
+def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """What `make_dataloader` gives. Rows are packed and copied to pinned memory in a thread. Each batch has a pinned
+    buffer of its own: torch's host allocator hands one out again only after the copies queued from it have finished."""
     device = get_device()
 
     def host_batches() -> Iterator[tuple[torch.Tensor, int]]:
@@ -887,11 +916,27 @@ def make_dataloader(
         batches.close()
 
 
+def make_dataloader(
+    tokenizer: Tokenizer, B: int, T: int, split: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Endless (x, y, epoch): int64 (B, T) on the training device, y is x shifted by one, epoch counts from 1."""
+    global _num_val_loaders
+    assert split in ("train", "val"), split
+    current_run()
+    _num_val_loaders += split == "val"
+    return load_batches(B, T, split)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
+FIXED = (MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE)  # to notice a program that changes them
 CAUSAL_TOLERANCE = 1e-3  # nats; a causal model's losses come out the same to the last bit on the GPUs we know
+NUM_CUTS = 128  # positions at which a row's future is exchanged, half of them where blocks of 16, 64, 128 meet
+LOGIT_ROWS = 4  # rows whose logits are looked at: they take 64 MB each, at 2048 x 8192 in fp32
+LOGIT_TOLERANCE = 0.1  # nats, any token; rounding to bf16 makes 0.04, the mildest of the tried edits of the loss 0.2
+MEAN_TOLERANCE = 0.005  # nats, on average, where roundings cancel; a loss times 0.99 is off by 0.03
 _num_evaluations = 0  # in this process: a second call could mean that the first one's score was picked over
 
 
@@ -914,84 +959,155 @@ def _token_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, rows
         print(f"evaluation: out of GPU memory; going on with {rows} rows at a time", flush=True)
 
 
+def _seeded(call: Callable, device: torch.device) -> torch.Tensor:
+    """`call()` from one and the same random state, which is put back: noise then answers alike each time."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return call()
+
+
+def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> str:
+    """What is wrong where `model(x, y, reduction="none")` is not the cross-entropy of the logits of `model(x)`, which
+    cannot see the targets; "" where it is. Both run outside the compiled graph, on a few rows."""
+    x, y = x[:LOGIT_ROWS], y[:LOGIT_ROWS]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        losses = _seeded(lambda: model(x, y, reduction="none"), x.device).flatten().float()
+        try:
+            logits = _first_tensor(_seeded(lambda: model(x), x.device))
+        except TypeError:  # it wants its targets
+            logits = None
+    if logits is None or logits.shape[:-1] != y.shape:
+        return "model(x) gives no logits (B, T, vocabulary): the score cannot be checked"
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none")
+    worst, mean = (losses - expected).abs().max().item(), (losses - expected).mean().item()
+    if worst <= LOGIT_TOLERANCE and abs(mean) <= MEAN_TOLERANCE:
+        return ""
+    return (
+        'reduction="none" is not the cross-entropy of the logits of model(x): it is off by up to '
+        f"{worst:.3g} nats a token, {mean:+.3g} on average (extra terms of the loss belong into the mean alone)"
+    )
+
+
 def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size: int) -> tuple[bool | None, str]:
     """Whether a model predicts from the past alone. `losses_of(x, y)` gives (B, T) losses in nats.
 
-    Two tests on one batch. Each row's tokens are replaced from some position on: the losses before it must stay the
-    same. And one row is scored with a different target in each copy: the probabilities of different tokens cannot sum
-    to more than 1, unless the model saw which one was asked for. Returns (is_causal, what was found); is_causal is
-    None where two calls on the same batch differ, so that nothing can be said.
+    Each row's tokens are exchanged from a cut on: the losses before it must stay the same. Half of the cuts are
+    multiples of 16, where a model that works in blocks would look ahead, the others anywhere; small batches take more
+    passes for as many. Returns (is_causal, what was found); is_causal is None where two calls on the same batch
+    differ, so that nothing can be said.
     """
     B, T = x.shape
     losses = losses_of(x, y)
     if not (losses - losses_of(x, y)).abs().max() <= CAUSAL_TOLERANCE:
         return None, "the model's losses on one batch differ from call to call (or are NaN)"
     random = torch.Generator().manual_seed(0)
-    num_passes = max(1, 8 // B)  # small batches: more passes for as many positions
-    cuts = torch.linspace(1, T - 1, num_passes * B).long().view(num_passes, B, 1)
-    positions = torch.arange(T)
-    for cut in cuts:
-        is_before = (positions < cut).to(x.device)
+    num_passes = -(-NUM_CUTS // B)
+    cuts = torch.randint(1, T, (num_passes * B,), generator=random)
+    borders = torch.arange(16, T, 16)[torch.randperm((T - 1) // 16, generator=random)]
+    if len(borders):
+        half = (len(cuts) + 1) // 2
+        cuts[:half] = borders.repeat(half // len(borders) + 1)[:half]
+    for cut in cuts.view(num_passes, B, 1):
+        is_before = (torch.arange(T) < cut).to(x.device)
         shift = torch.randint(1, vocab_size, (B, T), generator=random).to(x.device)
         changed = losses_of(torch.where(is_before, x, (x + shift) % vocab_size), y)
         difference = ((changed - losses).abs() * is_before).max().item()
         if not difference <= CAUSAL_TOLERANCE:
-            return False, f"changing later tokens changes earlier losses by up to {difference:.3g} nats"
-    num_targets = min(max(B, 64), vocab_size)
-    one_row = x[:1].expand(B, T).contiguous()
-    total = torch.zeros(T, device=x.device)
-    for first in range(0, num_targets, B):
-        rank = torch.arange(first, first + B, device=y.device).view(B, 1)
-        probabilities = losses_of(one_row, (y[:1] + rank * (vocab_size // num_targets)) % vocab_size).neg().exp()
-        total += probabilities[: num_targets - first].sum(0)
-    if not total.max() <= 1.01:
-        total = total.max().item()
-        return False, f"the probabilities of {num_targets} different targets sum to {total:.3g}: it knows its target"
-    return True, ""
+            break
+    else:
+        return True, ""
+    exchanged = torch.cat(((x[:1] + 1) % vocab_size, x[1:]))
+    if B > 1 and not (losses_of(exchanged, y) - losses)[1:].abs().max() <= CAUSAL_TOLERANCE:
+        return False, "the rows of a batch affect each other: other tokens in one row change the losses of the others"
+    return False, f"changing later tokens changes earlier losses by up to {difference:.3g} nats"
+
+
+def _sum_losses(
+    model: torch.nn.Module, batches: Iterator[tuple], num_rows: int, token_bytes: torch.Tensor, rows: int
+) -> tuple[float, int, int]:
+    """(nats, bytes, the last epoch) of the targets that stand for text, in exactly `num_rows` rows."""
+    nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
+    num_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
+    for x, y, epoch in batches:
+        losses, rows = _token_losses(model, x, y, rows)
+        lengths = token_bytes[y]
+        nats += losses.double().masked_fill(lengths == 0, 0.0)[:num_rows].sum()
+        num_bytes += lengths[:num_rows].sum()
+        num_rows -= len(x)
+        if num_rows <= 0:
+            return nats.item(), num_bytes.item(), epoch
+    raise AssertionError("the loader ended")
+
+
+def _score_audit(
+    model: torch.nn.Module, batches: Iterator[tuple], token_bytes: torch.Tensor, rows: int
+) -> float | None:
+    """Bits per byte of as much text after what was scored, which no search has seen; None where there is less."""
+    if sum(shard["val"]["tokens"] for shard in load_manifest()["shards"].values()) < 2 * EVAL_TOKENS:
+        return None
+    nats, num_bytes, epoch = _sum_losses(model, batches, EVAL_TOKENS // MAX_SEQ_LEN, token_bytes, rows)
+    return None if epoch > 1 else nats / (math.log(2) * num_bytes)
 
 
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte on the validation split, the number that everything is about.
 
     Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes they stand for.
-    `model(x, y, reduction="none")` gives the loss in nats of each of the (batch_size, MAX_SEQ_LEN) targets. Also tests
-    causality and writes EVAL_FILE into the working folder. Out of GPU memory, it goes on with fewer rows at a time.
+    `model(x, y, reduction="none")` gives the loss in nats of each of the (batch_size, MAX_SEQ_LEN) targets, `model(x)`
+    the logits. Writes EVAL_FILE into the working folder, with `faults`: what makes the score worthless. Out of GPU
+    memory, it goes on with fewer rows at a time.
     """
     global _num_evaluations
     _num_evaluations += 1
-    num_batches = EVAL_TOKENS // (batch_size * MAX_SEQ_LEN)
-    if not num_batches:
-        raise ValueError(f"batch_size {batch_size} x {MAX_SEQ_LEN} tokens is more than EVAL_TOKENS {EVAL_TOKENS}")
-    loader = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, "val")
-    token_bytes = get_token_bytes(get_device())
-    nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
-    num_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
-    rows = batch_size
-    for i, (x, y, _) in enumerate(itertools.islice(loader, num_batches)):
-        if i == 0:
-            first = x, y
-        losses, rows = _token_losses(model, x, y, rows)
-        lengths = token_bytes[y]
-        nats += losses.double().masked_fill(lengths == 0, 0.0).sum()
-        num_bytes += lengths.sum()
-    loader.close()
-    is_causal, finding = find_leak(lambda a, b: _token_losses(model, a, b, rows)[0], *first, tokenizer.get_vocab_size())
+    run = current_run()
+    batches = load_batches(batch_size, MAX_SEQ_LEN, "val")
+    token_bytes, num_rows = get_token_bytes(get_device()), EVAL_TOKENS // MAX_SEQ_LEN
+    first = x, y, _ = next(batches)
+    rows = _token_losses(model, x, y, batch_size)[1]
+    nats, num_bytes, _ = _sum_losses(model, itertools.chain([first], batches), num_rows, token_bytes, rows)
+    bpb = nats / (math.log(2) * num_bytes)
+
+    def losses_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return _seeded(lambda: _token_losses(model, a, b, rows)[0], a.device)
+
+    is_causal, finding = find_leak(losses_of, x, y, tokenizer.get_vocab_size())
+    faults = [find_disagreement(model, x, y)]
     if not is_causal:
-        verdict = "LOOKS AHEAD: this score is worth nothing" if is_causal is False else "causality could not be tested"
-        print(f"\n*** {verdict}: {finding} ***\n", flush=True)
-    bpb = nats.item() / (math.log(2) * num_bytes.item())
+        faults.append(f"{'LOOKS AHEAD' if is_causal is False else 'causality could not be tested'}: {finding}")
+    if (MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE) != FIXED:
+        faults.append("constants of prepare.py were changed by the program")
+    if _num_val_loaders:
+        faults.append("the validation split was loaded outside the evaluation")
+    faults.append(run.overrun() if run else "")
     record = {
+        "run_id": run and run.identity["run_id"],
         "val_bpb": bpb,
-        "nats": nats.item(),
-        "bytes": num_bytes.item(),
-        "tokens": num_batches * batch_size * MAX_SEQ_LEN,
+        "nats": nats,
+        "bytes": num_bytes,
+        "tokens": num_rows * MAX_SEQ_LEN,
         "causal": is_causal,
+        "finding": finding,
+        "faults": [fault for fault in faults if fault],
+        "audit_bpb": _score_audit(model, batches, token_bytes, rows),
         "data_fingerprint": load_manifest()["fingerprint"],
         "prepare_sha256": PREPARE_SHA256,
+        "measurement_sha256": measurement_sha256(),
         "num_calls": _num_evaluations,
     }
+    batches.close()
+    for fault in record["faults"]:
+        print(f"\n*** this score is worth nothing: {fault} ***\n", flush=True)
     write_atomic(Path(EVAL_FILE), finite_json(record, indent=2) + "\n")
     return bpb
+
+
+def rehearse_evaluation(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Score one batch of the shape that the evaluation has, so that a model that cannot be scored says so before its
+    budget is spent. Raises ValueError where its loss is not that of its logits."""
+    x, y = (t.repeat(1, -(-MAX_SEQ_LEN // t.size(1)))[:, :MAX_SEQ_LEN] for t in (x, y))
+    _token_losses(model, x, y, len(x))
+    if disagreement := find_disagreement(model, x, y):
+        raise ValueError(disagreement)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1454,15 +1570,20 @@ def _loss_gradients(ctx, dlosses, _):
 _head_loss.register_autograd(_loss_gradients, setup_context=_loss_context)
 
 
-def softcap_loss(x: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, cap: float) -> torch.Tensor:
-    """Cross-entropy (N,) in nats of the logits cap * tanh(head(x) / cap); 0 where the target is -1.
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(logits / cap); the logits as they are where the cap is None, 0 or infinite."""
+    return cap * torch.tanh(logits / cap) if cap and cap < math.inf else logits
+
+
+def softcap_loss(x: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Cross-entropy (N,) in nats of the logits soft_cap(head(x), cap); 0 where the target is -1.
 
     x: (N, width), targets: (N,). Logits come out of the product in its own precision (bf16 under autocast); all that
     follows is fp32. Fused for bf16 on any GPU that Triton knows, up to MAX_FUSED_VOCAB and MAX_FUSED_CAP.
     """
     is_bf16 = triton is not None and x.is_cuda and x.dtype == torch.bfloat16
-    if not is_bf16 or head.out_features > MAX_FUSED_VOCAB or cap > MAX_FUSED_CAP:
-        logits = cap * torch.tanh(head(x).float() / cap)
+    if not is_bf16 or head.out_features > MAX_FUSED_VOCAB or not cap or cap > MAX_FUSED_CAP:
+        logits = soft_cap(head(x).float(), cap)
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     return _head_loss(x, head.weight.to(x.dtype), targets, cap)[0]
 
@@ -1506,7 +1627,9 @@ def make_attention(window: int, seq_len: int, head_dim: int, device: torch.devic
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    is_grouped = q.size(1) != k.size(1)
+    is_grouped, T = q.size(1) != k.size(1), q.size(2)
+    if "attn_mask" in options:  # of the longest context
+        options["attn_mask"] = options["attn_mask"][:T, :T]
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=is_grouped, **options)
     return out.transpose(1, 2)
 
@@ -1556,6 +1679,36 @@ def sdpa_order() -> list[SDPBackend]:
 # Measurement
 # ---------------------------------------------------------------------------------------------------------------------
 
+# What a score depends on besides the program and the data (whose fingerprint is compared for itself).
+MEASURED = (
+    *("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE", "SPLIT_PATTERN", "SPECIAL_TOKENS", "BOS_TOKEN"),
+    *("Tokenizer", "encode_pieces", "get_token_bytes", "pack_rows", "DOC_BATCH", "read_document_batches"),
+    *("load_batches", "_token_losses", "_sum_losses", "evaluate_bpb", "Clock", "MAX_PAUSED_SHARE"),
+)
+
+
+def _essence(node: object) -> object:
+    """A piece of code without comments, docstrings and layout, the same in every version of Python."""
+    if isinstance(node, list):
+        docstrings = [item for item in node if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)]
+        return [_essence(item) for item in node if item not in docstrings]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, _essence(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return [type(node).__name__, fields]
+
+
+@functools.cache
+def measurement_sha256(source: bytes = PREPARE_SOURCE) -> str:
+    """Of the code behind MEASURED: results compare where this is the same."""
+    found = {}
+    for node in ast.parse(source).body:
+        name = getattr(node.targets[0] if isinstance(node, ast.Assign) else node, "id", getattr(node, "name", ""))
+        if name in MEASURED:
+            found[name] = _essence([node])
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
 # Peak dense bf16 rates in TFLOP/s, from the vendor's data sheets, by the name torch gives.
 PEAK_BF16_TFLOPS = {
     r"(H100 80GB HBM3|H100 SXM.*|H200|H800|GH200.*)": 989.5,
@@ -1583,8 +1736,14 @@ def peak_flops(device_name: str) -> float | None:
     return next((tflops * 1e12 for pattern, tflops in PEAK_BF16_TFLOPS.items() if re.fullmatch(pattern, name)), None)
 
 
+# Of the budget, by the last step: fifty of the baseline's steps. The demo shares its processor with other work.
+MAX_OVERRUN = 1.0 if DEMO else 0.05
+MAX_PAUSED_SHARE = 0.1  # of the budget; looking at the layers takes 1 % of it on an H100, 5 % in the demo
+
+
 class Clock:
-    """The clock of the budget. It runs from `start`, stands still inside `paused`, and is read once a step.
+    """The clock of the budget. It runs from `start`, stands still inside `paused` (MAX_PAUSED_SHARE of the budget at
+    most: what is beyond counts), and is read once a step.
 
     `end_step` marks the end of a step in the GPU's queue and `read_step` waits for that mark, so that work queued in
     between keeps the GPU busy while Python reads, logs and decides.
@@ -1595,96 +1754,241 @@ class Clock:
         self.seconds = 0.0  # of training, up to the last step read
         self.step_seconds = 0.0  # of the last step read
         self.paused_seconds = 0.0
-        self._pause_in_step = 0.0
-        self._last = self._marked = 0.0
-        self._host = None
+        self._last = 0.0
+        self._marked = None
+        self._is_idle = False  # nothing is queued after a pause
         self._event = torch.cuda.Event() if self.is_cuda else None
 
     def start(self) -> None:
         self._synchronize()
-        self._last = time.perf_counter()
+        self._last = self._now()
 
-    def end_step(self, values: list[torch.Tensor]) -> None:
-        """Queue the mark, and a copy of 0-d tensors for `read_step`."""
-        stacked = torch.stack([value.detach().float() for value in values])
-        if not self.is_cuda:
-            self._host, self._marked = stacked, time.perf_counter()
-            return
-        if self._host is None or self._host.shape != stacked.shape:
-            self._host = torch.empty(stacked.shape, pin_memory=True)
-        self._host.copy_(stacked, non_blocking=True)
-        self._event.record()
-
-    def read_step(self) -> list[float]:
-        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the values."""
+    def end_step(self, values: dict[str, torch.Tensor]) -> None:
+        """Queue the mark, and a copy of tensors (0-d or 1-d, whole numbers exact up to 2^53) for `read_step`."""
+        self._shapes = {key: value.shape for key, value in values.items()}
+        flat = torch.cat([value.detach().double().flatten() for value in values.values()])
         if self.is_cuda:
+            self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._host.copy_(flat, non_blocking=True)
+            self._event.record()
+        else:
+            self._host = flat
+        # After a pause the step is over now: what it takes to queue the next one belongs to the next one.
+        if self._is_idle or not self.is_cuda:
+            self._synchronize()
+            self._marked = self._now()
+
+    def read_step(self) -> dict[str, float | list[float]]:
+        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the values."""
+        if self._marked is None:
             self._event.synchronize()
-            self._marked = time.perf_counter()
-        self.step_seconds = self._marked - self._last - self._pause_in_step
+            self._marked = self._now()
+        self.step_seconds = self._marked - self._last
         self.seconds += self.step_seconds
-        self._last, self._pause_in_step = self._marked, 0.0
-        return self._host.tolist()
+        self._last, self._marked, self._is_idle = self._marked, None, False
+        parts = self._host.split([shape.numel() for shape in self._shapes.values()])
+        pairs = zip(self._shapes.items(), parts, strict=True)
+        return {key: part.view(shape).tolist() for (key, shape), part in pairs}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do something that is not training: between steps' work and their `end_step`."""
+        """Do something that is not training."""
         self._synchronize()
         begin = time.perf_counter()
         yield
         self._synchronize()
-        seconds = time.perf_counter() - begin
-        self._pause_in_step += seconds
-        self.paused_seconds += seconds
+        self.paused_seconds += time.perf_counter() - begin
+        self._is_idle = True
+
+    def _now(self) -> float:
+        return time.perf_counter() - min(self.paused_seconds, MAX_PAUSED_SHARE * TIME_BUDGET)
 
     def _synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
 
+# The kind of a kernel by its name, the first that matches.
+KERNEL_KINDS = {
+    "attention": r"_attend|sdpa|flash|fmha|flex|compute_dot_do_o|convert_dq|attention",
+    "mlp": r"_relu2_product",
+    "matmul": r"nvjet|gemm|cutlass|cublas|splitK|ampere|sm90_xmma",
+    "loss": r"_softcap_loss|log_softmax|nll_loss",
+    "elementwise": r"",  # norms, sums, rotary position embedding, embeddings
+}
+
+
+def kernel_ms(work: Callable) -> dict[str, float]:
+    """Milliseconds on the GPU by kind of kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        work()
+        torch.cuda.synchronize()
+    totals = dict.fromkeys(KERNEL_KINDS, 0.0)
+    for event in profiler.key_averages():
+        kind = next(kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
+        totals[kind] += event.self_device_time_total / 1e3
+    return totals
+
+
+def measure_step(gradients: Callable, update: Callable, num_micro_steps: int, device: torch.device) -> dict | None:
+    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients` does one micro-batch,
+    `update` the optimizer's part; both are called, compiled already. Raises ValueError for a step that is longer than
+    the budget."""
+
+    def timed_s(work: Callable) -> float:
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    step_s = num_micro_steps * timed_s(gradients) + timed_s(update)
+    if step_s > (1 + MAX_OVERRUN) * TIME_BUDGET:
+        raise ValueError(f"a step takes about {step_s:.0f} s, longer than the whole budget of {TIME_BUDGET:.0f} s")
+    if device.type != "cuda":
+        return None
+    profile = {kind: num_micro_steps * ms for kind, ms in kernel_ms(gradients).items()}
+    profile["optimizer"] = sum(kernel_ms(update).values())
+    return profile
+
+
+CUDA_OWN_MB = 1024  # what CUDA and its libraries take for a process beside torch's memory: 0.5 to 0.9 GB seen
+
+
+def machine_stats() -> dict:
+    """What else this machine is busy with: memory on the GPU that is not ours (None without one), load a core."""
+    other_mb = None
+    if torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        other_mb = max((total - free - torch.cuda.memory_reserved()) / 2**20 - CUDA_OWN_MB, 0.0)
+    return {"gpu/other_mb": other_mb, "machine/load": os.getloadavg()[0] / os.cpu_count()}
+
+
+def check_machine() -> None:
+    """Raise SetupError, within a second, for faults of the machine that would look like the experiment's later on."""
+    load_manifest()
+    device = get_device()
+    least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
+    free_mb = shutil.disk_usage(".").free >> 20
+    if free_mb < least_mb:
+        raise SetupError(f"only {free_mb} MB are free here, and a run may need {least_mb}: make room")
+    if device.type != "cuda":
+        return
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as e:
+        raise SetupError(f"{torch.cuda.get_device_name()} does not compute: {str(e).splitlines()[0]}") from e
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise SetupError("no C compiler (gcc or clang), which Triton needs: install one, or set CC")
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        raise SetupError("no Python.h, which Triton needs: install python3-dev, or let uv bring its own Python")
+    for name, default in (("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()), ("TRITON_CACHE_DIR", "~/.triton")):
+        folder = Path(os.environ.get(name) or default).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as e:
+            raise SetupError(f"the compiler cannot write its cache to {folder} ({e.strerror}): set {name}") from e
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The record of a run
 # ---------------------------------------------------------------------------------------------------------------------
 
+_run: "Run | None" = None  # what this process is
+# Faults of the machine, whatever raises them.
+MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
 
-def _git(*args: str) -> str | None:
+
+def _git(folder: Path, *args: str) -> str | None:
     try:
-        done = subprocess.run(["git", *args], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", folder, *args], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
 
 
-def _archive_dir() -> Path:
-    return Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
-
-
-def _run_id(start_file: Path) -> str | None:
+def _read_json(path: Path) -> dict:
+    """{} where there is nothing, or nothing readable."""
     try:
-        start = json.loads(start_file.read_text())
-    except (OSError, ValueError):
-        return None
-    return start.get("run_id") if isinstance(start, dict) else None
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def imported_modules(folder: Path, script: Path) -> dict[str, str]:
+    """{file: text} of the folder's own modules that this process has imported, without the three fixed scripts."""
+    modules = {}
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "/")
+        if path.suffix != ".py" or not path.is_relative_to(folder):
+            continue
+        inside = path.relative_to(folder)
+        is_installed = any(part.startswith(".") or part == "site-packages" for part in inside.parts)
+        if not is_installed and path != script and path.name not in ("prepare.py", "analyze.py"):
+            modules[inside.as_posix()] = path.read_text(errors="replace")
+    return dict(sorted(modules.items()))
+
+
+def lock_metrics() -> TextIO:
+    """METRICS_FILE, open for appending and locked until this process ends: that it is locked says that a run is in
+    progress, whatever clocks and process tables say. Raises SetupError where another run holds it."""
+    while True:
+        file = open(METRICS_FILE, "a")  # noqa: SIM115 (open for the whole run)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = _read_json(Path(START_FILE))
+            raise SetupError(
+                f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: wait for it "
+                "(`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(METRICS_FILE)):
+                return file
+        file.close()  # what was locked has been put away meanwhile
 
 
 def set_aside_earlier_run() -> None:
     """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py files them; files that
-    the archive already holds are deleted. A crash of the coming run can then never show an old score."""
-    present = [Path(name) for name in (METRICS_FILE, EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, START_FILE)]
+    the archive already holds are deleted. A crash of the coming run can then never show an old score. METRICS_FILE
+    stays, empty: it may be locked."""
+    present = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
     present = [path for path in present if path.exists()]
-    if not present:
+    if not present or (present == [Path(METRICS_FILE)] and not present[0].stat().st_size):
         return
-    run_id = _run_id(Path(START_FILE)) or "unknown-" + secrets.token_hex(4)  # an upstream train.py has no start file
-    if any(_run_id(path) == run_id for path in _archive_dir().glob(f"*/{START_FILE}")):
-        for path in present:
-            path.unlink()
-        return
+    start = _read_json(Path(START_FILE))
+    archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
+    archive = archive / "demo" if start.get("demo", DEMO) else archive
+    run_id = str(start.get("run_id") or f"unknown-{secrets.token_hex(4)}")
     if Path(SUMMARY_FILE).exists():
         Path(CHECKPOINT_FILE).unlink(missing_ok=True)  # it was only needed until the run was scored
-    folder = _archive_dir() / "unfiled" / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in present:  # the start file last: while it is here, another call finishes the move
-        if path.exists():
-            shutil.move(path, folder / path.name)
+    filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if _read_json(path).get("run_id") == run_id]
+    results = [name for name in (EVAL_FILE, SUMMARY_FILE) if Path(name).exists()]
+    # A score that came after the run was filed is kept: analyze.py files it again.
+    if not any(all((folder / name).exists() for name in results) for folder in filed):
+        _move_whole([path for path in present if path.exists()], archive / "unfiled" / run_id)
+    for path in present:
+        path.unlink(missing_ok=True) if path.name != METRICS_FILE else os.truncate(path, 0)
+
+
+def _move_whole(paths: list[Path], target: Path) -> None:
+    """Copy under a hidden name, rename at the end: nobody sees half of a run. An interrupted call is repeated."""
+    hidden = target.with_name(f".{target.name}")
+    hidden.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        put = shutil.move if path.name == CHECKPOINT_FILE else shutil.copy
+        put(path, hidden / path.name)
+    if not target.exists():
+        os.rename(hidden, target)
+        return
+    for path in hidden.iterdir():  # an earlier call ended between its rename and its clearing up
+        if not (target / path.name).exists():
+            os.replace(path, target / path.name)
+    shutil.rmtree(hidden)
 
 
 def process_age_s() -> float:
@@ -1696,126 +2000,212 @@ def process_age_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
+def end_children(pid: int | str = "self") -> None:
+    """Kill the processes that this one started and that still live (Linux): they would hold the GPU and the lock."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            end_children(child)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+
+
+def current_run() -> "Run | None":
+    """The run that this process is. A training script without a Run of its own (upstream's) becomes one with its
+    first call; any other script, which may only look at the data, does not."""
+    script = getattr(sys.modules["__main__"], "__file__", None) or ""
+    if _run is None and Path(script).name.startswith("train"):
+        Run(Path(script), is_ours=False).__enter__()
+    return _run
+
+
 class Run:
     """One training run's files and figures, from its identity to its score. A context manager.
 
     An exception inside it ends the process with one line that says why: `crash:` and exit code 1 for a failed
-    experiment, `error:` and 2 where the machine or the data is at fault. With `is_new` false, the files of the run
-    that is here stay, to be scored again.
+    experiment, `error:` and 2 where the machine or the data is at fault, `stopped:` and 130 after an interrupt. With
+    `is_new` false, the files of the run that is here stay, to be scored again.
     """
 
-    def __init__(self, script: Path, is_new: bool = True):
+    def __init__(self, script: Path, is_new: bool = True, is_ours: bool = True):
         age_s = process_age_s()  # start-up begins with the process, not with the end of its imports
         self.begin_unix, self.begin = time.time() - age_s, time.perf_counter() - age_s
-        self.script, self.is_new = script, is_new
+        self.script, self.is_new, self.is_ours = script.resolve(), is_new, is_ours
         self.is_terminal, self.last_shown = sys.stdout.isatty(), 0.0
-        self.metrics, self.clock, self.start_record = None, None, None
+        self.metrics, self.clock, self.pending, self.start_record = None, None, None, {}
         self.step, self.loss, self.loss_average = -1, math.nan, 0.0
-        source = script.read_bytes()
-        status = _git("status", "--porcelain", "--untracked-files=no")
+        self.num_tokens, self.token_sum, self.step_ms, self.other_mb = 0, 0, [], None
+        self.training_seconds = 0.0
+        folder, source = self.script.parent, self.script.read_bytes()
+        self.modules = imported_modules(folder, self.script)
+        used = [name for name in (self.script.name, "prepare.py", *self.modules) if (folder / name).exists()]
+        status = _git(folder, "status", "--porcelain", "--", *used)
+        begun = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.begin_unix))
         self.identity = {
-            "run_id": time.strftime("%Y%m%d-%H%M%S-", time.localtime(self.begin_unix)) + secrets.token_hex(2),
-            "git_commit": _git("rev-parse", "HEAD"),
+            "run_id": f"{begun}-{'demo-' if DEMO else ''}{secrets.token_hex(2)}",
+            "git_commit": _git(folder, "rev-parse", "HEAD"),
             "git_dirty": None if status is None else bool(status),
             "train_sha256": hashlib.sha256(source).hexdigest(),
             "prepare_sha256": PREPARE_SHA256,
+            "measurement_sha256": measurement_sha256(),
+            "seed_offset": SEED_OFFSET,
+            "demo": DEMO,
         }
-        self._source = source.decode()
-        own_operators = self.identity["train_sha256"] if "torch.library" in self._source else ""
-        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + own_operators
+        self._source = source.decode("utf-8-sig", "replace")
+        has_operators = "torch.library" in "".join((self._source, *self.modules.values()))
+        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + (self.identity["train_sha256"] if has_operators else "")
 
     def __enter__(self) -> "Run":
+        global _run
+        # A shell that starts a command in the background lets it ignore interrupts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            if self.is_new:
-                self._begin()
+            self._begin()
+            _run = self
+            if self.is_ours:
+                check_machine()
         except BaseException as e:
             self._report(e)
         return self
 
     def _begin(self) -> None:
-        print(f"run {self.identity['run_id']}", flush=True)
+        if self.is_ours and self.script.parent != Path.cwd():
+            raise SetupError(f"{self.script} leaves its files where it is called: cd {self.script.parent} first")
         if "AUTORESEARCH_TIME_BUDGET" in os.environ and not DEMO:
             raise SetupError("AUTORESEARCH_TIME_BUDGET is for the demo alone (scores compare at one budget): unset it")
+        self.metrics = lock_metrics()
+        if not self.is_new:
+            return
         set_aside_earlier_run()
+        print(f"run {self.identity['run_id']}", flush=True)
         fingerprint = None
         with contextlib.suppress(SetupError):  # the run itself will say that there is no data
             fingerprint = load_manifest()["fingerprint"]
-        self.start_record = self.identity | {
-            "started_unix": self.begin_unix,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "train_py": self._source,
-            "data_fingerprint": fingerprint,
-        }
-        write_atomic(Path(START_FILE), finite_json(self.start_record, indent=2) + "\n")
-        self.metrics = open(METRICS_FILE, "a")  # noqa: SIM115 (closed by __exit__)
+        self._write_start(
+            self.identity
+            | {
+                "started_unix": self.begin_unix,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "train_py": self._source,
+                "modules": self.modules,
+                "data_fingerprint": fingerprint,
+            }
+        )
 
-    def start_training(self, clock: Clock, step_tokens: int, facts: dict) -> None:
+    def _write_start(self, record: dict) -> None:
+        self.start_record = record
+        write_atomic(Path(START_FILE), finite_json(record, indent=2) + "\n")
+
+    def start_training(self, device: torch.device, facts: dict) -> None:
         """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the summary."""
-        gpu_name = torch.cuda.get_device_name(clock.device) if clock.is_cuda else None
-        self.clock, self.step_tokens, self.peak_flops = clock, step_tokens, peak_flops(gpu_name or "")
+        gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        self.clock, self.peak_flops = Clock(device), peak_flops(gpu_name or "")
         self.facts = facts | {
             "max_seq_len": MAX_SEQ_LEN,
             "time_budget": TIME_BUDGET,
+            "eval_tokens": EVAL_TOKENS,
             "gpu_name": gpu_name,
             "torch_version": str(torch.__version__),
             "data_fingerprint": load_manifest()["fingerprint"],
-            "demo": DEMO,
         }
-        clock.start()
+        self.facts = json.loads(finite_json(self.facts))  # what JSON cannot hold shows now, not when all is done
+        self.clock.start()
         self.startup_seconds = time.perf_counter() - self.begin
         print(f"gpu: {gpu_name}\nstartup_seconds: {self.startup_seconds:.1f}", flush=True)
 
-    def _mfu_percent(self, tokens_per_second: float) -> float | None:
-        return 100 * self.facts["flops_per_token"] * tokens_per_second / self.peak_flops if self.peak_flops else None
+    def log_step(self, step: int, num_tokens: int, values: dict[str, torch.Tensor], more: dict) -> None:
+        """Mark the end of a step. `values`, tensors on the device with `train/loss` among them, are not waited for:
+        `progress` reads them and writes the step's line."""
+        self.clock.end_step(values)
+        self.pending = step, num_tokens, more
 
-    def log_step(self, step: int, loss: float, more: dict) -> None:
-        """Append the step that the clock has just read to METRICS_FILE, one flushed line, and show it: live on a
-        terminal, every few seconds in a file. Raises FloatingPointError on a loss that is NaN or has exploded."""
-        self.step, self.loss, seconds = step, loss, self.clock.step_seconds
-        self.loss_average = 0.9 * self.loss_average + 0.1 * loss
-        tokens_per_second = self.step_tokens / seconds
+    def progress(self) -> float:
+        """How much of the budget is used up, 0 to 1, by the steps logged so far. Waits for the last one and appends
+        it to METRICS_FILE. Raises FloatingPointError on a loss that is NaN or has exploded."""
+        if self.pending:
+            values = self.clock.read_step()
+            self._write_step(*self.pending, values)
+            self.pending = None
+        return min(self.clock.seconds / TIME_BUDGET, 1.0)
+
+    def _write_step(self, step: int, num_tokens: int, more: dict, values: dict) -> None:
+        self.step, self.loss, seconds = step, values["train/loss"], self.clock.step_seconds
+        self.loss_average = 0.9 * self.loss_average + 0.1 * self.loss
+        self.num_tokens += num_tokens
+        self.step_ms.append(1000 * seconds)
         record = {
             "step": step,
-            "train/loss": loss,
-            "train/loss_smooth": self.loss_average / (1 - 0.9 ** (step + 1)),
-            "train/tokens": (step + 1) * self.step_tokens,
+            "train/loss": self.loss,
+            "train/loss_smooth": self.loss_average / (1 - 0.9 ** len(self.step_ms)),
+            "train/tokens": self.num_tokens,
             "perf/step_time_ms": 1000 * seconds,
-            "perf/tokens_per_sec": tokens_per_second,
-            "perf/mfu_percent": self._mfu_percent(tokens_per_second),
+            "perf/tokens_per_sec": num_tokens / seconds,
+            "perf/mfu_percent": self._mfu_percent(num_tokens / seconds),
             "time/unix_s": time.time(),
             "time/training_s": self.clock.seconds,
-        } | more
+        }
+        record |= values | more
+        if "train/data_sum" in values:
+            self.token_sum += int(values["train/data_sum"])
+            record["train/data_sum"] = self.token_sum
+        if "layers/names" in more:
+            record |= machine_stats()
+            if record["gpu/other_mb"] is not None:
+                self.other_mb = max(self.other_mb or 0.0, record["gpu/other_mb"])
         self.metrics.write(finite_json(record) + "\n")
         self.metrics.flush()
         if self.is_terminal or time.monotonic() - self.last_shown >= 5.0:
             self.last_shown = time.monotonic()
             line = step_line(record)
             print(f"\r{line}\x1b[K" if self.is_terminal else line, end="" if self.is_terminal else "\n", flush=True)
-        if not loss <= 100:
-            raise FloatingPointError("the loss is NaN" if math.isnan(loss) else "the loss exploded")
+        if not self.loss <= 100:
+            raise FloatingPointError("the loss is NaN" if math.isnan(self.loss) else "the loss exploded")
+
+    def _mfu_percent(self, tokens_per_second: float) -> float | None:
+        flops = self.facts.get("flops_per_token")
+        return 100 * flops * tokens_per_second / self.peak_flops if flops and self.peak_flops else None
+
+    def overrun(self) -> str:
+        """What is wrong where training took longer than the budget and its last step; "" where it did not."""
+        if self.training_seconds <= (1 + MAX_OVERRUN) * TIME_BUDGET:
+            return ""
+        return f"training took {self.training_seconds / TIME_BUDGET:.0%} of the budget (a step is too long)"
 
     def end_training(self) -> dict:
         """All of the summary that is known before the score."""
-        num_tokens = (self.step + 1) * self.step_tokens
-        is_cuda = self.clock.is_cuda
+        self.training_seconds = self.clock.seconds
+        modules = imported_modules(self.script.parent, self.script) | self.modules
+        if modules != self.modules:  # imported meanwhile
+            self._write_start(self.start_record | {"modules": modules})
+        profile, step_ms = self.facts.pop("profile", None), statistics.median(self.step_ms)
+        if profile:
+            profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
+        over = self.clock.paused_seconds - MAX_PAUSED_SHARE * TIME_BUDGET
         return {
             **self.identity,
             **self.facts,
-            "training_seconds": self.clock.seconds,
+            "training_seconds": self.training_seconds,
             "startup_seconds": self.startup_seconds,
             "stats_seconds": self.clock.paused_seconds,
+            **({"pauses_over": over} if over > 0 else {}),
             "total_seconds": time.perf_counter() - self.begin,
-            "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if is_cuda else None,
-            "mfu_percent": self._mfu_percent(num_tokens / self.clock.seconds),
-            "total_tokens_M": num_tokens / 1e6,
-            "num_steps": self.step + 1,
+            "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if self.clock.is_cuda else None,
+            "other_gpu_mb": self.other_mb,
+            "profile": profile,
+            "mfu_percent": self._mfu_percent(self.num_tokens / self.training_seconds),
+            "total_tokens_M": self.num_tokens / 1e6,
+            "num_steps": len(self.step_ms),
         }
 
     def save_checkpoint(self, model: torch.nn.Module, summary: dict) -> None:
         """Weights and the summary so far, so that a failed evaluation never costs the run."""
         temporary = Path(f"{CHECKPOINT_FILE}.tmp")
-        torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
+        try:
+            torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
+        except (OSError, RuntimeError) as e:  # torch's own words for a full disk are about positions in the file
+            temporary.unlink(missing_ok=True)
+            free_mb = shutil.disk_usage(".").free >> 20
+            raise SetupError(f"{CHECKPOINT_FILE} could not be written, {free_mb} MB are free: {e}") from e
         os.replace(temporary, CHECKPOINT_FILE)
 
     def load_checkpoint(self, model: torch.nn.Module) -> dict:
@@ -1828,6 +2218,10 @@ class Run:
         if summary["train_sha256"] != self.identity["train_sha256"]:
             raise SetupError(f"{CHECKPOINT_FILE} was written by another {self.script.name}: check that one out first")
         model.load_state_dict(stored["model"])
+        self.identity = {key: summary.get(key) for key in self.identity}
+        self.training_seconds = summary["training_seconds"]
+        self.start_record = _read_json(Path(START_FILE))
+        print(f"run {summary['run_id']}", flush=True)
         return summary
 
     def finish(self, summary: dict, val_bpb: float, eval_seconds: float) -> None:
@@ -1838,13 +2232,20 @@ class Run:
         total = time.perf_counter() - self.begin if self.is_new else summary["total_seconds"] + eval_seconds
         summary = {"val_bpb": val_bpb, **summary, "eval_seconds": eval_seconds, "total_seconds": total}
         write_atomic(Path(SUMMARY_FILE), finite_json(summary, indent=2) + "\n")
+        if self.start_record.pop("ended", None):  # of the evaluation that failed before this one
+            self._write_start(self.start_record)
         print(closing_block(summary), flush=True)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.metrics:
-            self.metrics.close()
         if error is not None:
             self._report(error)
+        self._close()
+
+    def _close(self) -> None:
+        global _run
+        _run = None
+        if self.metrics:
+            self.metrics.close()
 
     def _report(self, error: BaseException) -> None:
         """Say in one line why the run ended, in the log and in START_FILE, and exit."""
@@ -1852,10 +2253,11 @@ class Run:
             raise error
         where = f"at step {self.step}, loss {self.loss:.4f}" if self.step >= 0 else "before the first step"
         print(end="\n" if self.is_terminal else "", flush=True)
-        is_disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        is_setup = isinstance(error, SetupError | KeyboardInterrupt) or is_disk_full
-        if is_setup:
-            ended = f"error: {str(error) or f'interrupted {where}'}"
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            ended, code = f"stopped: by an interrupt {where}", 130
+        elif isinstance(error, SetupError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+            ended, code = f"error: {error}", 2
         else:
             ended = f"crash: {_reason(error)} {where}"
             if not isinstance(error, FloatingPointError):
@@ -1863,8 +2265,9 @@ class Run:
         print(ended, file=sys.stderr, flush=True)
         if self.start_record:
             with contextlib.suppress(OSError):
-                write_atomic(Path(START_FILE), finite_json(self.start_record | {"ended": ended}, indent=2) + "\n")
-        raise SystemExit(2 if is_setup else 1) from None
+                self._write_start(self.start_record | {"ended": ended})
+        self._close()
+        raise SystemExit(code) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -1874,20 +2277,32 @@ def _reason(error: BaseException) -> str:
         ours = torch.cuda.memory_reserved()
         ours, others, total = (n / 2**30 for n in (ours, max(total - free - ours, 0), total))
         return f"out of GPU memory ({ours:.1f} of {total:.1f} GiB ours, {others:.1f} GiB other processes')"
+    if isinstance(error, FloatingPointError):
+        return str(error)
     text = str(error).strip() or "no message"
     inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # what torch.compile's page of explanation is about
     first = inside[1] if inside else text.splitlines()[0]
-    return str(error) if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {first[:300]}"
+    is_either = "CUDA error" in text and "memory access" not in text
+    advice = " (this may be the machine's fault: run it once more)" if is_either else ""
+    return f"{type(error).__name__}: {first[:300]}{advice}"
 
 
 def step_line(record: dict) -> str:
     left_s, mfu = max(TIME_BUDGET - record["time/training_s"], 0), record["perf/mfu_percent"]
-    return (
-        f"step {record['step']:5d} | {100 * record['time/training_s'] / TIME_BUDGET:5.1f}% | "
-        f"loss {record['train/loss_smooth']:.4f} | lr x{record['train/lr_multiplier']:.2f} | "
-        f"{record['perf/step_time_ms']:.0f} ms | {record['perf/tokens_per_sec'] / 1e6:.3f}M tok/s | "
-        f"mfu {'unknown' if mfu is None else f'{mfu:.1f}%'} | epoch {record['train/epoch']} | {left_s:.0f} s left"
-    )
+    parts = [
+        f"step {record['step']:5d}",
+        f"{100 * record['time/training_s'] / TIME_BUDGET:5.1f}%",
+        f"loss {record['train/loss_smooth']:.4f}",
+        f"{record['perf/step_time_ms']:.0f} ms",
+        f"{record['perf/tokens_per_sec'] / 1e6:.3f}M tok/s",
+        f"mfu {'unknown' if mfu is None else f'{mfu:.1f}%'}",
+        *(f"{name}{record[key]:.3g}" for name, key in SHOWN.items() if key in record),
+        f"{left_s:.0f} s left",
+    ]
+    return " | ".join(parts)
+
+
+SHOWN = {"lr x": "train/lr_multiplier", "epoch ": "train/epoch"}  # in the log, where a program gives them
 
 
 def closing_block(summary: dict) -> str:
