@@ -510,7 +510,12 @@ def build(device: torch.device) -> tuple[Tokenizer, GPT]:
     torch.manual_seed(CONFIG.seed + SEED_OFFSET)
     torch.set_float32_matmul_precision("high")
     tokenizer = Tokenizer.from_directory()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then gives NaN
     model = GPT(CONFIG, tokenizer.get_vocab_size(), MAX_SEQ_LEN, device)
+    torch.use_deterministic_algorithms(False)
+    forgotten = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if forgotten:
+        raise ValueError(f"not initialised: {', '.join(forgotten)}")
     if device.type == "cuda":
         compile_parts(model)
     return tokenizer, model
