@@ -1,32 +1,49 @@
 """The fixed ground truth: text, tokenizer, packed batches, the score, and the record of a run.
 
     uv run prepare.py                      download climbmix, train the tokenizer, encode every token once
-    uv run prepare.py --source PATH        the same with your own .parquet, .jsonl, .jsonl.gz or .txt
-    AUTORESEARCH_DEMO=1 uv run prepare.py  a small data set made from the Python installation itself; no network
+    uv run prepare.py --source PATH        the same with your own files: .parquet, .jsonl, .txt (.gz, .zst)
+    AUTORESEARCH_DEMO=1 uv run prepare.py  a small data set made from the Python installation; no network
 
-Everything lands in the cache (AUTORESEARCH_CACHE, default ~/.cache/autoresearch; the demo uses its folder demo/):
+Called again, it goes on where it was interrupted, adds what is new, and makes anew what is damaged. Scores
+compare because nobody edits this file. Settings: AUTORESEARCH_CACHE (default ~/.cache/autoresearch; the demo
+uses its folder demo/), HF_ENDPOINT (a mirror), AUTORESEARCH_TIME_BUDGET (demo only). In the cache:
 
     data/               downloaded shards, as the upstream project stores them
-    tokenizer/          tokenizer.json, token_bytes.npy
-    tokens/{train,val}/ NAME.bin: uint16 tokens, one document after the other; NAME.npz: where documents begin
-    manifest.json       which data this is; a shard counts when it is listed here
+    tokenizer/          tokenizer.json
+    tokens/{train,val}/ NAME.bin: uint16 tokens, one document after the other; NAME.npz: where they begin
+    manifest.json       which data this is, with checksums; a shard counts when it is listed here
 
-Imported by train.py, this file also holds what an experiment has no reason to change: the loader, `evaluate_bpb`,
-layer statistics, kernels and the choice of attention, the budget's clock, and the files that a run leaves in the
-working folder.
+What train.py imports, for B rows of T tokens from a vocabulary of V:
+
+    MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE       context in tokens, seconds of training, ...
+    DEMO, SEED_OFFSET                   whether this is the demo; to be added to the seed (replicates)
+    Tokenizer.from_directory()          .encode(text or list), .decode(ids), .get_vocab_size() -> V
+    make_dataloader(tokenizer, B, T, "train")  endless (x, y, epoch): int64 (B, T) on the device, y one ahead
+    evaluate_bpb(model, tokenizer, B)   the score, bits per byte of EVAL_TOKENS validation tokens, from
+                                        model(x, y, reduction="none"): nats of each target; finds peeking
+    get_token_bytes(device)             int32 (V,): bytes of text that each token stands for
+    get_device()                        the GPU; in the demo the CPU will do
+    Run, Clock                          the files that a run leaves in the working folder; the budget's clock
+    layer_stats(model, x, y), copy_weights(model), parameter_stats(model, before)     for any model
+    make_attention(window, T, head_dim, device)  (name, attend(q, k, v)): causal, on (B, T, H, head_dim), over
+                                        the query and the `window` positions before it
+    relu2_mlp(x, c_in, c_out)           c_out(relu(c_in(x)) ** 2) of two bias-free linear layers
+    softcap_loss(x, head, targets, cap)  nats of each target under the logits cap * tanh(head(x) / cap)
 """
 
 import argparse
 import ast
 import base64
+import codecs
 import contextlib
 import errno
 import fcntl
 import functools
-import gzip
 import hashlib
+import io
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -43,7 +60,6 @@ import tempfile
 import threading
 import time
 import traceback
-import zlib
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -52,6 +68,7 @@ from types import SimpleNamespace
 from typing import TextIO
 
 import numpy as np
+import tiktoken
 import torch
 from torch.nn.attention import SDPBackend
 
@@ -63,41 +80,43 @@ except ImportError:  # a torch without CUDA: the kernels below cannot be called,
     triton, tl = None, SimpleNamespace(constexpr=None)
 jit = triton.jit if triton else lambda function: function
 
-# pyarrow, requests, rustbpe and tiktoken are imported where they are used: train.py imports this file for every run.
+# pyarrow, requests and rustbpe are imported where they are used: every run imports this file.
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Constants (fixed: results are comparable because nobody changes them)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
-def from_environment(name: str, read: Callable, default: object, wanted: str) -> object:
-    """What a variable says; of nonsense, one line and exit code 2."""
-    text = os.environ.get(name, "").strip()
+def read_setting(name: str, parse: Callable, wanted: str) -> object:
+    """An environment variable. Whatever command imports this file ends with one line where `parse` cannot read
+    it: a demo in place of a night, or the reverse, would be noticed in the morning."""
+    value = os.environ.get(name, "").strip().lower()
     try:
-        return read(text) if text else default
-    except (KeyError, ValueError):
-        print(f"error: {name}={text}: {wanted} is wanted", file=sys.stderr)
-        raise SystemExit(2) from None
+        return parse(value) if value else None
+    except (ValueError, KeyError, AssertionError):
+        print(f"error: {name}={value}: give {wanted}", file=sys.stderr)
+        sys.exit(2)
 
 
-def _positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
+def parse_seconds(value: str) -> float:
+    assert 0 < float(value) < math.inf, value
+    return float(value)
 
 
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-DEMO = from_environment("AUTORESEARCH_DEMO", lambda text: SWITCH[text.lower()], False, "1 or 0")
-SEED_OFFSET = from_environment("AUTORESEARCH_SEED_OFFSET", int, 0, "a whole number")  # another seed: a replicate
+DEMO = bool(read_setting("AUTORESEARCH_DEMO", SWITCH.__getitem__, "1 for the demo, 0 or nothing for a real run"))
+DEMO_BUDGET = read_setting("AUTORESEARCH_TIME_BUDGET", parse_seconds, "seconds of training, such as 30")
+SEED_OFFSET = read_setting("AUTORESEARCH_SEED_OFFSET", int, "a whole number, such as 1") or 0
 
 MAX_SEQ_LEN = 256 if DEMO else 2048  # tokens of context
-TIME_BUDGET = from_environment("AUTORESEARCH_TIME_BUDGET", _positive, 30.0, "seconds") if DEMO else 300  # of training
+TIME_BUDGET = (DEMO_BUDGET or 30.0) if DEMO else 300  # seconds of training
 EVAL_TOKENS = 2**16 if DEMO else 40 * 524288  # validation tokens scored
 VOCAB_SIZE = 1024 if DEMO else 8192  # tokens, the special ones included
 
 # GPT-4's pattern, but with numbers cut into groups of two digits at most: three waste a small vocabulary.
 SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]
 BOS_TOKEN = SPECIAL_TOKENS[0]
@@ -108,10 +127,11 @@ CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 MAX_SHARD = 6542  # the last shard, never trained on
 VAL_FILENAME = f"shard_{MAX_SHARD:05d}.parquet"
 HELD_OUT_SHARE = 0.05  # of the documents of a source that brings no validation shard
+SPLITS = ("train", "val")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Paths and small helpers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 CACHE_DIR = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 CACHE_DIR = CACHE_DIR / "demo" if DEMO else CACHE_DIR
@@ -134,9 +154,12 @@ class SetupError(ValueError):
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write the whole file or nothing: a reader never sees half of it."""
+    """Write the whole file or nothing: a reader never sees half of it, nor does a power cut leave half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    with open(temporary, "wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
@@ -168,51 +191,33 @@ def finite_json(value: object, indent: int | None = None) -> str:
 
 
 class Progress:
-    """A bar with rate and time left on a terminal; elsewhere a plain line every ten seconds. Thread-safe."""
+    """A line with amount, rate and time left every five seconds. Thread-safe."""
 
-    def __init__(self, label: str, total: int, unit: str = "MB", scale: float = 1e6):
-        self.label, self.total, self.unit, self.scale = label, total, unit, scale
-        self.done, self.start, self.drawn = 0, time.monotonic(), time.monotonic()
-        self.is_terminal, self.lock = sys.stdout.isatty(), threading.Lock()
+    def __init__(self, label: str, total_bytes: int):
+        self.label, self.total_mb, self.done_mb = label, total_bytes / 1e6, 0.0
+        self.start = self.shown = time.monotonic()
+        self.lock = threading.Lock()
 
-    def add(self, amount: int) -> None:
+    def add(self, num_bytes: int) -> None:
         with self.lock:
-            self.done += amount
+            self.done_mb += num_bytes / 1e6
             now = time.monotonic()
-            if now - self.drawn >= (0.2 if self.is_terminal else 10):
-                self.drawn = now
-                self._draw(now)
-
-    def finish(self) -> None:
-        self._draw(time.monotonic())
-        if self.is_terminal:
-            print(flush=True)
-
-    def _draw(self, now: float) -> None:
-        seconds = max(now - self.start, 1e-9)
-        rate = self.done / seconds
-        share = min(self.done / self.total, 1.0) if self.total else 1.0
-        left = f"{(self.total - self.done) / rate:.0f} s left" if share < 1 and rate else f"{seconds:.0f} s"
-        amounts = f"{self.done / self.scale:.0f}/{self.total / self.scale:.0f} {self.unit}"
-        line = f"{self.label}: {share:4.0%} {amounts}, {rate / self.scale:.1f} {self.unit}/s, {left}"
-        if self.is_terminal:
-            filled = round(share * 24)
-            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\x1b[K", end="", flush=True)
-        else:
-            print(line, flush=True)
+            if now - self.shown >= 5:
+                self.shown = now
+                rate = self.done_mb / (now - self.start)
+                left_s = max(self.total_mb - self.done_mb, 0) / rate
+                amount = f"{self.done_mb:.0f} of {self.total_mb:.0f} MB"
+                print(f"{self.label}: {amount}, {rate:.1f} MB/s, {left_s:.0f} s left", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Download (climbmix shards from Hugging Face or a mirror)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
-
-class DownloadError(Exception):
-    """One attempt failed; `is_final` says that another would too."""
-
-    def __init__(self, message: str, is_final: bool = False, retry_after_s: float = 0.0):
-        super().__init__(message)
-        self.is_final, self.retry_after_s = is_final, retry_after_s
+DOWNLOAD_ATTEMPTS = 6  # in a row that bring no new byte
+DOWNLOAD_PAUSE_S = 1.0  # between them, doubled each time, and never more than a minute, whatever the server
+DOWNLOAD_PAUSE_MAX_S = 60  # asks for: a night should not sleep through a server that came back
+DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 
 def shard_name(index: int) -> str:
@@ -224,8 +229,169 @@ def shard_url(name: str) -> str:
     return f"{endpoint}/datasets/{CLIMBMIX}/resolve/main/{name}"
 
 
-def check_parquet(path: Path) -> None:
-    """Raise SetupError unless `path` opens as parquet and has a string column `text`."""
+def describe_failure(error: Exception) -> str:
+    """The reason for a failed request, without what requests and urllib3 wrap around it."""
+    if getattr(error, "response", None) is not None:
+        return f"HTTP {error.response.status_code}"
+    cause = error.args[0] if error.args else error
+    return re.sub(r"^.*(Connection|Pool)[^:]*: ", "", str(getattr(cause, "reason", cause)))
+
+
+def open_session() -> Callable:
+    """A `get` that asks again by itself wherever no answer begins, or the server says that it is busy."""
+    import requests
+    from urllib3 import Retry
+
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would announce every attempt
+    retry = Retry(
+        DOWNLOAD_ATTEMPTS - 1,
+        connect=2,  # no connection at all: the network is missing, or the address wrong
+        backoff_factor=DOWNLOAD_PAUSE_S,
+        backoff_max=DOWNLOAD_PAUSE_MAX_S,
+        retry_after_max=DOWNLOAD_PAUSE_MAX_S,
+        status_forcelist=(408, 425, 429, 500, 502, 503, 504),
+        raise_on_status=False,
+    )
+    session = requests.Session()
+    session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
+    session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
+    return functools.partial(session.get, stream=True, timeout=DOWNLOAD_TIMEOUT_S)
+
+
+def fetch_part(get: Callable, part: Path, tag_path: Path, progress: Progress) -> None:
+    """Bring `part` to its whole length in one request, or raise. Goes on where it ends if the server still has
+    the same file, by the ETag or the date noted in `tag_path`: another may have the same length."""
+    tag = tag_path.read_text() if tag_path.exists() else ""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag or None}
+    with get(shard_url(part.stem), headers=headers) as r:
+        new_tag = r.headers.get("ETag") or r.headers.get("Last-Modified") or ""
+        is_rest = r.headers.get("Content-Range", "").startswith(f"bytes {have}-") and new_tag in ("", tag)
+        if r.status_code in (206, 416) and not is_rest:
+            part.unlink()
+            raise SetupError("what was here is not the beginning of the server's file")
+        r.raise_for_status()
+        with open(part, "ab" if r.status_code == 206 else "wb") as f:
+            tag_path.write_text(new_tag or tag)
+            for chunk in r.iter_content(1 << 16):  # a dying connection loses less than one of these
+                f.write(chunk)
+                progress.add(len(chunk))
+
+
+def download_shard(name: str, folder: Path, progress: Progress) -> None:
+    """Download one shard into `folder`, verified, then renamed into place; goes on where a body was cut. Raises
+    SetupError after DOWNLOAD_ATTEMPTS in a row without a new byte, or where another cannot help."""
+    import requests
+
+    part, tag_path = folder / f"{name}.part", folder / f"{name}.tag"
+    if not (tag_path.exists() and tag_path.read_text()):
+        part.unlink(missing_ok=True)  # nothing says of which file this is the beginning
+    get, attempt, most = open_session(), 0, 0
+    while True:
+        is_final = False
+        try:
+            fetch_part(get, part, tag_path, progress)
+            check_parquet(part)
+            os.replace(part, folder / name)
+            return tag_path.unlink()
+        except SetupError as e:
+            reason = str(e)
+            part.unlink(missing_ok=True)
+        except requests.RequestException as e:
+            reason = describe_failure(e)
+            # A ValueError among them is a malformed URL (HF_ENDPOINT): no server will ever answer it.
+            is_final = isinstance(e, requests.HTTPError | ValueError)
+            is_final |= not most and "MaxRetryError" in repr(e)  # no server was ever reached
+        size = part.stat().st_size if part.exists() else 0
+        attempt, most = (1, size) if size > most else (attempt + 1, most)
+        if is_final or attempt == DOWNLOAD_ATTEMPTS:
+            raise SetupError(reason)
+        time.sleep(min(DOWNLOAD_PAUSE_S * 2 ** (attempt - 1), DOWNLOAD_PAUSE_MAX_S))
+
+
+def download_shards(names: list[str], folder: Path, workers: int) -> None:
+    """Download the shards that are missing or damaged, in parallel. Raises SetupError naming every shard still
+    missing. Interrupted at any moment, it leaves only parts, which the next call continues."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = []
+    for name in names:
+        try:
+            check_parquet(folder / name)  # a file that is cut does not open
+        except SetupError:
+            wanted.append(name)
+    if not wanted:
+        return
+    print(f"downloading {len(wanted)} of {len(names)} shards from {shard_url('')}")
+    progress = Progress("download", len(wanted) * 90_000_000)  # climbmix shards are about this long
+    pool, failed = ThreadPoolExecutor(workers), {}
+    try:
+        futures = {pool.submit(download_shard, name, folder, progress): name for name in wanted}
+        for future in as_completed(futures):
+            try:
+                future.result()
+            except (SetupError, OSError) as e:
+                failed[futures[future]] = str(e)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C a thread may wait for a silent server
+    if failed:
+        reasons = "; ".join(sorted(set(failed.values())))
+        raise SetupError(
+            f"{len(failed)} of {len(names)} shards are missing: {', '.join(sorted(failed))} ({reasons}). What "
+            f"arrived is kept in {folder}; call again to go on, or bring your own text (--source PATH)"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sources (any text as row groups of documents)
+# ---------------------------------------------------------------------------------------------------
+
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+TXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
+SOURCE_SUFFIXES = (".parquet", *JSONL_SUFFIXES, *TXT_SUFFIXES)
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+ENCODINGS = {  # by the mark at the beginning of a file; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+    codecs.BOM_UTF8: "utf-8",
+}
+ROW_GROUP_DOCS = 1024  # documents; for sources that have no row groups of their own
+
+
+def find_source_files(source: Path) -> dict[str, Path]:
+    """{name: path} of every text file at `source`, sorted by name; says what else is there and not used.
+    Raises SetupError where there is no text."""
+    if not source.exists():
+        raise SetupError(f"--source {source}: no such file or folder")
+    files, ignored = {}, {}
+    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
+    for path in filter(Path.is_file, paths):
+        name = path.relative_to(source).as_posix() if source.is_dir() else path.name
+        is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+        if is_hidden:
+            ignored.setdefault("hidden", []).append(name)
+        elif name.lower().endswith(SOURCE_SUFFIXES):
+            files[name] = path
+        else:
+            ignored.setdefault(path.suffix or "without a suffix", []).append(name)
+    kinds = ", ".join(f"{len(names)} {kind} (such as {names[0]})" for kind, names in ignored.items())
+    if not files:
+        raise SetupError(
+            f"--source {source}: looked for {', '.join(SOURCE_SUFFIXES)} and found {kinds or 'nothing'} (parquet "
+            "with a string column 'text', JSON lines with a key 'text', or plain text)"
+        )
+    if ignored:
+        num_ignored = sum(map(len, ignored.values()))
+        total = num_ignored + len(files)
+        print(f"warning: {num_ignored} of {total} files in {source} are not used: {kinds}", file=sys.stderr)
+    return files
+
+
+def check_parquet(path: Path, text_key: str = "text") -> None:
+    """Raise SetupError unless `path` opens as parquet and has a string column `text_key`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -234,238 +400,121 @@ def check_parquet(path: Path) -> None:
             schema = file.schema_arrow
     except (OSError, pa.ArrowException) as e:
         raise SetupError(f"{path} is not a readable parquet file ({e})") from e
-    if "text" not in schema.names or not (
-        pa.types.is_string(schema.field("text").type) or pa.types.is_large_string(schema.field("text").type)
-    ):
-        raise SetupError(f"{path} has no string column 'text'; its columns: {', '.join(schema.names)}")
-
-
-def _fetch_part(url: str, part: Path, timeout_s: float, stop: threading.Event, progress: Progress) -> int:
-    """Bring `part` up to the server's length in one request, going on where it ends. Returns that length."""
-    import requests
-
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=timeout_s) as r:
-            content_range = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", r.headers.get("Content-Range", ""))
-            if r.status_code == 416:  # nothing beyond what is here: complete, or a leftover of another file
-                if content_range and int(content_range[2]) == have:
-                    return have
-                part.unlink()
-                raise DownloadError("the part on disk does not belong to this file; starting anew")
-            if r.status_code == 206 and content_range and content_range[1] and int(content_range[1]) == have:
-                length, mode = int(content_range[2]), "ab"
-            elif r.status_code == 200 and "Content-Length" in r.headers:
-                length, mode, have = int(r.headers["Content-Length"]), "wb", 0
-            elif r.status_code in (200, 206):
-                raise DownloadError("the server does not say how long the file is", is_final=True)
-            else:
-                is_final = 400 <= r.status_code < 500 and r.status_code not in (408, 425, 429)
-                wait = r.headers.get("Retry-After", "")
-                raise DownloadError(f"HTTP {r.status_code}", is_final, float(wait) if wait.isdigit() else 0.0)
-            with open(part, mode) as f:
-                for chunk in r.iter_content(1 << 16):  # what a dying connection loses is less than one of these
-                    if stop.is_set():
-                        raise DownloadError("interrupted", is_final=True)
-                    f.write(chunk)
-                    progress.add(len(chunk))
-    except requests.RequestException as e:
-        # A ValueError among them is a malformed URL (HF_ENDPOINT): no server will ever answer it.
-        raise DownloadError(f"{type(e).__name__}: {e}", is_final=isinstance(e, ValueError)) from e
-    return length
-
-
-def download_shard(
-    name: str,
-    folder: Path,
-    progress: Progress,
-    stop: threading.Event,
-    *,
-    max_attempts: int = 6,
-    pause_s: float = 1.0,
-    timeout_s: float = 30.0,
-) -> None:
-    """Download one shard into `folder`, verified, then renamed into place. Raises DownloadError after `max_attempts`
-    attempts in a row without a new byte; pauses grow from `pause_s` twofold."""
-    path, part = folder / name, folder / f"{name}.part"
-    attempt, most = 0, 0
-    while True:
-        try:
-            length = _fetch_part(shard_url(name), part, timeout_s, stop, progress)
-            size = part.stat().st_size
-            if size < length:
-                raise DownloadError(f"connection closed after {size} of {length} bytes")
-            try:
-                if size > length:
-                    raise SetupError(f"{size} bytes, the server says {length}")
-                check_parquet(part)
-            except SetupError as e:
-                part.unlink()
-                raise DownloadError(f"damaged: {e}") from e
-            os.replace(part, path)
-            return
-        except DownloadError as e:
-            size = part.stat().st_size if part.exists() else 0
-            attempt, most = (1, size) if size > most else (attempt + 1, most)
-            if e.is_final or attempt >= max_attempts:
-                raise
-            # Held below a minute: a night's run should not sleep through a server that came back.
-            stop.wait(min(max(pause_s * 2 ** (attempt - 1), e.retry_after_s), 60.0))
-
-
-def _matches_server(path: Path, timeout_s: float) -> bool:
-    """Whether a file from an earlier or an upstream download has the server's length. An unreachable server does
-    not condemn it: a cut parquet file does not open."""
-    import requests
-
-    try:
-        check_parquet(path)
-        r = requests.head(
-            shard_url(path.name), headers={"Accept-Encoding": "identity"}, allow_redirects=True, timeout=timeout_s
-        )
-    except SetupError:
-        return False
-    except requests.RequestException:
-        return True
-    known = r.status_code == 200 and "Content-Length" in r.headers
-    return not known or int(r.headers["Content-Length"]) == path.stat().st_size
-
-
-def download_shards(names: list[str], folder: Path, workers: int, **options: float) -> None:
-    """Download the shards that are missing, in parallel. Raises SetupError naming every shard still missing.
-    Interrupted at any moment, it leaves only `.part` files, which the next call continues."""
-    folder.mkdir(parents=True, exist_ok=True)
-    timeout_s = options.get("timeout_s", 30.0)
-    with ThreadPoolExecutor(workers) as pool:
-        present = [name for name in names if (folder / name).exists()]
-        verdicts = pool.map(lambda name: _matches_server(folder / name, timeout_s), present)
-        for name, is_good in zip(present, verdicts, strict=True):
-            if not is_good:
-                print(f"{name}: not the server's file; downloading it again")
-                (folder / name).unlink()
-    wanted = [name for name in names if not (folder / name).exists()]
-    if not wanted:
-        return
-    print(f"downloading {len(wanted)} of {len(names)} shards from {shard_url('')}")
-    stop, failed = threading.Event(), {}
-    progress = Progress("download", 0)
-    progress.total = len(wanted) * 90_000_000  # climbmix shards are about this long; corrected as they finish
-    pool = ThreadPoolExecutor(workers)
-    try:
-        futures = {pool.submit(download_shard, name, folder, progress, stop, **options): name for name in wanted}
-        for future in as_completed(futures):
-            name = futures[future]
-            try:
-                future.result()
-                progress.total += (folder / name).stat().st_size - 90_000_000
-            except (DownloadError, OSError) as e:
-                failed[name] = str(e)
-                print(f"\n{name}: {e}", file=sys.stderr)
-    finally:
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C a thread may still wait for a silent server
-    if failed:
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    kind = schema.field(text_key).type if text_key in schema.names else None
+    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise SetupError(
-            f"{len(failed)} of {len(names)} shards are missing: {', '.join(sorted(failed))}. "
-            f"What arrived is kept in {folder}; call again to go on"
+            f"{path} has no string column {text_key!r}; its columns: {columns}. --text-key NAME chooses another"
         )
-    progress.total = progress.done
-    progress.finish()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources (any text as row groups of documents)
-# ---------------------------------------------------------------------------------------------------------------------
+def open_source(path: Path) -> io.BufferedReader:
+    """What the file holds, decompressed. A damaged stream raises OSError."""
+    import pyarrow as pa
 
-SOURCE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".txt")
-ROW_GROUP_DOCS = 1024  # documents; for sources that have no row groups of their own
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    return io.BufferedReader(pa.CompressedInputStream(path, compression)) if compression else open(path, "rb")
 
 
-def find_source_files(source: Path) -> dict[str, Path]:
-    """{name: path} of every text file at `source`, sorted by name. Raises SetupError where there is none."""
-    if source.is_file() and source.name.endswith(SOURCE_SUFFIXES):
-        return {source.name: source}
-    if not source.exists():
-        raise SetupError(f"--source {source}: no such file or folder")
-    files = {
-        path.relative_to(source).as_posix(): path
-        for path in sorted(source.rglob("*"))
-        if path.is_file() and path.name.endswith(SOURCE_SUFFIXES)
-    }
-    if not files:
+def decode_text(path: Path, data: bytes) -> str:
+    """Text in UTF-8, or in what its byte order mark says, which is dropped. Raises SetupError with the place of
+    what is no text, rather than train on U+FFFD and NUL for the night."""
+    mark = next((mark for mark in ENCODINGS if data.startswith(mark)), b"")
+    encoding = ENCODINGS.get(mark, "utf-8")
+    text, found, place = "", "NUL", data.find(b"\0") if encoding == "utf-8" else -1
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as e:
+        found, place = f"no {encoding.upper()}", len(mark) + e.start
+    if place >= 0:
         raise SetupError(
-            f"--source {source}: looked for {', '.join(SOURCE_SUFFIXES)} and found none "
-            "(parquet with a string column 'text', JSON lines with a key 'text', or plain text)"
+            f"{path}: byte {place} (line {data.count(bytes([10]), 0, place) + 1}) is {found}. If this is text, convert "
+            "it (`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16LE, or what it is); else leave it out"
         )
-    return files
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def split_text(text: str, max_chars: int) -> list[str]:
-    """Cut a plain text at blank lines into documents of up to `max_chars` characters (a longer paragraph is cut
-    hard). Without this a book would be one document, of which packing uses one row."""
-    paragraphs = [
-        p[i : i + max_chars] for p in re.split(r"(?<=\n)\s*\n", text) for i in range(0, max(len(p), 1), max_chars)
-    ]
+    """Cut a plain text at blank lines into documents of up to `max_chars` characters (a longer paragraph is
+    cut hard). Without this a book would be one document, of which packing uses one row."""
     documents, size = [[]], 0
-    for paragraph in paragraphs:
-        if documents[-1] and size + len(paragraph) > max_chars:
-            documents.append([])
-            size = 0
-        documents[-1].append(paragraph)
-        size += len(paragraph) + 1
+    for paragraph in re.split(r"(?<=\n)\s*\n", text):
+        for i in range(0, max(len(paragraph), 1), max_chars):
+            piece = paragraph[i : i + max_chars]
+            if documents[-1] and size + len(piece) > max_chars:
+                documents.append([])
+                size = 0
+            documents[-1].append(piece)
+            size += len(piece) + 1
     joined = ["\n".join(document) for document in documents]
     return [document for document in joined if document.strip()]
 
 
-def _read_jsonl(path: Path, bad: list[str]) -> Iterator[tuple[str, int]]:
-    """Yields (text, bytes of the file used so far)."""
-    with open(path, "rb") as raw, gzip.open(raw) if path.name.endswith(".gz") else contextlib.nullcontext(raw) as lines:
-        number = 0
+def text_of_line(line: bytes, text_key: str) -> str:
+    """The text in a line of JSON. Raises ValueError saying what is there instead."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"{type(record).__name__}, not an object with a key {text_key!r}")
+    if text_key not in record:
+        keys = ", ".join(record)[:200]
+        raise ValueError(f"no key {text_key!r}; its keys: {keys}. --text-key NAME chooses another")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise ValueError(f"{text_key!r} is {type(text).__name__}, not a string")
+    return text.encode("utf-8", "replace").decode()  # lone surrogates become "?"
+
+
+def read_jsonl(path: Path, bad: list[str], text_key: str) -> Iterator[str]:
+    number = 0
+    with open_source(path) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    text = json.loads(line)["text"]
-                except (ValueError, TypeError, KeyError, RecursionError) as e:
-                    bad.append(f"{path}:{number}: {type(e).__name__}: {e}")
+                    text = text_of_line(line, text_key)
+                except (ValueError, RecursionError) as e:
+                    bad.append(f"{path}:{number}: {e}")
                     continue
-                if not isinstance(text, str):
-                    bad.append(f"{path}:{number}: 'text' is {type(text).__name__}, not a string")
-                    continue
-                yield text.encode("utf-8", "replace").decode(), raw.tell()  # lone surrogates become "?"
-        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+                yield text
+        except OSError as e:
             bad.append(f"{path}:{number + 1}: {e}; the rest of the file is not used")
 
 
-def read_row_groups(path: Path, bad: list[str]) -> Iterator[tuple[list[str], int]]:
-    """Yields (documents, bytes of the file they took) in file order; what cannot be used is described in `bad`."""
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+def read_parquet(path: Path, bad: list[str], text_key: str) -> Iterator[list[str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-        check_parquet(path)
-        with pq.ParquetFile(path) as file:
-            share = path.stat().st_size // max(file.num_row_groups, 1)
-            for i in range(file.num_row_groups):
-                try:
-                    texts = file.read_row_group(i, columns=["text"]).column("text").to_pylist()
-                except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
-                    raise SetupError(f"{path}: row group {i} is damaged ({e}); replace or remove the file") from e
-                documents = [text for text in texts if text is not None]
-                bad.extend(f"{path}: row group {i}: null text" for _ in range(len(texts) - len(documents)))
-                yield documents, share
-    elif path.suffix == ".txt":
-        documents = split_text(path.read_text("utf-8", errors="replace"), 4 * MAX_SEQ_LEN)
-        for i in range(0, len(documents), ROW_GROUP_DOCS):
-            group = documents[i : i + ROW_GROUP_DOCS]
-            yield group, path.stat().st_size * len(group) // len(documents)
-    else:
-        used, rows = 0, _read_jsonl(path, bad)
-        while group := list(itertools.islice(rows, ROW_GROUP_DOCS)):
-            yield [text for text, _ in group], group[-1][1] - used
-            used = group[-1][1]
+    check_parquet(path, text_key)
+    with pq.ParquetFile(path) as file:
+        for i in range(file.num_row_groups):
+            try:
+                texts = file.read_row_group(i, columns=[text_key]).column(text_key).to_pylist()
+            except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
+                raise SetupError(f"{path}: row group {i} is damaged ({e}); replace or remove the file") from e
+            documents = [text for text in texts if text is not None]
+            bad.extend([f"{path}: row group {i}: null text"] * (len(texts) - len(documents)))
+            yield documents
+
+
+def read_txt(path: Path) -> list[str]:
+    try:
+        with open_source(path) as stream:
+            return split_text(decode_text(path, stream.read()), 4 * MAX_SEQ_LEN)
+    except OSError as e:
+        raise SetupError(f"{path} is damaged ({e}); replace or remove the file") from e
+
+
+def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Iterator[list[str]]:
+    """Yields row groups of documents in file order; what cannot be used is described in `bad`. Raises SetupError
+    for a file that is damaged or no text."""
+    if path.name.lower().endswith(".parquet"):
+        yield from read_parquet(path, bad, text_key)
+        return
+    is_txt = path.name.lower().endswith(TXT_SUFFIXES)
+    documents = iter(read_txt(path)) if is_txt else read_jsonl(path, bad, text_key)
+    while group := list(itertools.islice(documents, ROW_GROUP_DOCS)):
+        yield group
 
 
 def document_hash(text: str) -> int:
@@ -474,28 +523,26 @@ def document_hash(text: str) -> int:
 
 
 def write_demo_text(path: Path) -> None:
-    """The source code and documentation of this Python installation as JSON lines, in a fixed order."""
+    """The source code and documentation of this Python installation as JSON lines, shuffled by their hash: in
+    the order of file names the score depends on the module at which training stops."""
     library = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "__pycache__", "idlelib", "lib2to3"}
     files = [f for f in sorted(library.rglob("*.py")) if not skipped & set(f.relative_to(library).parts)]
-    lines = [
-        json.dumps({"text": document})
-        for f in files
-        for document in split_text(f.read_text("utf-8", errors="replace"), 8 * MAX_SEQ_LEN)
-    ]
-    if not lines:
-        raise SetupError(f"no Python source in {library}; use --source PATH instead")
+    documents = []
+    for file in files:
+        documents += split_text(file.read_text("utf-8", errors="replace"), 8 * MAX_SEQ_LEN)
+    lines = [json.dumps({"text": document}) for document in sorted(documents, key=document_hash)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "\n".join(lines) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 
 def encode_pieces(encode: Callable, text: str) -> list:
-    """[encode(text)]; of a text that overflows the pattern (about a million blanks in a row), that of its halves."""
+    """[encode(text)]; of a text that overflows the pattern (a million blanks in a row), that of its halves."""
     try:
         return [encode(text)]
     except ValueError:
@@ -509,8 +556,6 @@ class Tokenizer:
     """Byte-level BPE: trained by rustbpe, run by tiktoken, stored as plain JSON. Special ids follow the merges."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = SPLIT_PATTERN, special: Iterable[str] = SPECIAL_TOKENS):
-        import tiktoken
-
         self.pattern, self.ranks = pattern, ranks
         self.special = {token: len(ranks) + i for i, token in enumerate(special)}
         self.enc = tiktoken.Encoding(
@@ -522,29 +567,31 @@ class Tokenizer:
         import rustbpe
 
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(iter(documents), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        num_merged = vocab_size - len(SPECIAL_TOKENS)
+        trainer.train_from_iterator(iter(documents), num_merged, pattern=SPLIT_PATTERN)
         return cls({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
 
     @classmethod
     def from_directory(cls, tokenizer_dir: str | Path | None = None) -> "Tokenizer":
         path = Path(tokenizer_dir or TOKENIZER_DIR) / "tokenizer.json"
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_bytes())
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(stored["tokens"])}
+            return cls(ranks, stored["pattern"], stored["special_tokens"])
         except FileNotFoundError:
             raise SetupError(f"no tokenizer at {path}: run `{PREPARE_COMMAND}` first") from None
-        ranks = {base64.b64decode(token): rank for rank, token in enumerate(stored["tokens"])}
-        return cls(ranks, stored["pattern"], stored["special_tokens"])
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise SetupError(f"{path} is damaged ({e}): {REMEDY}") from e
 
     def save(self, tokenizer_dir: Path) -> None:
         tokenizer_dir.mkdir(parents=True, exist_ok=True)
-        np.save(tokenizer_dir / "token_bytes.npy", self.token_bytes())
-        tokens = [base64.b64encode(token).decode() for token in sorted(self.ranks, key=self.ranks.__getitem__)]
+        tokens = [base64.b64encode(token).decode() for token in sorted(self.ranks, key=self.ranks.get)]
         stored = {"pattern": self.pattern, "special_tokens": list(self.special), "tokens": tokens}
         write_atomic(tokenizer_dir / "tokenizer.json", json.dumps(stored, indent=0))
 
     def token_bytes(self) -> np.ndarray:
-        """int32 (vocab,): bytes of text that each token stands for, 0 for special tokens. From the raw bytes: decoded
-        to a string first, a token that is no valid UTF-8 by itself would count as the 3 bytes of U+FFFD."""
+        """int32 (vocab,): bytes of text that each token stands for, 0 for special tokens. From the raw bytes:
+        decoded to a string first, a token that is no valid UTF-8 by itself would count as U+FFFD's 3 bytes."""
         lengths = np.zeros(self.get_vocab_size(), dtype=np.int32)
         for token, rank in self.ranks.items():
             lengths[rank] = len(token)
@@ -557,14 +604,16 @@ class Tokenizer:
         return self.special[BOS_TOKEN]
 
     def encode(self, text: str | list[str], prepend: int | str | None = None, num_threads: int = 8) -> list:
-        """Token ids of a string, or a list of them for a list; `prepend` is a token id or a special token's name."""
-        first = [] if prepend is None else [self.special[prepend] if isinstance(prepend, str) else prepend]
-        if isinstance(text, str):
-            # Not encode_ordinary, which panics where this raises ValueError.
-            pieces = encode_pieces(lambda piece: self.enc.encode(piece, disallowed_special=()), text)
-            return list(itertools.chain(first, *pieces))
-        with ThreadPoolExecutor(num_threads) as pool:
-            return list(pool.map(lambda one: self.encode(one, prepend), text))
+        """Token ids of a string, or a list of them for a list; `prepend`: a token id or a special token's name."""
+        if isinstance(text, list):
+            with ThreadPoolExecutor(num_threads) as pool:
+                return list(pool.map(lambda one: self.encode(one, prepend), text))
+        # Not encode_ordinary, which panics where this raises ValueError.
+        pieces = encode_pieces(lambda piece: self.enc.encode(piece, disallowed_special=()), text)
+        ids = list(itertools.chain(*pieces))
+        if prepend is None:
+            return ids
+        return [self.special[prepend] if isinstance(prepend, str) else prepend, *ids]
 
     def encode_document(self, text: str) -> np.ndarray:
         """uint16 (n,): BOS and the document's tokens. Runs outside Python's lock, so threads help."""
@@ -577,40 +626,102 @@ class Tokenizer:
 
 def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
     """int32 (vocab,): bytes of UTF-8 text that each token stands for; 0 for special tokens."""
-    return torch.from_numpy(np.load(TOKENIZER_DIR / "token_bytes.npy", allow_pickle=False)).to(device)
+    return torch.from_numpy(Tokenizer.from_directory().token_bytes()).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding (every token once, at preparation) and the manifest
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
+# Encoding (every token once, at preparation) and the manifest (which data this is, and that it is whole)
+# ---------------------------------------------------------------------------------------------------
+
+REMEDY = f"run prepare.py as at first (`{PREPARE_COMMAND}`, with --source if it was), which makes it anew"
 
 
-def load_manifest() -> dict:
-    """The manifest of a complete data set, as it was when this process first asked: shards added while a run trains
-    belong to the next run. Raises SetupError where preparation has not finished."""
-    return _load_manifest(MANIFEST_PATH)
-
-
-@functools.cache
-def _load_manifest(path: Path) -> dict:
-    manifest = json.loads(path.read_text()) if path.exists() else {"is_complete": False}
-    if not manifest["is_complete"]:
-        state = "preparation was interrupted" if "shards" in manifest else "no data"
-        raise SetupError(f"{path.parent}: {state}; run `{PREPARE_COMMAND}` first")
-    return manifest
+def read_manifest() -> dict:
+    """The manifest; {} where there is none, or where it or the tokenizer is not what was written."""
+    try:
+        manifest = json.loads(MANIFEST_PATH.read_bytes())
+        checksum = manifest.pop("checksum", None)
+        # Manifests of earlier versions have none.
+        is_whole = checksum in (None, hashlib.sha256(json.dumps(manifest).encode()).hexdigest())
+        is_whole &= manifest["tokenizer_sha256"] == sha256_file(TOKENIZER_DIR / "tokenizer.json")
+        return manifest if is_whole else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def save_manifest(manifest: dict, is_complete: bool) -> None:
     manifest |= {"fingerprint": data_fingerprint(manifest), "is_complete": is_complete}
-    write_atomic(MANIFEST_PATH, json.dumps(manifest, indent=1))
-    _load_manifest.cache_clear()
+    checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    write_atomic(MANIFEST_PATH, json.dumps(manifest | {"checksum": checksum}, indent=1))
+    load_manifest.cache_clear()
 
 
 def data_fingerprint(manifest: dict) -> str:
     """16 hex digits that stand for the data a model sees: tokenizer, shards and how they are split."""
     shards = sorted((name, shard["sha256"]) for name, shard in manifest["shards"].items())
     content = [manifest["tokenizer_sha256"], manifest["held_out_below"], shards]
+    if manifest.get("text_key", "text") != "text":
+        content.append(manifest["text_key"])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def load_manifest() -> dict:
+    """The manifest of a complete data set, as it was when this process first asked: shards added while a run
+    trains belong to the next run. Raises SetupError where there is none, or where a token file does not have
+    its length; what the files hold is checked as they are read."""
+    manifest = read_manifest()
+    if not manifest and MANIFEST_PATH.exists():
+        raise SetupError(f"{MANIFEST_PATH} or the tokenizer is damaged: {REMEDY}")
+    if not manifest.get("is_complete"):
+        state = "preparation was interrupted" if manifest else "no data"
+        raise SetupError(f"{CACHE_DIR}: {state}; run `{PREPARE_COMMAND}` first")
+    for name, shard in manifest["shards"].items():
+        for split in SPLITS:
+            tokens = TOKENS_DIR / split / f"{name}.bin"
+            if not tokens.exists() or tokens.stat().st_size != 2 * shard[split]["tokens"]:
+                raise SetupError(f"{tokens} is missing or damaged: {REMEDY}")
+    return manifest
+
+
+def is_intact(name: str, shard: dict, split: str) -> bool:
+    """Whether a shard's token files are what was written; reads them at 1.2 GB/s. Manifests of earlier versions
+    do not say what was: those shards are encoded once more."""
+    files = [TOKENS_DIR / split / f"{name}.{kind}" for kind in ("bin", "npz")]
+    return all(file.exists() for file in files) and shard[split].get("sha256") == [*map(sha256_file, files)]
+
+
+def read_shard(name: str, split: str) -> tuple[np.ndarray, list[int], list[int]]:
+    """A shard's tokens (uint16), where its documents begin and end, and how many each row group has. Raises
+    SetupError where a file is damaged; a loader's thread spends 25 ms on that for a shard of climbmix."""
+    shard = load_manifest()["shards"][name]
+    path = TOKENS_DIR / split / f"{name}.bin"
+    if not is_intact(name, shard, split):
+        raise SetupError(f"{path} or its .npz is damaged: {REMEDY}")
+    # Small files are read: each map holds a file open, and a folder may have thousands of them.
+    is_small = shard[split]["tokens"] < 2**20
+    tokens = np.fromfile(path, np.uint16) if is_small else np.asarray(np.memmap(path, np.uint16, mode="r"))
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as index:
+        return tokens, index["offsets"].tolist(), index["group_sizes"].tolist()
+
+
+def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_key: str = "text") -> None:
+    """A cache holds one data set, and it may only grow. Raises SetupError naming what differs."""
+    held, is_climbmix = manifest["source"], source == CLIMBMIX
+    found = None
+    if (held == CLIMBMIX) != is_climbmix:
+        found = f"the data of {held}, not {source}"
+    elif manifest.get("text_key", "text") != text_key:
+        found = f"the texts of {manifest['text_key']!r}, not {text_key!r}"
+    else:
+        for name, shard in manifest["shards"].items():
+            if name not in files and not is_climbmix:  # there, tokens are enough
+                found = f"{name} of {held}, which {source} does not have"
+            elif name in files and sha256_file(files[name]) != shard["sha256"]:
+                found = f"another {name} than {files[name]}"
+    if found:
+        remedy = f"use another cache (AUTORESEARCH_CACHE=FOLDER), or remove {CACHE_DIR} if you no longer need its data"
+        raise SetupError(f"{CACHE_DIR} holds {found}: {remedy}")
 
 
 def split_of(name: str, text: str, held_out_below: int | None) -> str:
@@ -620,142 +731,130 @@ def split_of(name: str, text: str, held_out_below: int | None) -> str:
     return "val" if document_hash(text) < held_out_below else "train"
 
 
-def read_training_texts(files: dict[str, Path], held_out_below: int | None, progress: Progress) -> Iterator[str]:
-    """The beginning of each training document, for the tokenizer."""
-    num_chars = 0
-    for name, path in files.items():
-        for documents, num_bytes in read_row_groups(path, []):
-            progress.add(num_bytes)
-            for text in documents:
-                if split_of(name, text, held_out_below) == "train":
-                    yield text[:TOKENIZER_DOC_CHARS]
-                    num_chars += min(len(text), TOKENIZER_DOC_CHARS)
-                    if num_chars >= TOKENIZER_MAX_CHARS:
-                        return
-
-
-def choose_held_out(source: str, files: dict[str, Path]) -> int | None:
-    """The bound below which a document's hash puts it into the validation split; None where a shard is that split.
-    At least one document is held out, the one with the lowest hash, where no hash is below HELD_OUT_SHARE; and at
-    least one is not."""
+def choose_held_out(source: str, files: dict[str, Path], text_key: str) -> int | None:
+    """The bound below which a document's hash puts it into the validation split; None where a shard is that
+    split. At least one document is held out, the one with the lowest hash, where no hash is below
+    HELD_OUT_SHARE; and at least one is not."""
     if any(Path(name).name == VAL_FILENAME for name in files):
         return None
     lowest, highest, bad = 2**64, -1, []
     for path in files.values():
-        for documents, _ in read_row_groups(path, bad):
+        for documents in read_row_groups(path, bad, text_key):
             hashes = [document_hash(text) for text in documents]
             lowest, highest = min([lowest, *hashes]), max([highest, *hashes])
     if lowest >= highest:
         found = "one document" if lowest == highest else "no document"
         first_bad = f" ({len(bad)} bad lines, the first: {bad[0]})" if bad else ""
         raise SetupError(
-            f"{source}: {found} in {len(files)} file(s){first_bad}; at least two different ones are needed, one to "
-            "hold out. Looked for a string column or key 'text', or plain text"
+            f"{source}: {found} in {len(files)} file(s){first_bad}; at least two different ones are needed, "
+            f"one to hold out. Looked for a string column or key {text_key!r}, or plain text"
         )
     return min(max(int(HELD_OUT_SHARE * 2**64), lowest + 1), highest)
 
 
-def encode_shard(
-    name: str, path: Path, tokenizer: Tokenizer, held_out_below: int | None, bad: list[str], progress: Progress
-) -> dict:
-    """Write the shard's token files and return {split: {"documents", "tokens"}}."""
-    outputs = {split: TOKENS_DIR / split / name for split in ("train", "val")}
-    lengths = {split: [] for split in outputs}  # tokens of each document
-    group_sizes = {split: [] for split in outputs}  # documents of each row group: batches never cross them
+def read_training_texts(files: dict[str, Path], manifest: dict) -> Iterator[str]:
+    """The beginning of each training document, for the tokenizer."""
+    num_chars = 0
+    progress = Progress("tokenizer: reading", sum(path.stat().st_size for path in files.values()))
+    for name, path in files.items():
+        for documents in read_row_groups(path, [], manifest["text_key"]):
+            for text in documents:
+                if split_of(name, text, manifest["held_out_below"]) == "train":
+                    yield text[:TOKENIZER_DOC_CHARS]
+                    num_chars += min(len(text), TOKENIZER_DOC_CHARS)
+                    if num_chars >= TOKENIZER_MAX_CHARS:
+                        return
+        progress.add(path.stat().st_size)
+
+
+def new_manifest(source: str, files: dict[str, Path], text_key: str) -> dict:
+    """Choose what is held out and train the tokenizer: a manifest without shards."""
+    manifest = {"source": source, "text_key": text_key, "shards": {}}
+    manifest["held_out_below"] = choose_held_out(source, files, text_key)
+    start = time.monotonic()
+    tokenizer = Tokenizer.train(read_training_texts(files, manifest))
+    tokenizer.save(TOKENIZER_DIR)
+    print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.monotonic() - start:.1f} s")
+    return manifest | {"tokenizer_sha256": sha256_file(TOKENIZER_DIR / "tokenizer.json")}
+
+
+def encode_row_groups(
+    name: str, path: Path, tokenizer: Tokenizer, manifest: dict, bad: list[str]
+) -> Iterator[list[tuple[str, np.ndarray]]]:
+    """Yields each row group as [(split, tokens of a document), ...], in order, encoded by threads ahead of use."""
+
+    def encode(texts: list[str]) -> list[tuple[str, np.ndarray]]:
+        splits = [split_of(name, text, manifest["held_out_below"]) for text in texts]
+        return list(zip(splits, map(tokenizer.encode_document, texts), strict=True))
+
+    def submit(texts: list[str]) -> list:
+        return [pool.submit(encode, texts[i : i + 16]) for i in range(0, len(texts), 16)]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for futures in prefetch(map(submit, read_row_groups(path, bad, manifest["text_key"]))):
+            yield list(itertools.chain(*(future.result() for future in futures)))
+
+
+def encode_shard(name: str, path: Path, tokenizer: Tokenizer, manifest: dict) -> dict:
+    """Write the shard's token files. Returns what the manifest says about it."""
+    bad: list[str] = []
+    lengths = {split: [] for split in SPLITS}  # tokens of each document
+    group_sizes = {split: [] for split in SPLITS}  # documents of each row group: batches never cross them
+    outputs = {split: TOKENS_DIR / split / f"{name}.bin" for split in SPLITS}
     for out in outputs.values():
         out.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context(open(f"{out}.bin.tmp", "wb")) for s, out in outputs.items()}
-        pending = []
-
-        def write_oldest() -> None:
-            futures, num_bytes = pending.pop(0)
-            tally = dict.fromkeys(outputs, 0)
-            for future in futures:
-                for split, tokens in future.result():
-                    files[split].write(tokens)
-                    lengths[split].append(len(tokens))
-                    tally[split] += 1
-            for split, count in tally.items():
-                if count:
-                    group_sizes[split].append(count)
-            progress.add(num_bytes)
-
-        def encode(texts: list[str]) -> list[tuple[str, np.ndarray]]:
-            return [(split_of(name, text, held_out_below), tokenizer.encode_document(text)) for text in texts]
-
-        for documents, num_bytes in read_row_groups(path, bad):
-            chunks = [documents[i : i + 16] for i in range(0, len(documents), 16)]
-            pending.append(([pool.submit(encode, chunk) for chunk in chunks], num_bytes))
-            if len(pending) > 4:  # row groups ahead: enough to keep every core busy, few enough to hold in memory
-                write_oldest()
-        while pending:
-            write_oldest()
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context(open(f"{out}.tmp", "wb")) for split, out in outputs.items()}
+        for group in encode_row_groups(name, path, tokenizer, manifest, bad):
+            for split, file in files.items():
+                documents = [tokens for other, tokens in group if other == split]
+                if documents:
+                    file.write(np.concatenate(documents))
+                    lengths[split] += map(len, documents)
+                    group_sizes[split].append(len(documents))
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    shard = {"size": path.stat().st_size, "sha256": sha256_file(path), "bad": len(bad), "first_bad": bad[:1]}
     for split, out in outputs.items():
-        offsets = np.concatenate(([0], np.cumsum(lengths[split], dtype=np.int64)))
-        with open(f"{out}.npz.tmp", "wb") as f:
-            np.savez(f, offsets=offsets, group_sizes=np.array(group_sizes[split], dtype=np.int64))
-        os.replace(f"{out}.npz.tmp", f"{out}.npz")
-        os.replace(f"{out}.bin.tmp", f"{out}.bin")
-    return {split: {"documents": len(n), "tokens": int(sum(n))} for split, n in lengths.items()}
+        index, offsets = io.BytesIO(), np.cumsum([0, *lengths[split]], dtype=np.int64)
+        np.savez(index, offsets=offsets, group_sizes=np.array(group_sizes[split], dtype=np.int64))
+        write_atomic(out.with_suffix(".npz"), index.getvalue())
+        os.replace(f"{out}.tmp", out)
+        digests = [sha256_file(out), sha256_file(out.with_suffix(".npz"))]
+        shard[split] = {"documents": len(lengths[split]), "tokens": sum(lengths[split]), "sha256": digests}
+    return shard
 
 
-def _other_cache() -> str:
-    return f"use another cache (AUTORESEARCH_CACHE=FOLDER), or remove {CACHE_DIR} if you no longer need its data"
+def shards_to_encode(manifest: dict) -> set[str]:
+    """The shards of a manifest whose token files are damaged, missing or of an earlier version."""
+    shards = manifest.get("shards", {})
+    return {name for name in shards if not all(is_intact(name, shards[name], split) for split in SPLITS)}
 
 
-def check_same_kind(manifest: dict, source: str) -> None:
-    """Raises SetupError where climbmix and somebody's own text would come into one cache."""
-    if (manifest["source"] == CLIMBMIX) != (source == CLIMBMIX):
-        raise SetupError(f"{CACHE_DIR} holds the data of {manifest['source']}, not {source}: {_other_cache()}")
-
-
-def check_same_data(manifest: dict, source: str, files: dict[str, Path]) -> None:
-    """A cache holds one data set, and it may only grow. Raises SetupError naming the first shard that differs."""
-    check_same_kind(manifest, source)
-    other = _other_cache()
-    for name, shard in manifest["shards"].items():
-        if source == CLIMBMIX and name not in files:
-            continue  # its tokens are here; the parquet file is no longer needed
-        if name not in files:
-            raise SetupError(f"{CACHE_DIR} holds {name} of {manifest['source']}, which {source} does not have: {other}")
-        if files[name].stat().st_size != shard["size"] or sha256_file(files[name]) != shard["sha256"]:
-            raise SetupError(f"{CACHE_DIR} holds another {name} than {files[name]}: {other}")
-    has_val_shard = any(Path(name).name == VAL_FILENAME for name in files)
-    if manifest["held_out_below"] is not None and has_val_shard:
-        raise SetupError(f"{CACHE_DIR} holds out single documents, and {source} now brings {VAL_FILENAME}: {other}")
-
-
-def encode_source(source: str, files: dict[str, Path]) -> dict:
-    """Train the tokenizer if there is none, encode every shard that the manifest does not list. Returns it."""
-    if MANIFEST_PATH.exists():
-        manifest = json.loads(MANIFEST_PATH.read_text())
-        check_same_data(manifest, source, files)
-        tokenizer = Tokenizer.from_directory()
+def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -> dict:
+    """Train the tokenizer if there is none, encode every shard whose tokens are not there. Returns the manifest."""
+    manifest = read_manifest()
+    if manifest:
+        check_same_data(manifest, source, files, text_key)
     else:
-        held_out_below = choose_held_out(source, files)
-        progress = Progress("tokenizer: reading", sum(path.stat().st_size for path in files.values()))
-        start = time.monotonic()
-        tokenizer = Tokenizer.train(read_training_texts(files, held_out_below, progress))
-        tokenizer.save(TOKENIZER_DIR)
-        print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.monotonic() - start:.1f} s")
-        manifest = {"source": source, "held_out_below": held_out_below, "shards": {}}
-        manifest["tokenizer_sha256"] = sha256_file(TOKENIZER_DIR / "tokenizer.json")
-    if manifest["tokenizer_sha256"] != sha256_file(TOKENIZER_DIR / "tokenizer.json"):
-        raise SetupError(f"{TOKENIZER_DIR} is not the tokenizer that {TOKENS_DIR} was encoded with: remove {CACHE_DIR}")
-    new = {name: path for name, path in files.items() if name not in manifest["shards"]}
+        if MANIFEST_PATH.exists():
+            print(f"{MANIFEST_PATH} or the tokenizer is damaged: everything is encoded anew")
+        manifest = new_manifest(source, files, text_key)
+    manifest.setdefault("text_key", text_key)
+    damaged = shards_to_encode(manifest)
+    if damaged:
+        print(f"{len(damaged)} shards are encoded anew (damaged, or of an earlier version): {min(damaged)} ...")
+    new = {name: path for name, path in files.items() if name in damaged or name not in manifest["shards"]}
     if new:
-        bad, progress = [], Progress("encoding", sum(path.stat().st_size for path in new.values()))
+        tokenizer = Tokenizer.from_directory()
+        progress = Progress("encoding", sum(path.stat().st_size for path in new.values()))
         for name, path in new.items():
-            shard = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-            shard |= encode_shard(name, path, tokenizer, manifest["held_out_below"], bad, progress)
-            manifest["shards"][name] = shard
-            # Not complete before the last shard: a run must not start on a data set that is about to grow.
+            # Not complete before the last shard: a run must not start on a data set that is about to change.
             save_manifest(manifest, is_complete=False)
-        progress.finish()
-        if bad:
-            print(f"warning: {len(bad)} bad lines were left out; the first: {bad[0]}", file=sys.stderr)
-    for split in ("train", "val"):
+            manifest["shards"][name] = encode_shard(name, path, tokenizer, manifest)
+            progress.add(path.stat().st_size)
+    for split in SPLITS:
         if not sum(shard[split]["documents"] for shard in manifest["shards"].values()):
             MANIFEST_PATH.unlink()  # nothing in it is worth keeping: the corrected source starts anew
             raise SetupError(f"{source}: no usable document for the {split} split in {len(files)} file(s)")
@@ -841,18 +940,11 @@ def get_device() -> torch.device:
 def read_document_batches(split: str) -> Iterator[tuple[list[np.ndarray], int]]:
     """The encoded documents of a split, shard after shard in the order of their names, for ever. Yields (up to
     DOC_BATCH arrays of uint16 within one row group, epoch)."""
-    shards = {name: shard[split] for name, shard in sorted(load_manifest()["shards"].items()) if shard[split]["tokens"]}
-    assert shards, split
+    names = [name for name, shard in sorted(load_manifest()["shards"].items()) if shard[split]["tokens"]]
+    assert names, split
     for epoch in itertools.count(1):
-        for name, counts in shards.items():
-            path = TOKENS_DIR / split / f"{name}.bin"
-            if not path.exists() or path.stat().st_size != 2 * counts["tokens"]:
-                raise SetupError(f"{path} is missing or damaged: remove {CACHE_DIR} and run prepare.py again")
-            # Small files are read: each map holds a file open, and a folder may have thousands of them.
-            is_small = counts["tokens"] < 2**20
-            tokens = np.fromfile(path, np.uint16) if is_small else np.asarray(np.memmap(path, np.uint16, mode="r"))
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as index:
-                offsets, group_sizes = index["offsets"].tolist(), index["group_sizes"].tolist()
+        for name in names:
+            tokens, offsets, group_sizes = read_shard(name, split)
             first = 0
             for group_size in group_sizes:
                 for i in range(first, first + group_size, DOC_BATCH):
@@ -2340,36 +2432,65 @@ def cache_lock() -> Iterator[None]:
         yield
 
 
-def prepare(source: Path | None, num_shards: int, download_workers: int) -> dict:
+def prepare(source: Path | None, num_shards: int, download_workers: int, text_key: str = "text") -> dict:
     """Bring the cache up to date. Returns its manifest."""
     if source is not None:
         name = str(source.expanduser().resolve())
-        return encode_source(name, find_source_files(source.expanduser()))
+        return encode_source(name, find_source_files(source.expanduser()), text_key)
     if DEMO:
-        path = DATA_DIR / "python.jsonl"
+        path = DATA_DIR / "python-library.jsonl"
         if not path.exists():
             write_demo_text(path)
+            MANIFEST_PATH.unlink(missing_ok=True)  # of a text that is gone
         return encode_source(str(path), {path.name: path})
-    held = json.loads(MANIFEST_PATH.read_text()) if MANIFEST_PATH.exists() else {"source": CLIMBMIX, "shards": {}}
-    check_same_kind(held, CLIMBMIX)  # before anything is downloaded
-    count = MAX_SHARD if num_shards == -1 else num_shards
-    names = [shard_name(i) for i in range(count)] + [VAL_FILENAME]
-    download_shards([name for name in names if name not in held["shards"]], DATA_DIR, download_workers)
+    manifest = read_manifest()
+    if manifest:
+        check_same_data(manifest, CLIMBMIX, {})  # before anything is downloaded
+    damaged, held = shards_to_encode(manifest), set(manifest.get("shards", {}))
+    wanted = {*map(shard_name, range(MAX_SHARD if num_shards == -1 else num_shards)), VAL_FILENAME}
+    download_shards(sorted(wanted - held | damaged), DATA_DIR, download_workers)
     # Shards beyond the wanted ones are used too, as upstream uses whatever its folder holds.
     return encode_source(CLIMBMIX, {path.name: path for path in sorted(DATA_DIR.glob("shard_*.parquet"))})
 
 
+def describe_bad_lines(manifest: dict) -> str | None:
+    """How many lines were left out, of how many in their files; None where all were used."""
+    shards = [shard for shard in manifest["shards"].values() if shard["bad"]]
+    if not shards:
+        return None
+    num_bad = sum(shard["bad"] for shard in shards)
+    num_lines = num_bad + sum(shard[split]["documents"] for shard in shards for split in SPLITS)
+    return f"{num_bad:,} of {num_lines:,} lines were left out; the first: {shards[0]['first_bad'][0]}"
+
+
+def describe_short_validation(manifest: dict) -> str | None:
+    """That the score repeats itself, and how much text it would take not to; None where it does not."""
+    num_tokens = sum(shard["val"]["tokens"] for shard in manifest["shards"].values())
+    times = EVAL_TOKENS / num_tokens
+    if times <= 1:
+        return None
+    mb = sum(shard["size"] for shard in manifest["shards"].values()) / 1e6
+    return (
+        f"{EVAL_TOKENS:,} validation tokens are scored, and there are {num_tokens:,}: each counts about {times:.0f} "
+        f"times, and small differences mean little. Wanted: {times:.0f} times as much text (now {mb:.3g} MB)"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch or bring text, train the tokenizer, encode every token once.")
-    parser.add_argument("--source", type=Path, help="your own text: a file or folder of .parquet, .jsonl[.gz], .txt")
+    parser.add_argument("--source", type=Path, help=f"your own text: a file or folder of {', '.join(SOURCE_SUFFIXES)}")
+    parser.add_argument("--text-key", help="key or column that holds the text of your own files (default: text)")
     parser.add_argument("--num-shards", type=int, default=10, help="climbmix training shards to download; -1 for all")
     parser.add_argument("--download-workers", type=int, default=8, help="shards downloaded at the same time")
     args = parser.parse_args()
     if not (args.num_shards == -1 or 1 <= args.num_shards <= MAX_SHARD) or args.download_workers < 1:
         parser.error(f"--num-shards takes -1 or 1 to {MAX_SHARD}, --download-workers at least 1")
+    if args.text_key and args.source is None:
+        parser.error("--text-key goes with --source")
     try:
         with cache_lock():
-            manifest = prepare(args.source, args.num_shards, args.download_workers)
+            manifest = prepare(args.source, args.num_shards, args.download_workers, args.text_key or "text")
+            warnings = [describe_bad_lines(manifest), describe_short_validation(manifest)]
     except (SetupError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -2377,10 +2498,11 @@ def main() -> int:
         sys.stdout.flush()
         print("\nerror: interrupted; call again to go on from here", file=sys.stderr, flush=True)
         os._exit(130)  # an ordinary exit would wait for download threads, and those for a silent server
-    counts = {s: [shard[s] for shard in manifest["shards"].values()] for s in ("train", "val")}
-    totals = {s: sum(count["tokens"] for count in shard_counts) for s, shard_counts in counts.items()}
     print(f"ready: {CACHE_DIR} holds {manifest['source']}, fingerprint {manifest['fingerprint']}")
+    totals = {split: sum(shard[split]["tokens"] for shard in manifest["shards"].values()) for split in SPLITS}
     print(f"       {totals['train']:,} training tokens, {totals['val']:,} validation tokens")
+    for warning in filter(None, warnings):
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 
