@@ -1197,8 +1197,9 @@ def rehearse_evaluation(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor
     """Score one batch of the shape that the evaluation has, so that a model that cannot be scored says so before its
     budget is spent. Raises ValueError where its loss is not that of its logits."""
     x, y = (t.repeat(1, -(-MAX_SEQ_LEN // t.size(1)))[:, :MAX_SEQ_LEN] for t in (x, y))
-    _token_losses(model, x, y, len(x))
-    if disagreement := find_disagreement(model, x, y):
+    losses, _ = _token_losses(model, x, y, len(x))
+    disagreement = find_disagreement(model, x, y)
+    if disagreement and losses.isfinite().all():  # NaN is for training to report
         raise ValueError(disagreement)
 
 
@@ -1960,8 +1961,8 @@ def machine_stats() -> dict:
 
 def check_machine() -> None:
     """Raise SetupError, within a second, for faults of the machine that would look like the experiment's later on."""
-    load_manifest()
     device = get_device()
+    load_manifest()
     least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
     free_mb = shutil.disk_usage(".").free >> 20
     if free_mb < least_mb:

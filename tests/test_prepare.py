@@ -1374,67 +1374,6 @@ def test_the_demo_needs_no_network_and_stays_in_a_folder_of_its_own(demo):
     assert len(json.loads((cache / "demo/tokenizer/tokenizer.json").read_text())["tokens"]) == 1020
 
 
-UPSTREAM_TRAINING_SCRIPT = """
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, make_dataloader, evaluate_bpb
-
-class Bigram(nn.Module):
-    def __init__(self, vocab_size):
-        super().__init__()
-        self.table = nn.Embedding(vocab_size, vocab_size)
-
-    def forward(self, idx, targets=None, reduction="mean"):
-        logits = self.table(idx).float()
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1, reduction=reduction)
-
-torch.manual_seed(42)
-tokenizer = Tokenizer.from_directory()
-model = Bigram(tokenizer.get_vocab_size())
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
-train_loader = make_dataloader(tokenizer, 8, MAX_SEQ_LEN, "train")
-x, y, epoch = next(train_loader)
-losses = []
-for step in range(10):
-    loss = model(x, y)
-    loss.backward()
-    optimizer.step()
-    model.zero_grad(set_to_none=True)
-    x, y, epoch = next(train_loader)
-    losses.append(loss.item())
-assert losses[-1] < losses[0], losses
-model.eval()
-val_bpb = evaluate_bpb(model, tokenizer, 8)
-print("budget", TIME_BUDGET, "epoch", epoch)
-print(f"val_bpb:          {val_bpb:.6f}")
-"""
-
-
-def test_an_upstream_training_script_runs_unchanged(demo, tmp_path):
-    cache, _ = demo
-    script = tmp_path / "train.py"
-    script.write_text(UPSTREAM_TRAINING_SCRIPT)
-    work = tmp_path / "work"
-    work.mkdir()
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=work,
-        env=command_env(cache, AUTORESEARCH_DEMO="1", AUTORESEARCH_TIME_BUDGET="7"),
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "budget 7.0 epoch 1" in done.stdout
-    val_bpb = float(re.search(r"^val_bpb: +([0-9.]+)$", done.stdout, re.MULTILINE)[1])
-    assert 0.5 < val_bpb < 8
-    record = json.loads((work / "eval_record.json").read_text())
-    assert (record["causal"], record["tokens"], record["num_calls"]) == (True, 65_536, 1)
-    assert record["val_bpb"] == pytest.approx(val_bpb, abs=1e-6)
-
-
 def test_importing_prepare_reads_writes_and_prints_nothing(tmp_path):
     done = run_command(tmp_path / "cache", "-c", "import prepare", HOME=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
