@@ -46,7 +46,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import secrets
 import shutil
@@ -61,6 +60,7 @@ import threading
 import time
 import traceback
 from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -954,38 +954,17 @@ def read_document_batches(split: str) -> Iterator[tuple[list[np.ndarray], int]]:
 
 
 def prefetch(items: Iterable, depth: int = 4) -> Iterator:
-    """Run an iterator in a thread of its own, up to `depth` items ahead. Its end and its exceptions come out here;
-    closing or dropping this generator ends the thread."""
-    ready, is_closed = queue.Queue(depth), threading.Event()
-
-    def hand_over(item: object, error: BaseException | None = None) -> bool:
-        while not is_closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put((item, error), timeout=0.2)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not hand_over(item):
-                    return
-        except BaseException as e:
-            hand_over(None, e)
-        else:
-            hand_over(None, StopIteration())
-
-    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    """Run an iterator in a thread of its own, `depth` items ahead. Its exceptions come out here; closing or dropping
+    this generator ends the thread."""
+    items, end = iter(items), object()
+    pool = ThreadPoolExecutor(1, "prefetch")
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
+        ahead = deque(pool.submit(next, items, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, items, end))
             yield item
     finally:
-        is_closed.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
@@ -1214,19 +1193,14 @@ def _first_tensor(value: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() else None
 
 
-def _as_rows(t: torch.Tensor) -> torch.Tensor:
-    """A copy (tokens, features), which no operation in place can change."""
-    return t.detach().reshape(-1, t.shape[-1] if t.dim() else 1).clone()
-
-
 def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float | None]]:
     """Of each (tokens, features): RMS; fraction of entries below a thousandth of it (near zero); fraction of features
     near zero on every token. Those of one shape at once: to launch a thousand small kernels would take longest."""
+    stats: list[list[float | None]] = [[None] * 3 for _ in activations]
     alike: dict[tuple, list[int]] = {}
     for i, t in enumerate(activations):
         if t is not None:
             alike.setdefault((t.shape, t.dtype), []).append(i)
-    stats: list[list[float | None]] = [[None] * 3 for _ in activations]
     for indices in alike.values():
         t = torch.stack([activations[i] for i in indices]).float()
         rms = t.square().mean((1, 2)).sqrt()
@@ -1246,6 +1220,15 @@ def _watched_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return blocks | linears or {name: m for name, m in modules.items() if name and not any(m.children())}
 
 
+def _logit_stats(logits: torch.Tensor) -> dict[str, float]:
+    logits = logits.float()
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    values = [logits.square().mean().sqrt(), logits.abs().max(), entropy, log_p.amax(-1).exp().mean()]
+    keys = ("logits/rms", "logits/max_abs", "logits/entropy", "logits/max_prob")
+    return dict(zip(keys, _rounded(torch.stack(values).tolist()), strict=True))
+
+
 @torch.no_grad()
 def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict:
     """What the activations of a batch look like, layer by layer, from a plain forward pass outside the compiled graph.
@@ -1256,18 +1239,15 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
     that cannot be looked at this way gives `layers/error` instead: statistics must never end a run.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    seen: dict[str, list[torch.Tensor | None]] = {}
 
-    def watch(name: str) -> Callable:
-        def hook(module: torch.nn.Module, inputs: tuple, output: object) -> None:
-            out, given = _first_tensor(output), _first_tensor(inputs)
-            if out is not None and name not in seen:
-                of_input = given is not None and isinstance(module, torch.nn.Linear)
-                seen[name] = _as_rows(out), _as_rows(given) if of_input else None
+    def watch(name: str, module: torch.nn.Module, inputs: tuple, output: object) -> None:
+        pair = [_first_tensor(output), _first_tensor(inputs) if isinstance(module, torch.nn.Linear) else None]
+        if pair[0] is not None and name not in seen:  # copies, which no operation in place can change
+            seen[name] = [None if t is None else torch.atleast_1d(t).flatten(0, -2).clone() for t in pair]
 
-        return hook
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in _watched_modules(model).items()]
+    watched = _watched_modules(model).items()
+    handles = [module.register_forward_hook(functools.partial(watch, name)) for name, module in watched]
     stats, logits = {}, None
     try:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.compiler.set_stance("force_eager"):
@@ -1281,20 +1261,12 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
         for handle in handles:
             handle.remove()
     of_activations = _activation_stats([t for pair in seen.values() for t in pair])
-    of_outputs, of_inputs = of_activations[::2], of_activations[1::2]
     stats["layers/names"] = list(seen)
-    stats["layers/rms"] = [rms for rms, _, _ in of_outputs]
-    stats["layers/zeros"] = [zeros for _, zeros, _ in of_outputs]
-    stats["layers/input_zeros"] = [zeros for _, zeros, _ in of_inputs]
-    stats["layers/dead"] = [dead for _, _, dead in of_inputs]
-    if logits is not None and logits.dim() == 3:
-        logits = logits.float()
-        log_p = logits.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1).mean()
-        values = [logits.square().mean().sqrt(), logits.abs().max(), entropy, log_p.amax(-1).exp().mean()]
-        keys = ("logits/rms", "logits/max_abs", "logits/entropy", "logits/max_prob")
-        stats |= dict(zip(keys, _rounded(torch.stack(values).tolist()), strict=True))
-    return stats
+    stats["layers/rms"] = [rms for rms, _, _ in of_activations[::2]]
+    stats["layers/zeros"] = [zeros for _, zeros, _ in of_activations[::2]]
+    stats["layers/input_zeros"] = [zeros for _, zeros, _ in of_activations[1::2]]
+    stats["layers/dead"] = [dead for _, _, dead in of_activations[1::2]]
+    return stats | (_logit_stats(logits) if logits is not None and logits.dim() == 3 else {})
 
 
 def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

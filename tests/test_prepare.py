@@ -312,6 +312,7 @@ def scoring(two_shards, monkeypatch):
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 12 * 4 * 16)
     monkeypatch.setattr(prepare, "FIXED", (16, prepare.TIME_BUDGET, 12 * 4 * 16, prepare.VOCAB_SIZE))
     monkeypatch.setattr(prepare, "_num_evaluations", 0)
+    monkeypatch.setattr(prepare, "_num_val_loaders", 0)
     documents = (([d.tolist() for d in batch], epoch) for batch, epoch in prepare.read_document_batches("val"))
     rows = [rows for rows, _ in itertools.islice(pack_rows_straightforward(documents, 4, 17), 12)]
     return prepare.Tokenizer.from_directory(), [(batch[:, :-1], batch[:, 1:]) for batch in rows]
@@ -570,9 +571,8 @@ def one_epoch(pack, *args):
     return ((rows, 1) for rows, _ in pack(*args))
 
 
-def test_the_validation_split_is_for_the_evaluation_alone(scoring, monkeypatch):
+def test_the_validation_split_is_for_the_evaluation_alone(scoring):
     tokenizer, _ = scoring
-    monkeypatch.setattr(prepare, "_num_val_loaders", 0)
     assert score(tokenizer, past_mean)[1]["faults"] == []
     prepare.make_dataloader(tokenizer, 4, 16, "val").close()
     assert score(tokenizer, past_mean)[1]["faults"] == ["the validation split was loaded outside the evaluation"]
