@@ -48,6 +48,7 @@ from prepare import (
     make_attention,
     make_dataloader,
     parameter_stats,
+    project,
     relu2_mlp,
     sdpa_order,
     softcap_loss,
@@ -115,11 +116,6 @@ def rotary_tables(seq_len: int, head_dim: int, base: float, device: torch.device
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split: (x1 cos + x2 sin, x2 cos - x1 sin). x: (B, T, H, D)."""
-    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
-
-
 def layer_windows(config: Config, seq_len: int) -> list[int]:
     """How many positions before itself each layer's query sees."""
     sizes = {"L": seq_len, "S": seq_len // 2}
@@ -148,15 +144,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, idx: Tensor, ve_table: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.num_heads, self.head_dim)
-        k = self.c_k(x).view(B, T, self.num_kv_heads, self.head_dim)
-        v = self.c_v(x).view(B, T, self.num_kv_heads, self.head_dim)
+        q, k = (t.view(B, T, -1, self.head_dim) for t in project(x, self.c_q, self.c_k))
+        v = self.c_v(x).view(B, T, -1, self.head_dim)
         if ve_table is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_width]))  # (B, T, KV), 1 at the start
             v = v + gate.unsqueeze(-1) * F.embedding(idx, ve_table).view(v.shape)
-        # Norm first: rotation keeps the length, so the values are the same, and this order is faster.
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        return self.c_proj(self.attend(q, k, v).reshape(B, T, -1))
+        y = self.attend(q, k, v, cos, sin)  # of norm(q) and norm(k), rotated; without the tables, of q and k
+        return self.c_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
