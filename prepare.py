@@ -1308,6 +1308,31 @@ def _rounded(values: list[float]) -> list[float]:
 # Kernels (for Hopper GPUs: plain mathematics with fewer trips to memory)
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Nothing below changes what is computed: every function is an exact formula of plain torch with fewer passes over
+# memory, which is what a step of this model waits for (268 MB a pass at 3 TB/s, about forty passes a layer). What a
+# kernel does not cover goes to plain torch: another kind of layer, a bias, other shapes, no rows, another GPU. Products
+# take bf16 and add up in fp32, as cuBLAS does under autocast; all else is fp32 until it is stored.
+#
+# Attention with a window is FlashAttention-2 (Dao 2023: arXiv:2307.08691). With s = q k^T / sqrt(D), p = softmax(s) and
+# o = p v, forward goes along the keys with a running maximum and sum and keeps o and l = log sum exp s. Backward takes
+# p = exp(s - l) again, and with delta = sum(do o) over a head's channels
+#     dv = p^T do,  ds = p (do v^T - delta),  dk = ds^T q / sqrt(D),  dq = ds k / sqrt(D).
+# One kernel goes along the queries of a tile of keys for dv and dk, and keeps ds for another that goes along the keys
+# for dq: five products instead of seven, for 2 GB of memory. Tiles of 64 x 64 and four warps leave room for two
+# programs on a multiprocessor, so that one's products fill the other's waits.
+#
+# Where queries and keys are normalised and rotated first, y = r R x with r = 1 / rms(x) and R the rotation, the way
+# back, dx = r R^T (dy - y mean(dy y)), is taken before dq and dk are stored: it needs y, which attention keeps anyway,
+# and r, but x no more.
+#
+# The MLP is relu(x W_in^T)^2 W_out^T. The square is taken while a tile of the first product is in registers, and so is
+# its derivative, 2 relu(h) = 2 sqrt(post): that saves five passes over the largest activation.
+#
+# The loss is the cross-entropy of z = c tanh(h / c), h = x W^T. With s = (1 - tanh(h / c)) / 2, z - c = -2 c s, which
+# lies in [-2c, 0], so that the sum of exponentials needs no maximum; and dz/dh = 4 s (1 - s). One kernel reads a row of
+# h, computes its loss, and puts in h's place what its gradient is if that of the loss is 1. What it really is comes in
+# later as a factor a row, on tensors that are (rows, width) instead of (rows, vocab).
+
 LOG2_E = 1.4426950408889634
 kernels_used: set[str] = set()  # in this process: what the log says of them is what has run
 
@@ -1318,18 +1343,28 @@ torch.compiler.config.cache_key_tag = PREPARE_SHA256
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels below run here: they were written for Hopper (H100, H200) and measured there alone."""
-    is_cuda = triton is not None and device.type == "cuda" and torch.cuda.is_available()
-    return is_cuda and torch.cuda.get_device_properties(device).major == 9
+    is_cuda = triton is not None and torch.version.cuda is not None and device.type == "cuda"
+    return is_cuda and torch.cuda.is_available() and torch.cuda.get_device_properties(device).major == 9
+
+
+def _is_bf16_on_gpu(x: torch.Tensor) -> bool:
+    return triton is not None and x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _are_plain(*linears: torch.nn.Module) -> bool:
+    """Whether these modules are nothing but products with their weights."""
+    return all(type(linear) is torch.nn.Linear and linear.bias is None for linear in linears)
 
 
 def _tiles(matrix: torch.Tensor, rows: int, cols: int) -> "TensorDescriptor":
-    """A matrix as tiles that Hopper's copy engine moves; what sticks out at the edges is zero, and is not written."""
+    """A matrix as tiles that Hopper's copy engine moves; what sticks out at the edges is zero, and is not written.
+    A matrix to be read may lie in memory as it likes: what the engine cannot take is copied."""
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    is_apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.size(1)
+    if not is_apart or row_bytes % 16 or matrix.data_ptr() % 16:
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor.from_tensor(matrix, [rows, cols])
 
-
-# Attention with a window: FlashAttention-2's algorithm (Dao 2023). Tiles of 64 x 64 and four warps leave room for two
-# programs on a multiprocessor, so that one's matrix products fill the other's waits. Going backward, the keys' kernel
-# keeps the gradient of the scores, dS, for the queries' kernel: five products instead of seven, for 2 GB of memory.
 
 ATTENTION_TILE = 64
 
@@ -1368,13 +1403,29 @@ def _attend(
 
 
 @jit
+def _store_gradient(half_tiles, row, col, dy, y, factors, cos, sin, t, D: tl.constexpr, N: tl.constexpr):
+    """Store the gradient (N, D) of queries or keys at positions t; if they were normalised (by `factors`, a pointer a
+    row) and rotated, that of what they were before."""
+    if cos is not None:
+        dy = (dy - y * (tl.sum(dy * y, 1) / D)[:, None]) * tl.load(factors)[:, None]
+    left, right = tl.split(tl.permute(tl.reshape(dy, (N, 2, D // 2)), (0, 2, 1)))
+    if cos is not None:
+        turn = t[:, None] * D + tl.arange(0, D // 2)[None, :]
+        c, s = tl.load(cos + turn).to(tl.float32), tl.load(sin + turn).to(tl.float32)
+        left, right = left * c - right * s, left * s + right * c
+    half_tiles.store([row, col], left.to(tl.bfloat16))
+    half_tiles.store([row, col + D // 2], right.to(tl.bfloat16))
+
+
+@jit
 def _attend_dkv(
-    q_tiles, k_tiles, v_tiles, do_tiles, dk_tiles, dv_tiles, ds_tiles, lses, deltas, T, window, scale, log2_scale,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, dv_tiles, ds_tiles, lses, deltas, k_factors, cos, sin,
+    T, window, scale, log2_scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values n to n + N of one KV head, from all the query heads that share it. Row j of dS
     (B H T, at least window + N) is key j's; it begins at query n."""
-    n, b, kv = tl.program_id(0) * N, tl.program_id(1) // (H // GROUP), tl.program_id(1) % (H // GROUP)
+    KV: tl.constexpr = H // GROUP
+    n, b, kv = tl.program_id(0) * N, tl.program_id(1) // KV, tl.program_id(1) % KV
     row, j = b * T, n + tl.arange(0, N)
     k, v = k_tiles.load([row + n, kv * D]), v_tiles.load([row + n, kv * D])
     dk, dv = tl.zeros((N, D), tl.float32), tl.zeros((N, D), tl.float32)
@@ -1389,106 +1440,138 @@ def _attend_dkv(
             ds = (p * (tl.dot(v, do.T) - tl.load(deltas + head_row + i)[None, :])).to(tl.bfloat16)
             dk = tl.dot(ds, q, dk)
             ds_tiles.store([head_row + n, m - n], ds)
-    dk_tiles.store([row + n, kv * D], (dk * scale).to(tl.bfloat16))
     dv_tiles.store([row + n, kv * D], dv.to(tl.bfloat16))
+    factors = k_factors if cos is None else k_factors + (row + j) * KV + kv
+    y = k_tiles.load([row + n, kv * D]).to(tl.float32)  # again: kept in registers, it would take the loop's
+    _store_gradient(dqk_tiles, row + n, (H + kv) * D, dk * scale, y, factors, cos, sin, j, D, N)
 
 
 @jit
 def _attend_dq(
-    ds_tiles, k_tiles, dq_tiles, T, window, scale,
+    ds_tiles, q_tiles, k_tiles, dqk_tiles, q_factors, cos, sin, T, window, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of queries m to m + N of one head, from the dS that `_attend_dkv` kept."""
     m, bh = tl.program_id(0) * N, tl.program_id(1)
-    row, h = bh // H * T, bh % H
+    row, h, i = bh // H * T, bh % H, m + tl.arange(0, N)
     dq = tl.zeros((N, D), tl.float32)
     for n in tl.range(tl.maximum(m - window, 0) // N * N, m + N, N):
         dq = tl.dot(ds_tiles.load([bh * T + n, m - n]).T, k_tiles.load([row + n, h // GROUP * D]), dq)
-    dq_tiles.store([row + m, h * D], (dq * scale).to(tl.bfloat16))
+    y = q_tiles.load([row + m, h * D]).to(tl.float32)
+    factors = q_factors if cos is None else q_factors + (row + i) * H + h
+    _store_gradient(dqk_tiles, row + m, h * D, dq * scale, y, factors, cos, sin, i, D, N)
 
 
 def can_attend_window(seq_len: int, head_dim: int, device: torch.device) -> bool:
-    return has_kernels(device) and seq_len % ATTENTION_TILE == 0 and head_dim in (64, 128)
+    return has_kernels(device) and seq_len > 0 and seq_len % ATTENTION_TILE == 0 and head_dim in (64, 128)
 
 
-def _attention_setup(q: torch.Tensor, k: torch.Tensor) -> tuple[Callable, list[int]]:
-    """What the three kernels share: how to cut q, k, v and their gradients into tiles, and the shape constants."""
-    (B, T, H, D), KV = q.shape, k.size(2)
-    return lambda t: _tiles(t.view(B * T, -1), ATTENTION_TILE, D), [H, H // KV, D, ATTENTION_TILE]
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMS norm without a gain, then rotary position embedding, half-split: (x1 cos + x2 sin, x2 cos - x1 sin). That is
+    upstream's the other way round: rotation keeps the length, so the values are the same, and this order is faster.
+
+    x (B, T, H, D); cos: (cos, cos) and sin: (sin, -sin), (T, 1, D). Returns y like x and the norm's factor, fp32.
+    """
+    wide = x.float()
+    factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)
+    unit = wide * factor
+    return (unit * cos + unit.roll(x.size(-1) // 2, -1) * sin).to(x.dtype), factor
+
+
+def _rows(t: torch.Tensor, cols: int) -> "TensorDescriptor":
+    """(B, T, heads, D) as tiles of the matrix (B T, heads D)."""
+    return _tiles(t.reshape(t.size(0) * t.size(1), -1), ATTENTION_TILE, cols)
 
 
 @torch.library.custom_op("auto_log_research::window_attention", mutates_args=())
 def _window_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turned_q: torch.Tensor, turned_k: torch.Tensor,
+    q_factors: torch.Tensor | None, k_factors: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Of `turned_q` and `turned_k`; the gradient is that of q and k, from which `turn` made them (or the same)."""
     kernels_used.add("window attention")
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    (B, T, H, D), (tiles, shape) = q.shape, _attention_setup(q, k)
-    o, lses = torch.empty_like(q), q.new_empty((B, H, T), dtype=torch.float32)
-    _attend[(T // ATTENTION_TILE, B * H)](
-        tiles(q), tiles(k), tiles(v), tiles(o), lses, T, window, D**-0.5 * LOG2_E, *shape, num_warps=4, num_stages=3
-    )
+    (B, T, H, D), KV, N = q.shape, k.size(2), ATTENTION_TILE
+    o, lses = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    tiles = [_rows(t, D) for t in (turned_q, turned_k, v, o)]
+    _attend[(T // N, B * H)](
+        *tiles, lses, T, window, D**-0.5 * LOG2_E, H, H // KV, D, N, num_warps=4, num_stages=3
+    )  # fmt: skip
     return o, lses
 
 
 @_window_attention.register_fake
-def _(q, k, v, window):
-    return torch.empty_like(q), q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
+def _(q, *inputs):
+    return q.new_empty(q.shape), q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
 
 
 @torch.library.custom_op("auto_log_research::window_attention_backward", mutates_args=())
 def _window_attention_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lses: torch.Tensor,
-    deltas: torch.Tensor,
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lses: torch.Tensor, deltas: torch.Tensor,
+    q_factors: torch.Tensor | None, k_factors: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None,
     window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    do, q, k, v, deltas = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), deltas.contiguous()
-    (B, T, H, D), KV, N, (tiles, shape) = q.shape, k.size(2), ATTENTION_TILE, _attention_setup(q, k)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients of q and k side by side (B, T, H + KV, D), as a product that both come from wants them; of v."""
+    (B, T, H, D), KV, N = q.shape, k.size(2), ATTENTION_TILE
+    q_tiles, k_tiles, v_tiles, do_tiles = (_rows(t, D) for t in (q, k, v, do))
+    dqk, dv = q.new_empty((B, T, H + KV, D)), q.new_empty(v.shape)
     ds = _tiles(q.new_empty((B * H * T, triton.cdiv(N + min(window, T), N) * N)), N, N)
-    k, scale = tiles(k), D**-0.5
+    sizes, scale = [H, H // KV, D, N], D**-0.5
+    dqk_tiles, turning = _rows(dqk, D // 2), [cos, sin, T, window, scale]
     _attend_dkv[(T // N, B * KV)](
-        tiles(q), k, tiles(v), tiles(do), tiles(dk), tiles(dv), ds, lses, deltas, T, window, scale, scale * LOG2_E,
-        *shape, num_warps=4, num_stages=2,
+        q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, _rows(dv, D), ds, lses, deltas.contiguous(),
+        k_factors, *turning, scale * LOG2_E, *sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
-    _attend_dq[(T // N, B * H)](ds, k, tiles(dq), T, window, scale, *shape, num_warps=4, num_stages=3)
-    return dq, dk, dv
+    _attend_dq[(T // N, B * H)](
+        ds, q_tiles, k_tiles, dqk_tiles, q_factors, *turning, *sizes, num_warps=4, num_stages=3
+    )  # fmt: skip
+    return dqk, dv
 
 
 @_window_attention_backward.register_fake
-def _(do, q, k, v, lses, deltas, window):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(do, q, k, v, *inputs):
+    B, T, H, D = q.shape
+    return q.new_empty((B, T, H + k.size(2), D)), q.new_empty(v.shape)
 
 
 def _attention_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.window = inputs[3]
+    _, _, v, turned_q, turned_k, *turning, ctx.window = inputs
+    ctx.save_for_backward(turned_q, turned_k, v, *output, *turning)
 
 
 def _attention_gradients(ctx, do, _):
-    q, k, v, o, lses = ctx.saved_tensors
+    q, k, v, o, lses, *turning = ctx.saved_tensors
     deltas = (do.float() * o.float()).sum(-1).transpose(1, 2)  # (B, H, T)
-    return *_window_attention_backward(do, q, k, v, lses, deltas, ctx.window), None
+    dqk, dv = _window_attention_backward(do, q, k, v, lses, deltas, *turning, ctx.window)
+    # Cut along the width: where q and k were cut from one product like this, the compiler takes dqk as it is.
+    dq, dk = dqk.flatten(2).split([q.size(2) * q.size(3), k.size(2) * k.size(3)], dim=2)
+    return dq.view(q.shape), dk.view(k.shape), dv, *[None] * 7
 
 
 _window_attention.register_autograd(_attention_gradients, setup_context=_attention_context)
 
 
-def window_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """Causal attention in which a query sees itself and the `window` positions before it.
-
-    q (B, T, H, D), k and v (B, T, KV, D), H a multiple of KV, where `can_attend_window`. Computed in bf16, with sums in
-    fp32. Returns (B, T, H, D) bf16.
-    """
-    return _window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)[0]
-
-
-# The MLP, relu(x W_in^T)^2 W_out^T. The square is taken while a tile of the first product is still in registers, and so
-# is its derivative, 2 sqrt(post): that saves five passes over the largest activation.
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    *,
+    window: int,
+) -> torch.Tensor:
+    """Causal attention in which a query sees itself and the `window` positions before it, of `turn`ed q and k if there
+    are tables. q (B, T, H, D), k and v (B, T, KV, D), H a multiple of KV. Fused in bf16 with sums in fp32, where
+    `can_attend_window`; plain elsewhere."""
+    fits = k.shape == v.shape and k.size(1) == q.size(1) and q.numel() > 0
+    if not fits or not can_attend_window(q.size(1), q.size(3), q.device):
+        return _turned(functools.partial(_masked_sdpa, window=window), q, k, v, cos, sin)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    if cos is None:
+        return _window_attention(q, k, v, q, k, None, None, None, None, window)[0]
+    cos, sin = (table.detach().expand(q.size(1), 1, q.size(3)).contiguous() for table in (cos, sin))
+    (turned_q, q_factors), (turned_k, k_factors) = (turn(t.detach(), cos, sin) for t in (q, k))
+    return _window_attention(q, k, v, turned_q, turned_k, q_factors, k_factors, cos, sin, window)[0]
 
 
 MLP_TILE, MLP_TILE_K = 128, 64
@@ -1532,12 +1615,12 @@ def _relu2_mlp(x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> tupl
 
 @_relu2_mlp.register_fake
 def _(x, w_in, w_out):
-    return torch.empty_like(x), x.new_empty(x.size(0), w_in.size(0))
+    return x.new_empty(x.size(0), w_out.size(0)), x.new_empty(x.size(0), w_in.size(0))
 
 
 @torch.library.custom_op("auto_log_research::relu2_backward", mutates_args=())
 def _relu2_backward(dout: torch.Tensor, w_out: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
-    return _relu2_launch(dout.contiguous(), w_out.T.contiguous(), post)
+    return _relu2_launch(dout, w_out.T, post)
 
 
 @_relu2_backward.register_fake
@@ -1560,17 +1643,23 @@ _relu2_mlp.register_autograd(_mlp_gradients, setup_context=_mlp_context)
 
 def relu2_mlp(x: torch.Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) -> torch.Tensor:
     """c_out(relu(c_in(x)) ** 2), x: (..., width). Fused where gradients are wanted, x is bf16 on a GPU for which
-    `has_kernels`, and both widths are multiples of 8, as the copy engine demands; the plain modules elsewhere."""
-    is_bf16 = x.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    if not (is_bf16 and has_kernels(x.device)) or c_in.in_features % 8 or c_in.out_features % 8:
+    `has_kernels`, and all widths are multiples of 8, as the copy engine demands; the modules themselves elsewhere."""
+    fits = _are_plain(c_in, c_out) and all(width % 8 == 0 for width in (*c_in.weight.shape, c_out.out_features))
+    is_wanted = torch.is_grad_enabled() and x.numel() > 0 and _is_bf16_on_gpu(x)
+    if not fits or not is_wanted or not has_kernels(x.device):
         return c_out(torch.nn.functional.relu(c_in(x)).square())
-    flat = x.reshape(-1, x.size(-1))
-    return _relu2_mlp(flat, c_in.weight.to(x.dtype), c_out.weight.to(x.dtype))[0].view(x.shape)
+    out, _ = _relu2_mlp(x.reshape(-1, x.size(-1)), c_in.weight.to(x.dtype), c_out.weight.to(x.dtype))
+    return out.view(*x.shape[:-1], -1)
 
 
-# The loss: soft-capped logits and their cross-entropy. One kernel reads a row of logits, computes its loss, and puts in
-# the logits' place what their gradient is if that of the loss is 1. What it really is comes in later as a factor a row,
-# on tensors that are (rows, width) instead of (rows, vocab).
+def project(x: torch.Tensor, *linears: torch.nn.Linear) -> list[torch.Tensor]:
+    """[linear(x) for linear in linears], as a single product where gradients are wanted on a GPU: it is faster."""
+    if not _is_bf16_on_gpu(x) or not torch.is_grad_enabled() or not _are_plain(*linears):
+        return [linear(x) for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    widths = [linear.out_features for linear in linears]
+    return list(torch.nn.functional.linear(x, weight).split(widths, dim=x.dim() - 1))
+
 
 MAX_FUSED_VOCAB = 2**15  # a row of logits has to fit into registers
 MAX_FUSED_CAP = 40.0  # exp(-2 cap), the least that a logit can add to the sum, has to be a number in fp32
@@ -1585,22 +1674,25 @@ def _one_less_tanh_half(x, scale):
 
 @jit
 def _softcap_loss(logits, targets, losses, vocab, cap, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr):
-    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    at, is_inside = logits + row * vocab + cols, (cols < vocab) | IS_WHOLE
-    target = tl.load(targets + row).to(tl.int32)
-    target_logit = tl.load(logits + row * vocab + tl.maximum(target, 0)).to(tl.float32)
-    x = tl.load(at, mask=is_inside, other=0.0).to(tl.float32)
-    # The capped logit less the cap is -2 cap s: at most 0, so that the exponential needs no maximum.
-    to_bits = 2.8853900817779268  # 2 log2(e)
-    s = _one_less_tanh_half(x, to_bits / cap)
+    cols, to_bits = tl.arange(0, BLOCK), 2.8853900817779268  # 2 log2(e)
+    row, is_inside = tl.program_id(0).to(tl.int64), (cols < vocab) | IS_WHOLE
+    logits += row * vocab
+    target = tl.load(targets + row)
+    is_target = (target >= 0) & (target < vocab)
+    target_s = _one_less_tanh_half(tl.load(logits + target, mask=is_target, other=0.0).to(tl.float32), to_bits / cap)
+    s = _one_less_tanh_half(tl.load(logits + cols, mask=is_inside, other=0.0).to(tl.float32), to_bits / cap)
     p = tl.where(is_inside, tl.math.exp2(s * (-to_bits * cap)), 0.0)
     total = tl.sum(p)
-    is_counted = target != -1
-    loss = tl.log(total) + 2 * cap * _one_less_tanh_half(target_logit, to_bits / cap)
-    tl.store(losses + row, tl.where(is_counted, loss, 0.0))
-    share = tl.where(is_counted, 4 / total, 0.0)  # the 4 is the derivative's: d tanh(u) / du = 4 s (1 - s)
-    gradient = (p * share - tl.where(cols == target, tl.where(is_counted, 4.0, 0.0), 0.0)) * (s - s * s)
-    tl.store(at, gradient.to(logits.dtype.element_ty), mask=is_inside)
+    # Plain torch stops the program at a target that is no token. NaN ends a run as well.
+    other = tl.where(target == -1, 0.0, float("nan"))
+    tl.store(losses + row, tl.where(is_target, tl.log(total) + 2 * cap * target_s, other))
+    share = tl.where(is_target, 4 / total, 0.0)  # the 4 is the derivative's
+    gradient = p * share * (s - s * s)
+    tl.store(logits + cols, gradient.to(logits.dtype.element_ty), mask=is_inside)
+    # The target's own gradient once more: to compare every column with the target would take half of the registers.
+    gradient = (tl.math.exp2(target_s * (-to_bits * cap)) * share - 4) * (target_s - target_s * target_s)
+    tl.debug_barrier()
+    tl.store(logits + target, gradient.to(logits.dtype.element_ty), mask=is_target)
 
 
 @torch.library.custom_op("auto_log_research::head_loss", mutates_args=())
@@ -1613,7 +1705,7 @@ def _head_loss(
     losses = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(vocab)
     options = {"num_warps": max(1, min(block // 1024, 16))}
-    _softcap_loss[(num_rows,)](logits, targets, losses, vocab, cap, block, block == vocab, **options)
+    _softcap_loss[(num_rows,)](logits, targets.contiguous(), losses, vocab, cap, block, block == vocab, **options)
     return losses, logits
 
 
@@ -1635,20 +1727,20 @@ def _loss_gradients(ctx, dlosses, _):
 _head_loss.register_autograd(_loss_gradients, setup_context=_loss_context)
 
 
-def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap * tanh(logits / cap); the logits as they are where the cap is None, 0 or infinite."""
-    return cap * torch.tanh(logits / cap) if cap and cap < math.inf else logits
+def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits within +- cap; as they are if the cap is None, 0 or infinite."""
+    return cap * torch.tanh(logits / cap) if cap and math.isfinite(cap) else logits
 
 
 def softcap_loss(x: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """Cross-entropy (N,) in nats of the logits soft_cap(head(x), cap); 0 where the target is -1.
+    """Cross-entropy (N,) in nats of the logits softcap(head(x), cap); 0 where the target is -1.
 
     x: (N, width), targets: (N,). Logits come out of the product in its own precision (bf16 under autocast); all that
     follows is fp32. Fused for bf16 on any GPU that Triton knows, up to MAX_FUSED_VOCAB and MAX_FUSED_CAP.
     """
-    is_bf16 = triton is not None and x.is_cuda and x.dtype == torch.bfloat16
-    if not is_bf16 or head.out_features > MAX_FUSED_VOCAB or not cap or cap > MAX_FUSED_CAP:
-        logits = soft_cap(head(x).float(), cap)
+    fits = _are_plain(head) and head.out_features <= MAX_FUSED_VOCAB and 0 < (cap or 0) <= MAX_FUSED_CAP
+    if not fits or not x.numel() or not _is_bf16_on_gpu(x):
+        logits = softcap(head(x).float(), cap)
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     return _head_loss(x, head.weight.to(x.dtype), targets, cap)[0]
 
@@ -1665,20 +1757,17 @@ def window_mask(seq_len: int, window: int, device: torch.device) -> torch.Tensor
 
 
 def make_attention(window: int, seq_len: int, head_dim: int, device: torch.device) -> tuple[str, Callable]:
-    """The fastest exact attention here: its name, and a function of q (B, T, H, D) and k, v (B, T, KV, D).
+    """The fastest exact attention here: its name, and a function of q (B, T, H, D) and k, v (B, T, KV, D). With rotary
+    tables as its further arguments, q and k are normalised and rotated before (see `turn`).
 
     Causal; `window` counts the positions before the query that it sees, `seq_len` or more being all of them. The full
-    context takes the first of `sdpa_order()`, which is to be set around the model.
+    context takes the first of `sdpa_order()`, which is to be set around the model. T may be less than `seq_len`.
     """
-    is_full = window >= seq_len - 1
     if device.type != "cuda":
-        return "masked sdpa", functools.partial(_sdpa, attn_mask=window_mask(seq_len, window, device))
-    has_fa3 = has_flash_attention_3()
-    if is_full:
-        whose = "fa3" if has_fa3 else sdpa_order()[0].name.lower().removesuffix("_attention")
-        return f"{whose} full", functools.partial(_sdpa, is_causal=True)
-    if has_fa3:
-        return "fa3 window", functools.partial(_flash_window, window=window)
+        return "masked sdpa", functools.partial(_turned, functools.partial(_masked_sdpa, window=window))
+    if window >= seq_len - 1:
+        name = sdpa_order()[0].name.lower().removesuffix("_attention")
+        return f"{name} full", functools.partial(_turned, functools.partial(_sdpa, is_causal=True))
     # The same with a window of 1024: our kernel 4.2 ms, FlexAttention 5.4, FlashAttention-2 6.2.
     if can_attend_window(seq_len, head_dim, device):
         return "kernel window", functools.partial(window_attention, window=window)
@@ -1687,56 +1776,42 @@ def make_attention(window: int, seq_len: int, head_dim: int, device: torch.devic
     block_mask = create_block_mask(
         lambda b, h, q, k: (q >= k) & (q - k <= window), None, None, seq_len, seq_len, device=device
     )
-    return "flex window", functools.partial(_flex, block_mask=block_mask, mask=window_mask(seq_len, window, device))
+    flex = functools.partial(_flex, block_mask=block_mask, window=window)
+    return "flex window", functools.partial(_turned, flex)
+
+
+def _turned(attend: Callable, q, k, v, cos=None, sin=None) -> torch.Tensor:
+    if cos is not None:
+        q, k = turn(q, cos, sin)[0], turn(k, cos, sin)[0]
+    return attend(q, k, v)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    is_grouped, T = q.size(1) != k.size(1), q.size(2)
-    if "attn_mask" in options:  # of the longest context
-        options["attn_mask"] = options["attn_mask"][:T, :T]
+    is_grouped = q.size(1) != k.size(1)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=is_grouped, **options)
     return out.transpose(1, 2)
 
 
-def _flash_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    B, T, H, _ = q.shape
-    k, v = (t.repeat_interleave(H // t.size(2), dim=2) for t in (k, v))
-    starts = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
-    q, k, v = (t.reshape(B * T, H, -1) for t in (q, k, v))
-    return varlen_attn(q, k, v, starts, starts, T, T, window_size=(window, 0)).view(B, T, H, -1)
+def _masked_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    return _sdpa(q, k, v, attn_mask=window_mask(q.size(1), window, q.device))
 
 
-def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: object, mask: torch.Tensor) -> torch.Tensor:
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: object, window: int) -> torch.Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    if not torch.compiler.is_compiling():  # uncompiled, FlexAttention is slower than this
-        return _sdpa(q, k, v, attn_mask=mask)
+    # Uncompiled, FlexAttention is slower than this; and its mask is for one length.
+    if not torch.compiler.is_compiling() or block_mask.seq_lengths[0] != q.size(1):
+        return _masked_sdpa(q, k, v, window)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-@functools.cache
-def has_flash_attention_3() -> bool:
-    """FlashAttention-3 is used where it is installed (flash_attn_interface) and the GPU is a Hopper."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        return False
-    try:
-        from torch.nn.attention import activate_flash_attention_impl
-
-        activate_flash_attention_impl("FA3")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
 def sdpa_order() -> list[SDPBackend]:
     """Whose scaled_dot_product_attention to take, the first that can. The full context, 128 x 2048 x 4 heads, forward
-    and backward on Hopper: FlashAttention-3 4.0 ms, cuDNN 4.3, FlexAttention 6.6, FlashAttention-2 7.3."""
+    and backward on Hopper: cuDNN 4.3 ms, FlexAttention 6.6, FlashAttention-2 7.3."""
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0) and not has_flash_attention_3()
+    is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0)
     return [SDPBackend.CUDNN_ATTENTION, *order] if is_cudnn_first else order
 
 

@@ -55,10 +55,11 @@ from prepare import (
     make_dataloader,
     measure_step,
     parameter_stats,
+    project,
     rehearse_evaluation,
     relu2_mlp,
     sdpa_order,
-    soft_cap,
+    softcap,
     softcap_loss,
 )
 
@@ -123,11 +124,6 @@ def rotary_tables(seq_len: int, head_dim: int, base: float, device: torch.device
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split: (x1 cos + x2 sin, x2 cos - x1 sin). x: (B, T, H, D)."""
-    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
-
-
 def layer_windows(config: Config, seq_len: int) -> list[int]:
     """How many positions before itself each layer's query sees."""
     sizes, pattern = {"L": seq_len, "S": seq_len // 2}, config.window_pattern
@@ -158,15 +154,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.num_heads, self.head_dim)
-        k = self.c_k(x).view(B, T, self.num_kv_heads, self.head_dim)
-        v = self.c_v(x).view(B, T, self.num_kv_heads, self.head_dim)
+        q, k = (t.view(B, T, -1, self.head_dim) for t in project(x, self.c_q, self.c_k))
+        v = self.c_v(x).view(B, T, -1, self.head_dim)
         if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_width]))  # (B, T, KV), 1 at the start
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        # Norm first: rotation keeps the length, so the values are the same, and this order is faster.
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        return self.c_proj(self.attend(q, k, v).reshape(B, T, -1))
+        y = self.attend(q, k, v, cos, sin)  # of norm(q) and norm(k), rotated; without the tables, of q and k
+        return self.c_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -244,7 +238,7 @@ class GPT(nn.Module):
         """
         x = self.features(idx)
         if targets is None:
-            return soft_cap(self.lm_head(x).float(), self.config.logit_cap)
+            return softcap(self.lm_head(x).float(), self.config.logit_cap)
         losses = self.token_losses(x, targets)
         return losses if reduction == "none" else losses.sum() / (targets != -1).sum()
 
