@@ -938,8 +938,8 @@ def get_device() -> torch.device:
 
 
 def read_document_batches(split: str) -> Iterator[tuple[list[np.ndarray], int]]:
-    """The encoded documents of a split, shard after shard in the order of their names, for ever. Yields (up to
-    DOC_BATCH arrays of uint16 within one row group, epoch)."""
+    """The encoded documents of a split, shard after shard in the order of their names, for ever.
+    Yields (up to DOC_BATCH arrays of uint16 within one row group, epoch)."""
     names = [name for name, shard in sorted(load_manifest()["shards"].items()) if shard[split]["tokens"]]
     assert names, split
     for epoch in itertools.count(1):
@@ -954,8 +954,8 @@ def read_document_batches(split: str) -> Iterator[tuple[list[np.ndarray], int]]:
 
 
 def prefetch(items: Iterable, depth: int = 4) -> Iterator:
-    """Run an iterator in a thread of its own, `depth` items ahead. Its exceptions come out here; closing or dropping
-    this generator ends the thread."""
+    """Run an iterator in a thread of its own, `depth` items ahead. Its exceptions come out here;
+    closing or dropping this generator ends the thread."""
     items, end = iter(items), object()
     pool = ThreadPoolExecutor(1, "prefetch")
     try:
@@ -968,8 +968,9 @@ def prefetch(items: Iterable, depth: int = 4) -> Iterator:
 
 
 def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """What `make_dataloader` gives. Rows are packed and copied to pinned memory in a thread. Each batch has a pinned
-    buffer of its own: torch's host allocator hands one out again only after the copies queued from it have finished."""
+    """What `make_dataloader` gives. Rows are packed and copied to pinned memory in a thread. Each
+    batch has a pinned buffer of its own: torch's host allocator hands one out again only after the
+    copies queued from it have finished."""
     device = get_device()
 
     def host_batches() -> Iterator[tuple[torch.Tensor, int]]:
@@ -990,7 +991,8 @@ def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, tor
 def make_dataloader(
     tokenizer: Tokenizer, B: int, T: int, split: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Endless (x, y, epoch): int64 (B, T) on the training device, y is x shifted by one, epoch counts from 1."""
+    """Endless (x, y, epoch): int64 (B, T) on the training device, y is x shifted by one, epoch
+    counts from 1."""
     global _num_val_loaders
     assert split in ("train", "val"), split
     current_run()
@@ -1012,10 +1014,11 @@ _num_evaluations = 0  # in this process: a second call could mean that the first
 
 
 def _token_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
-    """(B, T) losses in nats, computed `rows` rows at a time, and the number of rows that fitted into memory.
+    """(B, T) losses in nats, computed `rows` rows at a time, and the number of rows that fitted
+    into memory.
 
-    Called with gradients enabled: a compiled model then runs the graph it was trained with, where compiling another
-    would take longer than the whole evaluation.
+    Called with gradients enabled: a compiled model then runs the graph it was trained with, where
+    compiling another would take longer than the whole evaluation.
     """
     while True:
         try:
@@ -1031,15 +1034,17 @@ def _token_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, rows
 
 
 def _seeded(call: Callable, device: torch.device) -> torch.Tensor:
-    """`call()` from one and the same random state, which is put back: noise then answers alike each time."""
+    """`call()` from one and the same random state, which is put back: noise then answers alike
+    each time."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         return call()
 
 
 def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> str:
-    """What is wrong where `model(x, y, reduction="none")` is not the cross-entropy of the logits of `model(x)`, which
-    cannot see the targets; "" where it is. Both run outside the compiled graph, on a few rows."""
+    """What is wrong where `model(x, y, reduction="none")` is not the cross-entropy of the logits
+    of `model(x)`, which cannot see the targets; "" where it is. Both run outside the compiled
+    graph, on a few rows."""
     x, y = x[:LOGIT_ROWS], y[:LOGIT_ROWS]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         losses = _seeded(lambda: model(x, y, reduction="none"), x.device).flatten().float()
@@ -1062,10 +1067,10 @@ def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) 
 def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size: int) -> tuple[bool | None, str]:
     """Whether a model predicts from the past alone. `losses_of(x, y)` gives (B, T) losses in nats.
 
-    Each row's tokens are exchanged from a cut on: the losses before it must stay the same. Half of the cuts are
-    multiples of 16, where a model that works in blocks would look ahead, the others anywhere; small batches take more
-    passes for as many. Returns (is_causal, what was found); is_causal is None where two calls on the same batch
-    differ, so that nothing can be said.
+    Each row's tokens are exchanged from a cut on: the losses before it must stay the same. Half of
+    the cuts are multiples of 16, where a model that works in blocks would look ahead, the others
+    anywhere; small batches take more passes for as many. Returns (is_causal, what was found);
+    is_causal is None where two calls on the same batch differ, so that nothing can be said.
     """
     B, T = x.shape
     losses = losses_of(x, y)
@@ -1096,7 +1101,8 @@ def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size:
 def _sum_losses(
     model: torch.nn.Module, batches: Iterator[tuple], num_rows: int, token_bytes: torch.Tensor, rows: int
 ) -> tuple[float, int, int]:
-    """(nats, bytes, the last epoch) of the targets that stand for text, in exactly `num_rows` rows."""
+    """(nats, bytes, the last epoch) of the targets that stand for text, in exactly `num_rows`
+    rows."""
     nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
     num_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
     for x, y, epoch in batches:
@@ -1112,7 +1118,8 @@ def _sum_losses(
 def _score_audit(
     model: torch.nn.Module, batches: Iterator[tuple], token_bytes: torch.Tensor, rows: int
 ) -> float | None:
-    """Bits per byte of as much text after what was scored, which no search has seen; None where there is less."""
+    """Bits per byte of as much text after what was scored, which no search has seen; None where
+    there is less."""
     if sum(shard["val"]["tokens"] for shard in load_manifest()["shards"].values()) < 2 * EVAL_TOKENS:
         return None
     nats, num_bytes, epoch = _sum_losses(model, batches, EVAL_TOKENS // MAX_SEQ_LEN, token_bytes, rows)
@@ -1140,10 +1147,11 @@ def _faults(run: "Run | None", is_causal: bool | None, finding: str, disagreemen
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte on the validation split, the number that everything is about.
 
-    Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes they stand
-    for. `model(x, y, reduction="none")` gives the loss in nats of each of the (batch_size, MAX_SEQ_LEN) targets,
-    `model(x)` the logits. Writes EVAL_FILE into the working folder, with `faults`: what makes the score
-    worthless. Out of GPU memory, it goes on with fewer rows at a time.
+    Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes
+    they stand for. `model(x, y, reduction="none")` gives the loss in nats of each of the
+    (batch_size, MAX_SEQ_LEN) targets, `model(x)` the logits. Writes EVAL_FILE into the working
+    folder, with `faults`: what makes the score worthless. Out of GPU memory, it goes on with fewer
+    rows at a time.
     """
     global _num_evaluations
     _num_evaluations += 1
@@ -1182,8 +1190,9 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
 
 
 def rehearse_evaluation(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Score one batch of the shape that the evaluation has, so that a model that cannot be scored says so before its
-    budget is spent. Raises ValueError where its loss is not that of its logits."""
+    """Score one batch of the shape that the evaluation has, so that a model that cannot be scored
+    says so before its budget is spent. Raises ValueError where its loss is not that of its
+    logits."""
     x, y = (t.repeat(1, -(-MAX_SEQ_LEN // t.size(1)))[:, :MAX_SEQ_LEN] for t in (x, y))
     losses, _ = _token_losses(model, x, y, len(x))
     disagreement = find_disagreement(model, x, y)
@@ -1203,8 +1212,9 @@ def _first_tensor(value: object) -> torch.Tensor | None:
 
 
 def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float | None]]:
-    """Of each (tokens, features): RMS; fraction of entries below a thousandth of it (near zero); fraction of features
-    near zero on every token. Those of one shape at once: to launch a thousand small kernels would take longest."""
+    """Of each (tokens, features): RMS; fraction of entries below a thousandth of it (near zero);
+    fraction of features near zero on every token. Those of one shape at once: to launch a thousand
+    small kernels would take longest."""
     stats: list[list[float | None]] = [[None] * 3 for _ in activations]
     alike: dict[tuple, list[int]] = {}
     for i, t in enumerate(activations):
@@ -1221,7 +1231,8 @@ def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float
 
 
 def _watched_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The blocks (members of a ModuleList) and linear layers; in a model with neither, its innermost modules."""
+    """The blocks (members of a ModuleList) and linear layers; in a model with neither, its
+    innermost modules."""
     modules = dict(model.named_modules())
     lists = {name for name, m in modules.items() if isinstance(m, torch.nn.ModuleList)}
     blocks = {name: m for name, m in modules.items() if name and name.rpartition(".")[0] in lists}
@@ -1240,12 +1251,14 @@ def _logit_stats(logits: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict:
-    """What the activations of a batch look like, layer by layer, from a plain forward pass outside the compiled graph.
+    """What the activations of a batch look like, layer by layer, from a plain forward pass outside
+    the compiled graph.
 
-    x, y: int64 (B, T). Returns lists that run parallel to `layers/names`: `layers/rms` and `layers/zeros` of each
-    block's or linear layer's output, `layers/input_zeros` and `layers/dead` of a linear layer's input (dead: near zero
-    for every token), and `logits/*` where `model(x)` returns logits. Weights and random state are left alone. A model
-    that cannot be looked at this way gives `layers/error` instead: statistics must never end a run.
+    x, y: int64 (B, T). Returns lists that run parallel to `layers/names`: `layers/rms` and
+    `layers/zeros` of each block's or linear layer's output, `layers/input_zeros` and `layers/dead`
+    of a linear layer's input (dead: near zero for every token), and `logits/*` where `model(x)`
+    returns logits. Weights and random state are left alone. A model that cannot be looked at this
+    way gives `layers/error` instead: statistics must never end a run.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     seen: dict[str, list[torch.Tensor | None]] = {}
@@ -1284,9 +1297,9 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict:
-    """RMS of each parameter's gradient, weight and update, after a step and before its gradients are cleared.
-    `before`: `copy_weights(model)` from before the step. Vectors of up to 64 entries are also given whole, as
-    `scalars/NAME`."""
+    """RMS of each parameter's gradient, weight and update, after a step and before its gradients
+    are cleared. `before`: `copy_weights(model)` from before the step. Vectors of up to 64 entries
+    are also given whole, as `scalars/NAME`."""
     named = {name: p for name, p in model.named_parameters() if name in before}
 
     def rms(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -1837,7 +1850,8 @@ MEASURED = (
 
 
 def _essence(node: object) -> object:
-    """A piece of code without comments, docstrings and layout, the same in every version of Python."""
+    """A piece of code without comments, docstrings and layout, the same in every version of
+    Python."""
     if isinstance(node, list):
         docstrings = [item for item in node if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)]
         return [_essence(item) for item in node if item not in docstrings]
@@ -1878,7 +1892,8 @@ PEAK_BF16_TFLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense bf16; None for a device that is not in the table: no MFU is better than a wrong one."""
+    """FLOP/s of dense bf16; None for a device that is not in the table: no MFU is better than a
+    wrong one."""
     name = device_name.removeprefix("NVIDIA ").strip()
     if "MIG" in name:  # a slice of a GPU
         return None
@@ -1891,11 +1906,11 @@ MAX_PAUSED_SHARE = 0.1  # of the budget; looking at the layers takes 1 % of it o
 
 
 class Clock:
-    """The clock of the budget. It runs from `start`, stands still inside `paused` (MAX_PAUSED_SHARE of the budget at
-    most: what is beyond counts), and is read once a step.
+    """The clock of the budget. It runs from `start`, stands still inside `paused`
+    (MAX_PAUSED_SHARE of the budget at most: what is beyond counts), and is read once a step.
 
-    `end_step` marks the end of a step in the GPU's queue and `read_step` waits for that mark, so that work queued in
-    between keeps the GPU busy while Python reads, logs and decides.
+    `end_step` marks the end of a step in the GPU's queue and `read_step` waits for that mark, so
+    that work queued in between keeps the GPU busy while Python reads, logs and decides.
     """
 
     def __init__(self, device: torch.device):
@@ -1913,7 +1928,8 @@ class Clock:
         self._last = self._now()
 
     def end_step(self, values: dict[str, torch.Tensor]) -> None:
-        """Queue the mark, and a copy of tensors (0-d or 1-d, whole numbers exact up to 2^53) for `read_step`."""
+        """Queue the mark, and a copy of tensors (0-d or 1-d, whole numbers exact up to 2^53) for
+        `read_step`."""
         self._shapes = {key: value.shape for key, value in values.items()}
         flat = torch.cat([value.detach().double().flatten() for value in values.values()])
         if self.is_cuda:
@@ -1928,7 +1944,8 @@ class Clock:
             self._marked = self._now()
 
     def read_step(self) -> dict[str, float | list[float]]:
-        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the values."""
+        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the
+        values."""
         if self._marked is None:
             self._event.synchronize()
             self._marked = self._now()
@@ -1982,9 +1999,9 @@ def kernel_ms(work: Callable) -> dict[str, float]:
 
 
 def measure_step(gradients: Callable, update: Callable, num_micro_steps: int, device: torch.device) -> dict | None:
-    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients` does one micro-batch,
-    `update` the optimizer's part; both are called, compiled already. Raises ValueError for a step that is longer than
-    the budget."""
+    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients`
+    does one micro-batch, `update` the optimizer's part; both are called, compiled already. Raises
+    ValueError for a step that is longer than the budget."""
 
     def timed_s(work: Callable) -> float:
         begin = time.perf_counter()
@@ -2007,7 +2024,8 @@ CUDA_OWN_MB = 1024  # what CUDA and its libraries take for a process beside torc
 
 
 def machine_stats() -> dict:
-    """What else this machine is busy with: memory on the GPU that is not ours (None without one), load a core."""
+    """What else this machine is busy with: memory on the GPU that is not ours (None without one),
+    load a core."""
     other_mb = None
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
@@ -2016,7 +2034,8 @@ def machine_stats() -> dict:
 
 
 def check_machine() -> None:
-    """Raise SetupError, within a second, for faults of the machine that would look like the experiment's later on."""
+    """Raise SetupError, within a second, for faults of the machine that would look like the
+    experiment's later on."""
     device = get_device()
     load_manifest()
     least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
@@ -2069,7 +2088,8 @@ def _read_json(path: Path) -> dict:
 
 
 def imported_modules(folder: Path, script: Path) -> dict[str, str]:
-    """{file: text} of the folder's own modules that this process has imported, without the three fixed scripts."""
+    """{file: text} of the folder's own modules that this process has imported, without the three
+    fixed scripts."""
     modules = {}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or "/")
@@ -2083,8 +2103,9 @@ def imported_modules(folder: Path, script: Path) -> dict[str, str]:
 
 
 def lock_metrics() -> TextIO:
-    """METRICS_FILE, open for appending and locked until this process ends: that it is locked says that a run is in
-    progress, whatever clocks and process tables say. Raises SetupError where another run holds it."""
+    """METRICS_FILE, open for appending and locked until this process ends: that it is locked says
+    that a run is in progress, whatever clocks and process tables say. Raises SetupError where
+    another run holds it."""
     while True:
         file = open(METRICS_FILE, "a")  # noqa: SIM115 (open for the whole run)
         try:
@@ -2102,9 +2123,9 @@ def lock_metrics() -> TextIO:
 
 
 def set_aside_earlier_run() -> None:
-    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py files them; files that
-    the archive already holds are deleted. A crash of the coming run can then never show an old score. METRICS_FILE
-    stays, empty: it may be locked."""
+    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py
+    files them; files that the archive already holds are deleted. A crash of the coming run can
+    then never show an old score. METRICS_FILE stays, empty: it may be locked."""
     present = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
     present = [path for path in present if path.exists()]
     if not present or (present == [Path(METRICS_FILE)] and not present[0].stat().st_size):
@@ -2125,7 +2146,8 @@ def set_aside_earlier_run() -> None:
 
 
 def _move_whole(paths: list[Path], target: Path) -> None:
-    """Copy under a hidden name, rename at the end: nobody sees half of a run. An interrupted call is repeated."""
+    """Copy under a hidden name, rename at the end: nobody sees half of a run. An interrupted call
+    is repeated."""
     hidden = target.with_name(f".{target.name}")
     hidden.mkdir(parents=True, exist_ok=True)
     for path in paths:
@@ -2141,7 +2163,8 @@ def _move_whole(paths: list[Path], target: Path) -> None:
 
 
 def process_age_s() -> float:
-    """Seconds since this process started, its imports included; 0 where the system does not tell (Linux does)."""
+    """Seconds since this process started, its imports included; 0 where the system does not tell
+    (Linux does)."""
     try:
         started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
@@ -2150,7 +2173,8 @@ def process_age_s() -> float:
 
 
 def end_children(pid: int | str = "self") -> None:
-    """Kill the processes that this one started and that still live (Linux): they would hold the GPU and the lock."""
+    """Kill the processes that this one started and that still live (Linux): they would hold the
+    GPU and the lock."""
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in path.read_text().split():
             end_children(child)
@@ -2159,8 +2183,9 @@ def end_children(pid: int | str = "self") -> None:
 
 
 def current_run() -> "Run | None":
-    """The run that this process is. A training script without a Run of its own (upstream's) becomes one with its
-    first call; any other script, which may only look at the data, does not."""
+    """The run that this process is. A training script without a Run of its own (upstream's)
+    becomes one with its first call; any other script, which may only look at the data, does
+    not."""
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     if _run is None and Path(script).name.startswith("train"):
         Run(Path(script), is_ours=False).__enter__()
@@ -2170,9 +2195,10 @@ def current_run() -> "Run | None":
 class Run:
     """One training run's files and figures, from its identity to its score. A context manager.
 
-    An exception inside it ends the process with one line that says why: `crash:` and exit code 1 for a failed
-    experiment, `error:` and 2 where the machine or the data is at fault, `stopped:` and 130 after an interrupt. With
-    `is_new` false, the files of the run that is here stay, to be scored again.
+    An exception inside it ends the process with one line that says why: `crash:` and exit code 1
+    for a failed experiment, `error:` and 2 where the machine or the data is at fault, `stopped:`
+    and 130 after an interrupt. With `is_new` false, the files of the run that is here stay, to be
+    scored again.
     """
 
     def __init__(self, script: Path, is_new: bool = True, is_ours: bool = True):
@@ -2246,7 +2272,8 @@ class Run:
         write_atomic(Path(START_FILE), finite_json(record, indent=2) + "\n")
 
     def start_training(self, device: torch.device, facts: dict) -> None:
-        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the summary."""
+        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the
+        summary."""
         gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self.clock, self.peak_flops = Clock(device), peak_flops(gpu_name or "")
         self.facts = facts | {
@@ -2263,14 +2290,15 @@ class Run:
         print(f"gpu: {gpu_name}\nstartup_seconds: {self.startup_seconds:.1f}", flush=True)
 
     def log_step(self, step: int, num_tokens: int, values: dict[str, torch.Tensor], more: dict) -> None:
-        """Mark the end of a step. `values`, tensors on the device with `train/loss` among them, are not waited for:
-        `progress` reads them and writes the step's line."""
+        """Mark the end of a step. `values`, tensors on the device with `train/loss` among them,
+        are not waited for: `progress` reads them and writes the step's line."""
         self.clock.end_step(values)
         self.pending = step, num_tokens, more
 
     def progress(self) -> float:
-        """How much of the budget is used up, 0 to 1, by the steps logged so far. Waits for the last one and appends
-        it to METRICS_FILE. Raises FloatingPointError on a loss that is NaN or has exploded."""
+        """How much of the budget is used up, 0 to 1, by the steps logged so far. Waits for the
+        last one and appends it to METRICS_FILE. Raises FloatingPointError on a loss that is NaN or
+        has exploded."""
         if self.pending:
             values = self.clock.read_step()
             self._write_step(*self.pending, values)
@@ -2352,8 +2380,8 @@ class Run:
         os.replace(temporary, CHECKPOINT_FILE)
 
     def load_checkpoint(self, model: torch.nn.Module) -> dict:
-        """Put the checkpoint's weights into `model`; returns its summary so far. Raises SetupError where there is none,
-        or where another script than this one wrote it."""
+        """Put the checkpoint's weights into `model`; returns its summary so far. Raises SetupError
+        where there is none, or where another script than this one wrote it."""
         if not Path(CHECKPOINT_FILE).exists():
             raise SetupError(f"no {CHECKPOINT_FILE} here: there is nothing to score")
         stored = torch.load(CHECKPOINT_FILE, map_location=get_device(), weights_only=True)
@@ -2368,7 +2396,8 @@ class Run:
         return summary
 
     def finish(self, summary: dict, val_bpb: float, eval_seconds: float) -> None:
-        """Write SUMMARY_FILE and print the closing block. Raises FloatingPointError on a score that is no number."""
+        """Write SUMMARY_FILE and print the closing block. Raises FloatingPointError on a score
+        that is no number."""
         if not math.isfinite(val_bpb):
             raise FloatingPointError("val_bpb is not a number")
         # Of a run that is scored later, the time in between is no part.

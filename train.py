@@ -231,10 +231,11 @@ class GPT(nn.Module):
             self.value_embeds.to(torch.bfloat16)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """idx, targets: int64 (B, T). Returns logits (B, T, vocab), or with targets the loss in nats.
+        """idx, targets: int64 (B, T). Returns logits (B, T, vocab), or with targets the loss in
+        nats.
 
-        "none", (B * T,), is the score: the plain cross-entropy of these logits, and nothing else. Terms that only
-        training wants go into "mean"; the log has the plain loss beside it.
+        "none", (B * T,), is the score: the plain cross-entropy of these logits, and nothing else.
+        Terms that only training wants go into "mean"; the log has the plain loss beside it.
         """
         x = self.features(idx)
         if targets is None:
@@ -265,8 +266,8 @@ class GPT(nn.Module):
         return counts
 
     def flops_per_token(self) -> int:
-        """Forward and backward: 6 a weight that multiplies (a table is only looked up), and for attention 12 a channel
-        and visible position."""
+        """Forward and backward: 6 a weight that multiplies (a table is only looked up), and for
+        attention 12 a channel and visible position."""
         modules = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
         weights = {p: p.numel() for m in modules for p in m.parameters(recurse=False) if p.dim() > 1}
         attention = sum(12 * self.width * min(window, self.cos.size(0)) for window in self.windows)
@@ -288,7 +289,8 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices to g (n, rows, cols), roughly: singular values near 1. In bf16."""
+    """The nearest semi-orthogonal matrices to g (n, rows, cols), roughly: singular values near 1.
+    In bf16."""
     # The norm stays in fp32: the polynomials are steepest at the largest singular value, and the rounding of a bf16
     # norm shifts it enough to show in the loss of the first hundred steps.
     X = (g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)).bfloat16()
@@ -301,10 +303,12 @@ def orthogonalize(g: Tensor) -> Tensor:
 
 
 def muon_update(grad: Tensor, momentum_buffer: Tensor, second: Tensor, momentum: float, beta2: float) -> Tensor:
-    """The direction of a Muon step for matrices (n, rows, cols); `momentum_buffer` and `second` are updated in place.
+    """The direction of a Muon step for matrices (n, rows, cols); `momentum_buffer` and `second`
+    are updated in place.
 
-    Muon (Jordan et al. 2024) with Nesterov momentum, and NorMuon's variance reduction (Li et al. 2025): one second
-    moment a row or column, whichever there are more of, then the norm of each matrix is restored.
+    Muon (Jordan et al. 2024) with Nesterov momentum, and NorMuon's variance reduction (Li et al.
+    2025): one second moment a row or column, whichever there are more of, then the norm of each
+    matrix is restored.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     g = orthogonalize(grad.lerp(momentum_buffer, momentum)).float()
@@ -317,8 +321,8 @@ def muon_update(grad: Tensor, momentum_buffer: Tensor, second: Tensor, momentum:
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups hold matrices of one shape, which are stepped together as one (n, rows, cols) tensor. A matrix that had
-    no part in this step's loss has a gradient of zero."""
+    """Groups hold matrices of one shape, which are stepped together as one (n, rows, cols) tensor.
+    A matrix that had no part in this step's loss has a gradient of zero."""
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, defaults={})
@@ -448,7 +452,8 @@ def autocast(device: torch.device) -> Iterator[None]:
 
 
 def forward_backward(model: nn.Module, batches: Iterator, num_micro_steps: int) -> tuple[dict[str, Tensor], tuple]:
-    """Add the gradients of one step's batch. Returns what the log wants of it, not waited for, and the last batch."""
+    """Add the gradients of one step's batch. Returns what the log wants of it, not waited for, and
+    the last batch."""
     losses, token_sum = [], 0
     for _ in range(num_micro_steps):
         x, y, epoch = next(batches)
@@ -469,8 +474,8 @@ def update(optimizers: list[torch.optim.Optimizer]) -> None:
 
 
 def warm_up(model: GPT, optimizers: list[torch.optim.Optimizer], batch: tuple, num_micro_steps: int) -> dict | None:
-    """Compile and load every kernel with real shapes, score a batch, see where a step's time goes (returned); then put
-    everything back: weights, buffers, optimizers, random state."""
+    """Compile and load every kernel with real shapes, score a batch, see where a step's time goes
+    (returned); then put everything back: weights, buffers, optimizers, random state."""
     x, y, _ = batch
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     before = {name: t.detach().clone() for name, t in tensors.items()}
