@@ -42,44 +42,24 @@ def make_metrics(num_steps: int, rng: np.random.Generator) -> str:
         loss = 2.0 + 7 * ((i + 3) / 3) ** -0.5 - 0.2 * (1 - lr) + 0.02 * rng.standard_normal()
         smooth = 0.9 * smooth + 0.1 * loss
         record = {
-            "step": i,
-            "train/loss": loss,
-            "train/loss_smooth": smooth / (1 - 0.9 ** (i + 1)),
+            "step": i, "train/loss": loss, "train/loss_smooth": smooth / (1 - 0.9 ** (i + 1)),
             "train/lr_multiplier": lr,
-            "train/muon_momentum": min(0.95, 0.85 + 0.1 * i / 300),
-            "train/weight_decay": 0.2 * (1 - progress),
-            "train/progress": progress,
-            "perf/step_time_ms": ms,
-            "perf/tokens_per_sec": BATCH / ms * 1000,
-            "perf/mfu_percent": 40.0,
-            "time/unix_s": 1.7e9 + end_s,
-            "time/training_s": end_s,
-            "train/tokens": (i + 1) * BATCH,
-            "train/epoch": 1,
-            "train/grad_norm": 0.3 + 2 / (i + 3),
-            "lr/lm_head": 0.005 * lr,
-            "lr/wte": 0.7 * lr,
-            "lr/muon_512x512": 0.04 * lr,
-            "lr/x0_lambdas": 0.5 * lr,
+            "train/muon_momentum": min(0.95, 0.85 + 0.1 * i / 300), "train/weight_decay": 0.2 * (1 - progress),
+            "train/progress": progress, "perf/step_time_ms": ms, "perf/tokens_per_sec": BATCH / ms * 1000,
+            "perf/mfu_percent": 40.0, "time/unix_s": 1.7e9 + end_s, "time/training_s": end_s,
+            "train/tokens": (i + 1) * BATCH, "train/epoch": 1, "train/grad_norm": 0.3 + 2 / (i + 3),
+            "lr/lm_head": 0.005 * lr, "lr/wte": 0.7 * lr, "lr/muon_512x512": 0.04 * lr, "lr/x0_lambdas": 0.5 * lr,
         }
         if i % max(1, num_steps // 100) == 0:
             noise = np.exp(0.3 * rng.standard_normal(len(LAYERS)))
             record |= {
-                "layers/names": LAYERS,
-                "layers/rms": list(noise * (0.1 + i / num_steps)),
+                "layers/names": LAYERS, "layers/rms": list(noise * (0.1 + i / num_steps)),
                 "layers/zeros": [0.01] * len(LAYERS),
                 "layers/input_zeros": [0.8 if "c_proj" in n and "mlp" in n else 0.01 for n in LAYERS],
-                "layers/dead": [0.0] * len(LAYERS),
-                "params/names": LAYERS,
-                "params/grad_rms": list(1e-3 * noise),
-                "params/weight_rms": [0.04] * len(LAYERS),
-                "params/update_rms": list(1e-4 * noise * (lr + 0.01)),
-                "scalars/resid_lambdas": list(1 + 0.1 * rng.standard_normal(8)),
-                "scalars/x0_lambdas": [0.1] * 8,
-                "logits/rms": 2.0,
-                "logits/max_abs": 14.0,
-                "logits/entropy": 2.5,
-                "logits/max_prob": 0.4,
+                "layers/dead": [0.0] * len(LAYERS), "params/names": LAYERS, "params/grad_rms": list(1e-3 * noise),
+                "params/weight_rms": [0.04] * len(LAYERS), "params/update_rms": list(1e-4 * noise * (lr + 0.01)),
+                "scalars/resid_lambdas": list(1 + 0.1 * rng.standard_normal(8)), "scalars/x0_lambdas": [0.1] * 8,
+                "logits/rms": 2.0, "logits/max_abs": 14.0, "logits/entropy": 2.5, "logits/max_prob": 0.4,
             }
         lines.append(json.dumps(record))
     return "\n".join(lines) + "\n"
@@ -88,40 +68,19 @@ def make_metrics(num_steps: int, rng: np.random.Generator) -> str:
 def make_run(folder: Path, number: int, val_bpb: float, text: str, commit: str, metrics: Path, num_steps: int) -> None:
     """The files of one finished run. Its metrics are a hard link: what is read is the same, the disk holds one copy."""
     folder.mkdir(parents=True, exist_ok=True)
-    start = {
-        "run_id": f"20260301-{number:06d}-beef",
-        "started_unix": 1.7e9 + 400 * number,
-        "git_commit": commit,
-        "git_dirty": False,
-        "train_py": text,
-        "train_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "prepare_sha256": "0" * 64,
-        "data_fingerprint": "0123456789abcdef",
-    }
+    start = {"run_id": f"20260301-{number:06d}-beef", "started_unix": 1.7e9 + 400 * number, "git_commit": commit,
+             "git_dirty": False, "train_py": text, "train_sha256": hashlib.sha256(text.encode()).hexdigest(),
+             "prepare_sha256": "0" * 64, "data_fingerprint": "0123456789abcdef"}
     config = {f"option_{i}": i for i in range(30)} | {"depth": number % 12, "seed": 42, "total_batch_size": BATCH}
     summary = config | {
-        "time_budget": BUDGET_S,
-        "val_bpb": val_bpb,
-        "training_seconds": 300.1,
-        "total_seconds": 360.0,
-        "peak_vram_mb": 45_056.0,
-        "mfu_percent": 40.0,
-        "total_tokens_M": num_steps * BATCH / 1e6,
+        "time_budget": BUDGET_S, "val_bpb": val_bpb, "training_seconds": 300.1, "total_seconds": 360.0,
+        "peak_vram_mb": 45_056.0, "mfu_percent": 40.0, "total_tokens_M": num_steps * BATCH / 1e6,
         "num_steps": num_steps,
-        "num_params_M": 50.3,
-        "gpu_name": "Abacus 3000",
-        "run_id": start["run_id"],
-        "git_commit": commit,
+        "num_params_M": 50.3, "gpu_name": "Abacus 3000", "run_id": start["run_id"], "git_commit": commit,
     }
-    evaluation = {
-        "val_bpb": val_bpb,
-        "nats": val_bpb * math.log(2) * NUM_BYTES,
-        "bytes": NUM_BYTES,
-        "tokens": 22_000_000,
-        "causal": True,
-        "num_calls": 1,
-        "data_fingerprint": "0123456789abcdef",
-    }
+    evaluation = {"val_bpb": val_bpb, "nats": val_bpb * math.log(2) * NUM_BYTES, "bytes": NUM_BYTES,
+                  "tokens": 22_000_000,
+                  "causal": True, "num_calls": 1, "data_fingerprint": "0123456789abcdef"}
     for name, value in (("run_start.json", start), ("run_summary.json", summary), ("eval_record.json", evaluation)):
         (folder / name).write_text(json.dumps(value))
     (folder / "run.log").write_text(f"run {start['run_id']}\n---\nval_bpb: {val_bpb:.6f}\n")

@@ -63,44 +63,21 @@ def make_records(
     smooth, records = 0.0, []
     for i in range(len(step_ms)):
         smooth = 0.9 * smooth + 0.1 * loss[i]
-        records.append(
-            {
-                "step": i,
-                "train/loss": float(loss[i]),
-                "train/loss_smooth": float(smooth / (1 - 0.9 ** (i + 1))),
-                "train/lr_multiplier": float(lr[i]),
-                "train/muon_momentum": 0.95,
-                "train/weight_decay": 0.2,
-                "train/progress": float(progress[i]),
-                "perf/step_time_ms": float(step_ms[i]),
-                "perf/tokens_per_sec": float(batch / step_ms[i] * 1000),
-                "perf/mfu_percent": 40.0,
-                "time/unix_s": 1.7e9 + float(end_s[i]),
-                "time/training_s": float(end_s[i]),
-                "train/tokens": int(tokens[i]),
-                "train/epoch": 1,
-                "train/grad_norm": 0.5,
-                "lr/wte": 0.7 * float(lr[i]) + 1e-9,
-            }
-            | {key: value[i] for key, value in extra.items()}
-        )
+        records.append({
+            "step": i, "train/loss": float(loss[i]), "train/loss_smooth": float(smooth / (1 - 0.9 ** (i + 1))),
+            "train/lr_multiplier": float(lr[i]), "train/muon_momentum": 0.95, "train/weight_decay": 0.2,
+            "train/progress": float(progress[i]), "perf/step_time_ms": float(step_ms[i]),
+            "perf/tokens_per_sec": float(batch / step_ms[i] * 1000), "perf/mfu_percent": 40.0,
+            "time/unix_s": 1.7e9 + float(end_s[i]), "time/training_s": float(end_s[i]), "train/tokens": int(tokens[i]),
+            "train/epoch": 1, "train/grad_norm": 0.5, "lr/wte": 0.7 * float(lr[i]) + 1e-9,
+        } | {key: value[i] for key, value in extra.items()})
     return records
 
 
 def original_records(records):
     """What the original program logs: its ten keys and no others."""
-    keys = [
-        "step",
-        "train/loss",
-        "train/loss_smooth",
-        "train/lr_multiplier",
-        "train/muon_momentum",
-        "train/weight_decay",
-        "train/progress",
-        "perf/step_time_ms",
-        "perf/tokens_per_sec",
-        "perf/mfu_percent",
-    ]
+    keys = ["step", "train/loss", "train/loss_smooth", "train/lr_multiplier", "train/muon_momentum",
+            "train/weight_decay", "train/progress", "perf/step_time_ms", "perf/tokens_per_sec", "perf/mfu_percent"]
     return [{key: r[key] for key in keys} for r in records]
 
 
@@ -176,45 +153,19 @@ class Lab:
     def finish(self, start, val_bpb, records, config=None, evaluation=None, **changes):
         """The evaluation record, the summary and the closing block of a finished run."""
         num_bytes = 100_000_000
-        record = {
-            "val_bpb": val_bpb,
-            "nats": val_bpb * math.log(2) * num_bytes,
-            "bytes": num_bytes,
-            "tokens": round(NATS_PER_TOKEN_TO_BPB * math.log(2) * num_bytes),
-            "causal": True,
-            "num_calls": 1,
-            "data_fingerprint": "0123456789abcdef",
-            "prepare_sha256": start["prepare_sha256"],
-        }
+        record = {"val_bpb": val_bpb, "nats": val_bpb * math.log(2) * num_bytes, "bytes": num_bytes,
+                  "tokens": round(NATS_PER_TOKEN_TO_BPB * math.log(2) * num_bytes), "causal": True, "num_calls": 1,
+                  "data_fingerprint": "0123456789abcdef", "prepare_sha256": start["prepare_sha256"]}
         (self.folder / "eval_record.json").write_text(json.dumps(record | (evaluation or {})))
-        summary = (
-            {
-                "depth": 8,
-                "matrix_lr": 0.04,
-                "seed": 42,
-                "total_batch_size": BATCH,
-                "time_budget": BUDGET_S,
-                "run_id": start["run_id"],
-                "git_commit": start["git_commit"],
-                "val_bpb": val_bpb,
-                "training_seconds": sum(r["perf/step_time_ms"] for r in records) / 1000,
-                "total_seconds": 360.0,
-                "startup_seconds": 20.0,
-                "eval_seconds": 30.0,
-                "stats_seconds": 10.0,
-                "peak_vram_mb": 45_056.0,
-                "mfu_percent": 40.0,
-                "total_tokens_M": len(records) * BATCH / 1e6,
-                "num_steps": len(records),
-                "num_params_M": 50.3,
-                "flops_per_token": 2.5e8,
-                "gpu_name": "Abacus 3000",
-                "data_fingerprint": "0123456789abcdef",
-                "prepare_sha256": start["prepare_sha256"],
-            }
-            | (config or {})
-            | changes
-        )
+        summary = {
+            "depth": 8, "matrix_lr": 0.04, "seed": 42, "total_batch_size": BATCH, "time_budget": BUDGET_S,
+            "run_id": start["run_id"], "git_commit": start["git_commit"], "val_bpb": val_bpb,
+            "training_seconds": sum(r["perf/step_time_ms"] for r in records) / 1000, "total_seconds": 360.0,
+            "startup_seconds": 20.0, "eval_seconds": 30.0, "stats_seconds": 10.0, "peak_vram_mb": 45_056.0,
+            "mfu_percent": 40.0, "total_tokens_M": len(records) * BATCH / 1e6, "num_steps": len(records),
+            "num_params_M": 50.3, "flops_per_token": 2.5e8, "gpu_name": "Abacus 3000",
+            "data_fingerprint": "0123456789abcdef", "prepare_sha256": start["prepare_sha256"],
+        } | (config or {}) | changes
         (self.folder / "run_summary.json").write_text(json.dumps(summary))
         with open(self.folder / "run.log", "a") as log:
             log.write(f"---\nval_bpb:          {val_bpb:.6f}\nnum_steps:        {len(records)}\n")
@@ -314,10 +265,8 @@ def test_a_night_of_experiments_leaves_exactly_these_rows(lab):
     assert "train.py is back to that of the best" in lab.analyze("discard")[1]
 
     broken = lab.commit("huge model", variant(depth=900))
-    lab.crash(
-        "Traceback (most recent call last):\ntorch.OutOfMemoryError: CUDA out of memory.\n"
-        "crash: out of GPU memory at step 0, loss 9.0\n"
-    )
+    lab.crash("Traceback (most recent call last):\ntorch.OutOfMemoryError: CUDA out of memory.\n"
+              "crash: out of GPU memory at step 0, loss 9.0\n")
     assert "**CRASHED**: out of GPU memory at step 0" in lab.analyze()[1]
     assert "stays crash; train.py is back to that of the best" in lab.analyze("discard")[1]
 
@@ -378,8 +327,7 @@ class Night:
         """train.py with these texts replaced, and this configuration on top of a tiny one."""
         text = self.original
         given = {"depth": 2, "aspect_ratio": 32} | config
-        old = "CONFIG = replace(CONFIG, depth=4, aspect_ratio=32, "
-        new = f"CONFIG = replace(CONFIG, {', '.join(f'{k}={v}' for k, v in given.items())}, "
+        old, new = "CONFIG = Config()\n", f"CONFIG = Config({', '.join(f'{k}={v}' for k, v in given.items())})\n"
         for before, after in [(old, new), *changes]:
             assert text.count(before) == 1, before
             text = text.replace(before, after)
@@ -397,9 +345,8 @@ class Night:
         return done.returncode
 
     def start_analyze(self, *arguments):
-        return subprocess.Popen(
-            [sys.executable, "analyze.py", *arguments], cwd=self.folder, env=self.env, stdout=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen([sys.executable, "analyze.py", *arguments], cwd=self.folder, env=self.env,
+                                stdout=subprocess.PIPE, text=True)
 
     def analyze(self, *arguments):
         call = self.start_analyze(*arguments)
@@ -441,7 +388,7 @@ def test_a_night_of_real_runs_on_the_cpu_demo(demo, tmp_path):
     assert said == f"{worse} discarded; train.py is back to that of the best, {better}, and committed\n"
     assert (night.folder / "train.py").read_text() == good
 
-    embedding = "x0 = self.embed(idx, self.wte.weight)"
+    embedding = "x = x0 = norm(self.wte(idx))"
     cut = (embedding, f"{embedding}[..., :-1]")
     broken = night.commit("too narrow", cut, unembedding_lr=0.004)
     assert night.train() == 1
@@ -459,7 +406,7 @@ def test_a_night_of_real_runs_on_the_cpu_demo(demo, tmp_path):
     assert f"Counted as a replicate: nothing but the seed differs from {better}." in said
     night.analyze("discard")
 
-    ahead = (embedding, f"{embedding} + 0.1 * self.embed(idx.roll(-1, 1), self.wte.weight)")
+    ahead = (embedding, f"{embedding} + 0.1 * norm(self.wte(idx.roll(-1, 1)))")
     leaking = night.commit("look ahead", ahead, unembedding_lr=0.004)
     assert night.train() == 0
     assert "**INVALID**, not a result: val_bpb " in (said := night.analyze())
@@ -504,15 +451,7 @@ def test_the_folder_of_a_run_holds_its_files_byte_for_byte(lab):
         assert (lab.archive / name / file).read_bytes() == (lab.folder / file).read_bytes(), file
     assert (lab.archive / name / "train.diff").read_text() == ""
     assert {p.name for p in lab.archive.iterdir()} == {
-        ".gitignore",
-        ".lock",
-        "archive.json",
-        "insights.md",
-        "progress.png",
-        "report.md",
-        "results.tsv",
-        name,
-    }
+        ".gitignore", ".lock", "archive.json", "insights.md", "progress.png", "report.md", "results.tsv", name}
     assert lab.git("status", "--porcelain") == ""
 
 
@@ -553,7 +492,8 @@ def test_a_syntax_error_is_a_crash_of_its_own_commit_and_leaves_the_old_run_alon
     broken = lab.commit("typo", PROGRAM + "def broken(:\n")
     (lab.folder / "run.log").write_text('  File "train.py", line 15\n    def broken(:\nSyntaxError: invalid syntax\n')
     assert "**CRASHED**: SyntaxError: invalid syntax" in lab.analyze()[1]
-    assert [row[:4] for row in lab.rows()] == [(base, "0.998000", "44.0", "keep"), (broken, "0.000000", "0.0", "crash")]
+    assert [row[:4] for row in lab.rows()] == [
+        (base, "0.998000", "44.0", "keep"), (broken, "0.000000", "0.0", "crash")]
     assert f"{broken} is filed already" in lab.analyze()[1]
     assert (
         f"{broken} stays crash; train.py is back to that of the best, {base}, and committed"
@@ -595,14 +535,11 @@ def test_without_git_a_run_is_filed_under_its_program(lab):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "ending",
-    [
-        "error: no CUDA device; set AUTORESEARCH_DEMO=1 for the demo\n",
-        "Traceback (most recent call last):\nRuntimeError: No CUDA GPUs are available\n",
-        "Traceback (most recent call last):\nOSError: [Errno 28] No space left on device\n",
-    ],
-)
+@pytest.mark.parametrize("ending", [
+    "error: no CUDA device; set AUTORESEARCH_DEMO=1 for the demo\n",
+    "Traceback (most recent call last):\nRuntimeError: No CUDA GPUs are available\n",
+    "Traceback (most recent call last):\nOSError: [Errno 28] No space left on device\n",
+])
 def test_a_broken_environment_is_reported_and_not_filed(lab, ending):
     base = lab.baseline()
     lab.commit("depth 9", variant(depth=9))
@@ -618,19 +555,16 @@ def test_a_broken_environment_is_reported_and_not_filed(lab, ending):
     assert len(lab.rows()) == 2
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        ({"evaluation": {"causal": False}}, "the causality test failed: predictions depend on later tokens"),
-        ({"evaluation": {"num_calls": 2}}, "evaluation was called 2 times"),
-        ({"evaluation": {"val_bpb": 1.1}}, "the summary says val_bpb 0.900000, the evaluation record 1.100000"),
-        ({"evaluation": {"nats": 1.0}}, "the evaluation record's nats and bytes give 0.000000"),
-        ({"evaluation": {"data_fingerprint": "f" * 16}}, "the data differ from the archive's (fingerprint ffff"),
-        ({"training_seconds": 312.0}, "trained 312.0 s on a budget of 300.0 s, off by more than a step"),
-        ({"training_seconds": 250.0}, "trained 250.0 s on a budget of 300.0 s, off by more than a step"),
-        ({"start": {"prepare_sha256": "f" * 64}}, "prepare.py is not the one this archive began with (ffffffff, was"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "reason"), [
+    ({"evaluation": {"causal": False}}, "the causality test failed: predictions depend on later tokens"),
+    ({"evaluation": {"num_calls": 2}}, "evaluation was called 2 times"),
+    ({"evaluation": {"val_bpb": 1.1}}, "the summary says val_bpb 0.900000, the evaluation record 1.100000"),
+    ({"evaluation": {"nats": 1.0}}, "the evaluation record's nats and bytes give 0.000000"),
+    ({"evaluation": {"data_fingerprint": "f" * 16}}, "the data differ from the archive's (fingerprint ffff"),
+    ({"training_seconds": 312.0}, "trained 312.0 s on a budget of 300.0 s, off by more than a step"),
+    ({"training_seconds": 250.0}, "trained 250.0 s on a budget of 300.0 s, off by more than a step"),
+    ({"start": {"prepare_sha256": "f" * 64}}, "prepare.py is not the one this archive began with (ffffffff, was"),
+])
 def test_an_invalid_run_is_named_with_its_reason_and_never_the_best(lab, fault, reason):
     base = lab.baseline()
     name = lab.commit("too good", variant(depth=9))
@@ -706,18 +640,15 @@ def test_torch_compiles_explanation_is_searched_for_the_error_inside(lab):
     assert "Ended: before the first step.\n" in lab.page(name)
 
 
-@pytest.mark.parametrize(
-    ("ending", "cause"),
-    [
-        ("torch.OutOfMemoryError: CUDA out of memory\ncrash: out of GPU memory at step 0\n", "out of memory"),
-        ("crash: the loss is NaN at step 7, loss nan\n", "not a number, or the loss exploded"),
-        ("RuntimeError: mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)\n", "shapes do not fit"),
-        ("torch._inductor.exc.InductorError: bad kernel\n", "compile failure"),
-        (COMPILED_SHAPE_ERROR, "shapes do not fit"),
-        ("NameError: name 'depht' is not defined\n", "the program does not parse or a name is wrong"),
-        ("", "killed from outside, or out of time"),
-    ],
-)
+@pytest.mark.parametrize(("ending", "cause"), [
+    ("torch.OutOfMemoryError: CUDA out of memory\ncrash: out of GPU memory at step 0\n", "out of memory"),
+    ("crash: the loss is NaN at step 7, loss nan\n", "not a number, or the loss exploded"),
+    ("RuntimeError: mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)\n", "shapes do not fit"),
+    ("torch._inductor.exc.InductorError: bad kernel\n", "compile failure"),
+    (COMPILED_SHAPE_ERROR, "shapes do not fit"),
+    ("NameError: name 'depht' is not defined\n", "the program does not parse or a name is wrong"),
+    ("", "killed from outside, or out of time"),
+])
 def test_known_causes_of_a_crash_come_with_what_helps(lab, ending, cause):
     name = lab.commit("baseline")
     lab.crash(ending, make_records(8))
@@ -784,10 +715,8 @@ def test_two_filings_at_once_lose_no_row(lab, tmp_path):
         for file in OUTPUTS:
             (folders[-1] / file).write_bytes((lab.folder / file).read_bytes())
     environment = os.environ | {"AUTO_LOG_RESEARCH_DIR": str(shared)}
-    calls = [
-        subprocess.Popen([sys.executable, str(SCRIPT)], cwd=f, env=environment, stdout=subprocess.PIPE, text=True)
-        for f in folders
-    ]
+    calls = [subprocess.Popen([sys.executable, str(SCRIPT)], cwd=f, env=environment, stdout=subprocess.PIPE, text=True)
+             for f in folders]
     assert [call.communicate()[0].split()[0] for call in calls] == ["run"] * 4
     assert [call.returncode for call in calls] == [0] * 4
     lab.archive = shared
@@ -867,9 +796,7 @@ def test_the_pages_of_a_run_whose_analysis_was_killed_are_written_after_the_next
     assert f"**NEW BEST**: val_bpb 0.990000, best so far 0.998000 ({base})" in lab.page(first)
     assert (lab.archive / first / "loss_curve.png").exists() is False  # two steps are no curve
     assert [row[:4] for row in lab.rows()[1:]] == [
-        (first, "0.990000", "44.0", "pending"),
-        (lab.rows()[2][0], "0.950000", "44.0", "pending"),
-    ]
+        (first, "0.990000", "44.0", "pending"), (lab.rows()[2][0], "0.950000", "44.0", "pending")]
 
 
 def test_a_removed_current_best_is_put_back_by_the_next_call(lab):
@@ -1013,8 +940,7 @@ def test_discard_commits_train_py_alone_and_can_be_repeated(lab):
     assert lab.git("diff", "--cached", "--name-only") == "prepare.py"
     head = lab.git("rev-parse", "HEAD")
     assert lab.analyze("discard", name)[1] == (
-        f"{name} discarded; train.py is that of the best, {base}: nothing to commit\n"
-    )
+        f"{name} discarded; train.py is that of the best, {base}: nothing to commit\n")
     assert lab.git("rev-parse", "HEAD") == head
 
 
@@ -1071,14 +997,9 @@ def test_a_run_filed_earlier_from_this_folder_is_decided_without_its_outputs(lab
     assert (
         lab.analyze("discard")[1] == f"{name} discarded; train.py is back to that of the best, {base}, and committed\n"
     )
-    assert lab.analyze("keep") == (
-        1,
-        "",
-        (
-            f"error: no run's outputs in {lab.folder}, and 0 pending runs were trained there; pending: none; "
-            "name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"
-        ),
-    )
+    assert lab.analyze("keep") == (1, "", (
+        f"error: no run's outputs in {lab.folder}, and 0 pending runs were trained there; pending: none; "
+        "name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
 
 
 def test_a_run_pending_in_another_folder_is_decided_there_or_by_name(lab, monkeypatch):
@@ -1088,14 +1009,9 @@ def test_a_run_pending_in_another_folder_is_decided_there_or_by_name(lab, monkey
     other = add_worktree(lab, lab.folder / "other", monkeypatch)  # at the very commit of the run
     monkeypatch.chdir(other.folder)
     for command in ("keep", "discard"):
-        assert other.analyze(command) == (
-            1,
-            "",
-            (
-                f"error: no run's outputs in {other.folder}, and 0 pending runs were trained there; pending: {base} "
-                f"(trained in {lab.folder}); name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"
-            ),
-        )
+        assert other.analyze(command) == (1, "", (
+            f"error: no run's outputs in {other.folder}, and 0 pending runs were trained there; pending: {base} "
+            f"(trained in {lab.folder}); name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
     assert [row[3] for row in lab.rows()] == ["pending"]
     second = other.commit("depth 9", variant(depth=9))
     other.train(0.99, config={"depth": 9})
@@ -1135,8 +1051,7 @@ def test_discard_in_one_of_two_worktrees_restores_the_best_of_both_there_alone(l
     assert f"best so far 0.980000 ({best})" in other.analyze()[1]
     before = state(lab)
     assert other.analyze("discard")[1] == (
-        f"{worse} discarded; train.py is back to that of the best, {best}, and committed\n"
-    )
+        f"{worse} discarded; train.py is back to that of the best, {best}, and committed\n")
     assert state(lab) == before
     assert (other.folder / "train.py").read_text() == variant(depth=9)
     assert other.git("log", "-2", "--format=%s") == f"Back to the best, {best}, after {worse}\nmatrix_lr 0.4"
@@ -1196,9 +1111,7 @@ def test_what_an_agent_writes_into_the_current_best_section_is_never_lost(lab):
     lab.analyze("keep")
     after = path.read_text()
     assert after.splitlines()[2:5] == [
-        "## Current Best",
-        f"- {name}: val_bpb 0.990000, one run",
-        "- its change: depth 9",
+        "## Current Best", f"- {name}: val_bpb 0.990000, one run", "- its change: depth 9"
     ]
     assert after.endswith("\n- mine, in between\n\n- mine, below\n")
     assert base not in after  # the old best's lines are gone, all three
@@ -1341,10 +1254,8 @@ def test_a_difference_within_the_noise_comes_with_the_runs_it_takes_to_tell(val,
     entries = [entry("a", 1.0, "p"), entry("b", val, "q", "pending")]  # 0.0015 is 2 * 0.001 * sqrt(2 / 3.6)
     verdict = analyze.compute_verdict(entries[1], entries)
     assert verdict["kind"] == "within noise"
-    assert (
-        f"So small a difference takes {runs} runs of each to tell."
-        in analyze.render_verdict({"verdict": verdict, "record": {}})[0]
-    )
+    assert f"So small a difference takes {runs} runs of each to tell." in analyze.render_verdict(
+        {"verdict": verdict, "record": {}})[0]
 
 
 def test_before_anything_is_kept_the_first_valid_run_stands_in():
@@ -1425,17 +1336,14 @@ def test_other_kernels_are_one_line_and_no_other_configuration(lab):
     lab.train(1.0, config={"attention_backend": "flex", "kernels": "none"})
     lab.analyze()
     assert lab.stats(name)["changes"]["machine"] == {
-        "attention_backend": ["windowed", "flex"],
-        "kernels": ["loss, mlp, window attention", "none"],
-    }
+        "attention_backend": ["windowed", "flex"], "kernels": ["loss, mlp, window attention", "none"]}
     assert lab.page(name).partition("## What changed\n")[2].partition("\n\n")[0] == (
         "train.py: +1 -0 lines (`train.diff`).\n"
         "Resolved configuration: the same, every key.\n"
         "- other kernels, so another speed: `attention_backend` windowed -> flex; "
         "`kernels` loss, mlp, window attention -> none\n"
         "This configuration, with other code, was tried before: "
-        f"{base} (0.998000, keep), {same} (1.000000, pending)."
-    )
+        f"{base} (0.998000, keep), {same} (1.000000, pending).")
     assert load_runs()["kernels"].tolist() == [here["kernels"], here["kernels"], "none"]
     unknown = lab.commit("says nothing of its kernels", PROGRAM + "C = 1\n")
     lab.train(1.0, config={"gpu_name": "Abacus 4000"})
@@ -1504,8 +1412,7 @@ def test_the_trajectory_is_aligned_by_time_and_by_tokens():
 def test_runs_of_different_batch_sizes_are_smoothed_over_the_same_stretch_of_time():
     large, small = (  # the same law of the tokens
         make_records(n, batch=batch, noise=0, loss=power_law(5 + batch * np.arange(1, n + 1) / 1e6))
-        for n, batch in ((300, BATCH), (600, BATCH // 2))
-    )
+        for n, batch in ((300, BATCH), (600, BATCH // 2)))
     logged = curve(small)[1].at_time(0.05) - curve(large)[1].at_time(0.05)
     assert logged < -0.1  # the small batch's average trails behind less: it looks better and is not
     curves = analyze.compute_curves(curve(small)[0], curve(large)[0], None)
@@ -1599,19 +1506,10 @@ def test_a_stall_is_counted_with_the_time_it_cost():
 
 def test_only_layers_that_stand_out_are_named():
     names = ["blocks.0.mlp.c_proj", "blocks.1.mlp.c_proj"]
-    layers = {
-        "layers/names": names,
-        "layers/rms": [1.0, 1.0],
-        "layers/zeros": [0.0, 0.0],
-        "layers/input_zeros": [0.6, 0.6],
-        "layers/dead": [0.0, 0.0],
-    }
-    params = {
-        "params/names": list("abcd"),
-        "params/grad_rms": [1e-3, 1e-3, 1e-3, 0.0],
-        "params/weight_rms": [1.0] * 4,
-        "params/update_rms": [1e-3, 1e-3, 1e-3, 1e-3],
-    }
+    layers = {"layers/names": names, "layers/rms": [1.0, 1.0], "layers/zeros": [0.0, 0.0],
+              "layers/input_zeros": [0.6, 0.6], "layers/dead": [0.0, 0.0]}
+    params = {"params/names": list("abcd"), "params/grad_rms": [1e-3, 1e-3, 1e-3, 0.0], "params/weight_rms": [1.0] * 4,
+              "params/update_rms": [1e-3, 1e-3, 1e-3, 1e-3]}
     records = make_records(20)
     records[0] |= layers | params | {"layers/rms": [0.0, 0.01]}  # what starts at zero grows as a matter of course
     for i in (4, 8, 12, 19):
@@ -1621,23 +1519,14 @@ def test_only_layers_that_stand_out_are_named():
     moved = [records[0] | {"scalars/x0_lambdas": [0.1, 0.1]}, *records[1:19]]
     moved.append(records[19] | {"scalars/x0_lambdas": [4.0, 5.0]})
     assert analyze.compute_layers(curve(moved)[0])[1:] == ["x0_lambdas moved: median 0.1 at first, 4.5 at the end"]
-    slow = {
-        "params/names": [*"abcd", "resid_lambdas"],
-        "params/weight_rms": [1.0] * 5,
-        "params/update_rms": [1e-3] * 4 + [1e-6],
-        "scalars/resid_lambdas": [1.0, 1.0],
-    }
+    slow = {"params/names": [*"abcd", "resid_lambdas"], "params/weight_rms": [1.0] * 5,
+            "params/update_rms": [1e-3] * 4 + [1e-6], "scalars/resid_lambdas": [1.0, 1.0]}
     assert analyze.compute_layers(curve([*records[:8], records[8] | slow, *records[9:]])[0]) == [
-        "no gradient reaches 1 parameter(s): d"
-    ]  # a residual scalar moves slowly by design
+        "no gradient reaches 1 parameter(s): d"]  # a residual scalar moves slowly by design
     records[8] |= {"params/update_rms": [1e-3, 1e-3, 1e-3, 0.1]}
-    records[19] |= {
-        "layers/rms": [1.0, 30.0],
-        "layers/dead": [0.25, 0.0],
-        "params/grad_rms": [1e-3] * 4,
-        "scalars/resid_lambdas": [1.0, 0.4, None],
-        "scalars/x0_lambdas": [0.1, 0.11],
-    }
+    records[19] |= {"layers/rms": [1.0, 30.0], "layers/dead": [0.25, 0.0], "params/grad_rms": [1e-3] * 4,
+                    "scalars/resid_lambdas": [1.0, 0.4, None],
+                    "scalars/x0_lambdas": [0.1, 0.11]}
     assert analyze.compute_layers(run) == [
         "dead input units: blocks.0.mlp.c_proj 25%",
         "activations grew: blocks.1.mlp.c_proj x30",
@@ -1657,20 +1546,9 @@ def test_a_run_of_the_original_program_is_read_without_complaint(lab):
     lab.set_aside()
     records = make_records(300)
     (lab.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in original_records(records)))
-    summary = {
-        "depth": 8,
-        "total_batch_size": BATCH,
-        "time_budget": 300,
-        "git_commit": lab.git("rev-parse", "HEAD"),
-        "val_bpb": 0.97,
-        "training_seconds": 300.1,
-        "total_seconds": 325.9,
-        "peak_vram_mb": 45056.0,
-        "mfu_percent": 39.8,
-        "total_tokens_M": 157.3,
-        "num_steps": 300,
-        "num_params_M": 50.3,
-    }
+    summary = {"depth": 8, "total_batch_size": BATCH, "time_budget": 300, "git_commit": lab.git("rev-parse", "HEAD"),
+               "val_bpb": 0.97, "training_seconds": 300.1, "total_seconds": 325.9, "peak_vram_mb": 45056.0,
+               "mfu_percent": 39.8, "total_tokens_M": 157.3, "num_steps": 300, "num_params_M": 50.3}
     (lab.folder / "run_summary.json").write_text(json.dumps(summary))
     (lab.folder / "run.log").write_text("step 0\n---\nval_bpb:          0.970000\n")
     code, _, complaint = lab.analyze()
@@ -1761,17 +1639,10 @@ def test_the_page_stays_within_its_bounds_whatever_happened(lab):
 def test_all_pictures_are_made_where_there_is_something_to_show(lab):
     records = make_records(100)
     for i in range(0, 100, 10):
-        records[i] |= {
-            "layers/names": ["a", "b"],
-            "layers/rms": [1.0, 2.0],
-            "layers/input_zeros": [None, 0.5],
-            "layers/dead": [None, 0.1],
-            "params/names": ["w"],
-            "params/weight_rms": [1.0],
-            "params/update_rms": [0.001],
-            "scalars/x0_lambdas": [0.1, 0.2],
-            "scalars/temperature": 0.5,
-        }  # an experiment's own, not by layer
+        records[i] |= {"layers/names": ["a", "b"], "layers/rms": [1.0, 2.0], "layers/input_zeros": [None, 0.5],
+                       "layers/dead": [None, 0.1], "params/names": ["w"], "params/weight_rms": [1.0],
+                       "params/update_rms": [0.001], "scalars/x0_lambdas": [0.1, 0.2],
+                       "scalars/temperature": 0.5}  # an experiment's own, not by layer
     name = lab.baseline(records=records)
     assert lab.stats(name)["failed"] == {}
     for picture in ("loss_curve", "lr_and_schedule", "gpu_perf", "layers"):
