@@ -591,7 +591,9 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    finally:
-        end_children()
+        code = 0
+    except SystemExit as end:  # the reason stands in the log
+        code = end.code
+    end_children()
     sys.stdout.flush()
-    os._exit(0)  # all is written: without this, taking down the compiler, CUDA and Python takes seconds more
+    os._exit(code)  # all is written: without this, taking down the compiler, CUDA and Python takes seconds more
