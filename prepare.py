@@ -1122,7 +1122,11 @@ def _score_audit(
     there is less."""
     if sum(shard["val"]["tokens"] for shard in load_manifest()["shards"].values()) < 2 * EVAL_TOKENS:
         return None
-    nats, num_bytes, epoch = _sum_losses(model, batches, EVAL_TOKENS // MAX_SEQ_LEN, token_bytes, rows)
+    first = next(batches)
+    if first[2] > 1:  # the text begins again
+        return None
+    batches, num_rows = itertools.chain([first], batches), EVAL_TOKENS // MAX_SEQ_LEN
+    nats, num_bytes, epoch = _sum_losses(model, batches, num_rows, token_bytes, rows)
     return None if epoch > 1 else nats / (math.log(2) * num_bytes)
 
 
