@@ -32,6 +32,7 @@ What train.py imports, for B rows of T tokens from a vocabulary of V:
 """
 
 import argparse
+import ast
 import base64
 import codecs
 import contextlib
@@ -45,22 +46,26 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import secrets
 import shutil
+import signal
 import socket
+import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import traceback
 from bisect import bisect_right, insort
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 import numpy as np
 import tiktoken
@@ -77,9 +82,9 @@ jit = triton.jit if triton else lambda function: function
 
 # pyarrow, requests and rustbpe are imported where they are used: every run imports this file.
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Constants (fixed: results are comparable because nobody changes them)
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def read_setting(name: str, parse: Callable, wanted: str) -> object:
@@ -124,9 +129,9 @@ VAL_FILENAME = f"shard_{MAX_SHARD:05d}.parquet"
 HELD_OUT_SHARE = 0.05  # of the documents of a source that brings no validation shard
 SPLITS = ("train", "val")
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Paths and small helpers
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 CACHE_DIR = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 CACHE_DIR = CACHE_DIR / "demo" if DEMO else CACHE_DIR
@@ -158,6 +163,10 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+PREPARE_SOURCE = Path(__file__).read_bytes()  # of the code that runs, whatever becomes of the file meanwhile
+PREPARE_SHA256 = hashlib.sha256(PREPARE_SOURCE).hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as f:
         digest = hashlib.sha256()
@@ -166,20 +175,19 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-PREPARE_SHA256 = sha256_file(Path(__file__))  # of the code that runs, whatever becomes of the file meanwhile
-
-
 def finite_json(value: object, indent: int | None = None) -> str:
-    """JSON in which NaN and infinity are null, so that any parser reads it."""
+    """JSON that any parser reads: NaN and infinity are null, tensors and arrays numbers, what JSON lacks is named."""
 
     def clean(v):
+        if isinstance(v, torch.Tensor | np.ndarray | np.generic):
+            v = v.tolist()
         if isinstance(v, float):
             return v if math.isfinite(v) else None
         if isinstance(v, dict):
-            return {key: clean(item) for key, item in v.items()}
+            return {str(key): clean(item) for key, item in v.items()}
         return [clean(item) for item in v] if isinstance(v, list | tuple) else v
 
-    return json.dumps(clean(value), indent=indent, allow_nan=False)
+    return json.dumps(clean(value), indent=indent, allow_nan=False, default=str)
 
 
 class Progress:
@@ -202,9 +210,9 @@ class Progress:
                 print(f"{self.label}: {amount}, {rate:.1f} MB/s, {left_s:.0f} s left", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Download (climbmix shards from Hugging Face or a mirror)
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 DOWNLOAD_ATTEMPTS = 6  # in a row that bring no new byte
 DOWNLOAD_PAUSE_S = 1.0  # between them, doubled each time, and never more than a minute, whatever the server
@@ -335,9 +343,9 @@ def download_shards(names: list[str], folder: Path, workers: int) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Sources (any text as row groups of documents)
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
@@ -528,9 +536,9 @@ def write_demo_text(path: Path) -> None:
     write_atomic(path, "\n".join(lines) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Tokenizer
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def encode_pieces(encode: Callable, text: str) -> list:
@@ -621,9 +629,9 @@ def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
     return torch.from_numpy(Tokenizer.from_directory().token_bytes()).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Encoding (every token once, at preparation) and the manifest (which data this is, and that it is whole)
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 REMEDY = f"run prepare.py as at first (`{PREPARE_COMMAND}`, with --source if it was), which makes it anew"
 
@@ -705,6 +713,8 @@ def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_ke
         found = f"the data of {held}, not {source}"
     elif manifest.get("text_key", "text") != text_key:
         found = f"the texts of {manifest['text_key']!r}, not {text_key!r}"
+    elif manifest["held_out_below"] is not None and any(Path(name).name == VAL_FILENAME for name in files):
+        found = f"single documents held out, and {source} now brings {VAL_FILENAME}"
     for name, shard in manifest["shards"].items():
         if found:
             break
@@ -855,9 +865,9 @@ def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -
     return manifest
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Packing (best fit first, row for row what upstream packs)
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def pack_rows(
@@ -903,11 +913,12 @@ def pack_rows(
         yield np.concatenate(pieces).reshape(num_rows, row_len), epoch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Loader
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 DOC_BATCH = 128  # documents appended to the packing buffer at a time, as upstream does
+_num_val_loaders = 0  # made outside the evaluation: who has seen the validation text has no score on it
 
 
 def get_device() -> torch.device:
@@ -916,15 +927,22 @@ def get_device() -> torch.device:
         return torch.device("cuda")
     if DEMO:
         return torch.device("cpu")
+    try:
+        torch.cuda.init()
+        reason = "it does not start"
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).strip().splitlines()[0]
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no GPU"
     raise SetupError(
-        "no CUDA GPU found (is the driver running?). To try everything on the CPU in small, set AUTORESEARCH_DEMO=1: "
+        f"no CUDA GPU found: {reason} (torch {torch.__version__} is built for {built_for}; CUDA 13 needs driver 580 or "
+        "newer). To try everything on the CPU in small, set AUTORESEARCH_DEMO=1: "
         "`AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py`"
     )
 
 
 def read_document_batches(split: str) -> Iterator[tuple[list[np.ndarray], int]]:
-    """The encoded documents of a split, shard after shard in the order of their names, for ever. Yields (up to
-    DOC_BATCH arrays of uint16 within one row group, epoch)."""
+    """The encoded documents of a split, shard after shard in the order of their names, for ever.
+    Yields (up to DOC_BATCH arrays of uint16 within one row group, epoch)."""
     names = [name for name, shard in sorted(load_manifest()["shards"].items()) if shard[split]["tokens"]]
     assert names, split
     for epoch in itertools.count(1):
@@ -939,49 +957,23 @@ def read_document_batches(split: str) -> Iterator[tuple[list[np.ndarray], int]]:
 
 
 def prefetch(items: Iterable, depth: int = 4) -> Iterator:
-    """Run an iterator in a thread of its own, up to `depth` items ahead. Its end and its exceptions come out here;
+    """Run an iterator in a thread of its own, `depth` items ahead. Its exceptions come out here;
     closing or dropping this generator ends the thread."""
-    ready, is_closed = queue.Queue(depth), threading.Event()
-
-    def hand_over(item: object, error: BaseException | None = None) -> bool:
-        while not is_closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put((item, error), timeout=0.2)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not hand_over(item):
-                    return
-        except BaseException as e:
-            hand_over(None, e)
-        else:
-            hand_over(None, StopIteration())
-
-    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    items, end = iter(items), object()
+    pool = ThreadPoolExecutor(1, "prefetch")
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
+        ahead = deque(pool.submit(next, items, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, items, end))
             yield item
     finally:
-        is_closed.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def make_dataloader(
-    tokenizer: Tokenizer, B: int, T: int, split: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Endless (x, y, epoch): int64 (B, T) on the training device, y is x shifted by one, epoch counts from 1.
-
-    Rows are packed and copied to pinned memory in a thread. Each batch has a pinned buffer of its own: torch's host
-    allocator hands one out again only after the copies that were queued from it have finished.
-    """
-    assert split in ("train", "val"), split
+def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """What `make_dataloader` gives. Rows are packed and copied to pinned memory in a thread. Each
+    batch has a pinned buffer of its own: torch's host allocator hands one out again only after the
+    copies queued from it have finished."""
     device = get_device()
 
     def host_batches() -> Iterator[tuple[torch.Tensor, int]]:
@@ -999,19 +991,37 @@ def make_dataloader(
         batches.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+def make_dataloader(
+    tokenizer: Tokenizer, B: int, T: int, split: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Endless (x, y, epoch): int64 (B, T) on the training device, y is x shifted by one, epoch
+    counts from 1."""
+    global _num_val_loaders
+    assert split in ("train", "val"), split
+    current_run()
+    _num_val_loaders += split == "val"
+    return load_batches(B, T, split)
 
+
+# -------------------------------------------------------------------------------------------------
+# Evaluation
+# -------------------------------------------------------------------------------------------------
+
+FIXED = (MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE)  # to notice a program that changes them
 CAUSAL_TOLERANCE = 1e-3  # nats; a causal model's losses come out the same to the last bit on the GPUs we know
+NUM_CUTS = 128  # positions at which a row's future is exchanged, half of them where blocks of 16, 64, 128 meet
+LOGIT_ROWS = 4  # rows whose logits are looked at: they take 64 MB each, at 2048 x 8192 in fp32
+LOGIT_TOLERANCE = 0.1  # nats, any token; rounding to bf16 makes 0.04, the mildest of the tried edits of the loss 0.2
+MEAN_TOLERANCE = 0.002  # nats, on average, where roundings cancel (2e-4); a loss times 0.99 is off by 0.03
 _num_evaluations = 0  # in this process: a second call could mean that the first one's score was picked over
 
 
 def _token_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
-    """(B, T) losses in nats, computed `rows` rows at a time, and the number of rows that fitted into memory.
+    """(B, T) losses in nats, computed `rows` rows at a time, and the number of rows that fitted
+    into memory.
 
-    Called with gradients enabled: a compiled model then runs the graph it was trained with, where compiling another
-    would take longer than the whole evaluation.
+    Called with gradients enabled: a compiled model then runs the graph it was trained with, where
+    compiling another would take longer than the whole evaluation.
     """
     while True:
         try:
@@ -1026,89 +1036,180 @@ def _token_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, rows
         print(f"evaluation: out of GPU memory; going on with {rows} rows at a time", flush=True)
 
 
+def _seeded(call: Callable, device: torch.device) -> torch.Tensor:
+    """`call()` from one and the same random state, which is put back: noise then answers alike
+    each time."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return call()
+
+
+def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> str:
+    """What is wrong where `model(x, y, reduction="none")` is not the cross-entropy of the logits
+    of `model(x)`, which cannot see the targets; "" where it is. Both run outside the compiled
+    graph, on a few rows."""
+    x, y = x[:LOGIT_ROWS], y[:LOGIT_ROWS]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        losses = _seeded(lambda: model(x, y, reduction="none"), x.device).flatten().float()
+        try:
+            logits = _first_tensor(_seeded(lambda: model(x), x.device))
+        except TypeError:  # it wants its targets
+            logits = None
+    if logits is None or logits.shape[:-1] != y.shape:
+        return "model(x) gives no logits (B, T, vocabulary): the score cannot be checked"
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none")
+    worst, mean = (losses - expected).abs().max().item(), (losses - expected).mean().item()
+    if worst <= LOGIT_TOLERANCE and abs(mean) <= MEAN_TOLERANCE:
+        return ""
+    return (
+        'reduction="none" is not the cross-entropy of the logits of model(x): it is off by up to '
+        f"{worst:.3g} nats a token, {mean:+.3g} on average (extra terms of the loss belong into the mean alone)"
+    )
+
+
 def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size: int) -> tuple[bool | None, str]:
     """Whether a model predicts from the past alone. `losses_of(x, y)` gives (B, T) losses in nats.
 
-    Two tests on one batch. Each row's tokens are replaced from some position on: the losses before it must stay the
-    same. And one row is scored with a different target in each copy: the probabilities of different tokens cannot sum
-    to more than 1, unless the model saw which one was asked for. Returns (is_causal, what was found); is_causal is
-    None where two calls on the same batch differ, so that nothing can be said.
+    Each row's tokens are exchanged from a cut on: the losses before it must stay the same. Half of
+    the cuts are multiples of 16, where a model that works in blocks would look ahead, the others
+    anywhere; small batches take more passes for as many. Returns (is_causal, what was found);
+    is_causal is None where two calls on the same batch differ, so that nothing can be said.
     """
     B, T = x.shape
     losses = losses_of(x, y)
     if not (losses - losses_of(x, y)).abs().max() <= CAUSAL_TOLERANCE:
         return None, "the model's losses on one batch differ from call to call (or are NaN)"
     random = torch.Generator().manual_seed(0)
-    num_passes = max(1, 8 // B)  # small batches: more passes for as many positions
-    cuts = torch.linspace(1, T - 1, num_passes * B).long().view(num_passes, B, 1)
-    positions = torch.arange(T)
-    for cut in cuts:
-        is_before = (positions < cut).to(x.device)
+    num_passes = -(-NUM_CUTS // B)
+    cuts = torch.randint(1, T, (num_passes * B,), generator=random)
+    borders = torch.arange(16, T, 16)[torch.randperm((T - 1) // 16, generator=random)]
+    if len(borders):
+        half = (len(cuts) + 1) // 2
+        cuts[:half] = borders.repeat(half // len(borders) + 1)[:half]
+    for cut in cuts.view(num_passes, B, 1):
+        is_before = (torch.arange(T) < cut).to(x.device)
         shift = torch.randint(1, vocab_size, (B, T), generator=random).to(x.device)
         changed = losses_of(torch.where(is_before, x, (x + shift) % vocab_size), y)
         difference = ((changed - losses).abs() * is_before).max().item()
         if not difference <= CAUSAL_TOLERANCE:
-            return False, f"changing later tokens changes earlier losses by up to {difference:.3g} nats"
-    num_targets = min(max(B, 64), vocab_size)
-    one_row = x[:1].expand(B, T).contiguous()
-    total = torch.zeros(T, device=x.device)
-    for first in range(0, num_targets, B):
-        rank = torch.arange(first, first + B, device=y.device).view(B, 1)
-        probabilities = losses_of(one_row, (y[:1] + rank * (vocab_size // num_targets)) % vocab_size).neg().exp()
-        total += probabilities[: num_targets - first].sum(0)
-    if not total.max() <= 1.01:
-        total = total.max().item()
-        return False, f"the probabilities of {num_targets} different targets sum to {total:.3g}: it knows its target"
-    return True, ""
+            break
+    else:
+        return True, ""
+    exchanged = torch.cat(((x[:1] + 1) % vocab_size, x[1:]))
+    if B > 1 and not (losses_of(exchanged, y) - losses)[1:].abs().max() <= CAUSAL_TOLERANCE:
+        return False, "the rows of a batch affect each other: other tokens in one row change the losses of the others"
+    return False, f"changing later tokens changes earlier losses by up to {difference:.3g} nats"
+
+
+def _sum_losses(
+    model: torch.nn.Module, batches: Iterator[tuple], num_rows: int, token_bytes: torch.Tensor, rows: int
+) -> tuple[float, int, int]:
+    """(nats, bytes, the last epoch) of the targets that stand for text, in exactly `num_rows`
+    rows."""
+    nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
+    num_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
+    for x, y, epoch in batches:
+        losses, rows = _token_losses(model, x, y, rows)
+        lengths = token_bytes[y]
+        nats += losses.double().masked_fill(lengths == 0, 0.0)[:num_rows].sum()
+        num_bytes += lengths[:num_rows].sum()
+        num_rows -= len(x)
+        if num_rows <= 0:
+            return nats.item(), num_bytes.item(), epoch
+
+
+def _score_audit(
+    model: torch.nn.Module, batches: Iterator[tuple], token_bytes: torch.Tensor, rows: int
+) -> float | None:
+    """Bits per byte of as much text after what was scored, which no search has seen; None where
+    there is less."""
+    if sum(shard["val"]["tokens"] for shard in load_manifest()["shards"].values()) < 2 * EVAL_TOKENS:
+        return None
+    first = next(batches)
+    if first[2] > 1:  # the text begins again
+        return None
+    batches, num_rows = itertools.chain([first], batches), EVAL_TOKENS // MAX_SEQ_LEN
+    nats, num_bytes, epoch = _sum_losses(model, batches, num_rows, token_bytes, rows)
+    return None if epoch > 1 else nats / (math.log(2) * num_bytes)
+
+
+def _faults(run: "Run | None", is_causal: bool | None, finding: str, disagreement: str) -> list[str]:
+    """What makes a score worthless, a sentence each."""
+    test = "LOOKS AHEAD" if is_causal is False else "causality could not be tested"
+    faults = {
+        disagreement: disagreement,
+        f"{test}: {finding}": not is_causal,
+        "constants of prepare.py were changed by the program": (
+            (MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE) != FIXED
+        ),
+        "the validation split was loaded outside the evaluation": _num_val_loaders,
+    }
+    faults = [fault for fault, is_so in faults.items() if is_so]
+    # The last step may reach beyond the budget, by as much as fifty of the baseline's steps take.
+    if run and run.training_seconds > (1 + MAX_OVERRUN) * TIME_BUDGET:
+        faults.append(f"training took {run.training_seconds / TIME_BUDGET:.0%} of the budget (a step is too long)")
+    return faults
 
 
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte on the validation split, the number that everything is about.
 
-    Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes they stand for.
-    `model(x, y, reduction="none")` gives the loss in nats of each of the (batch_size, MAX_SEQ_LEN) targets. Also tests
-    causality and writes EVAL_FILE into the working folder. Out of GPU memory, it goes on with fewer rows at a time.
+    Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes
+    they stand for. `model(x, y, reduction="none")` gives the loss in nats of each of the
+    (batch_size, MAX_SEQ_LEN) targets, `model(x)` the logits. Writes EVAL_FILE into the working
+    folder, with `faults`: what makes the score worthless. Out of GPU memory, it goes on with fewer
+    rows at a time.
     """
     global _num_evaluations
     _num_evaluations += 1
-    num_batches = EVAL_TOKENS // (batch_size * MAX_SEQ_LEN)
-    if not num_batches:
-        raise ValueError(f"batch_size {batch_size} x {MAX_SEQ_LEN} tokens is more than EVAL_TOKENS {EVAL_TOKENS}")
-    loader = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, "val")
-    token_bytes = get_token_bytes(get_device())
-    nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
-    num_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
-    rows = batch_size
-    for i, (x, y, _) in enumerate(itertools.islice(loader, num_batches)):
-        if i == 0:
-            first = x, y
-        losses, rows = _token_losses(model, x, y, rows)
-        lengths = token_bytes[y]
-        nats += losses.double().masked_fill(lengths == 0, 0.0).sum()
-        num_bytes += lengths.sum()
-    loader.close()
-    is_causal, finding = find_leak(lambda a, b: _token_losses(model, a, b, rows)[0], *first, tokenizer.get_vocab_size())
-    if not is_causal:
-        verdict = "LOOKS AHEAD: this score is worth nothing" if is_causal is False else "causality could not be tested"
-        print(f"\n*** {verdict}: {finding} ***\n", flush=True)
-    bpb = nats.item() / (math.log(2) * num_bytes.item())
+    run = current_run()
+    batches = load_batches(batch_size, MAX_SEQ_LEN, "val")
+    token_bytes, num_rows = get_token_bytes(get_device()), EVAL_TOKENS // MAX_SEQ_LEN
+    first = x, y, _ = next(batches)
+    rows = _token_losses(model, x, y, batch_size)[1]
+    nats, num_bytes, _ = _sum_losses(model, itertools.chain([first], batches), num_rows, token_bytes, rows)
+    bpb = nats / (math.log(2) * num_bytes)
+
+    def losses_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return _seeded(lambda: _token_losses(model, a, b, rows)[0], a.device)
+
+    is_causal, finding = find_leak(losses_of, x, y, tokenizer.get_vocab_size())
     record = {
+        "run_id": run and run.identity["run_id"],
         "val_bpb": bpb,
-        "nats": nats.item(),
-        "bytes": num_bytes.item(),
-        "tokens": num_batches * batch_size * MAX_SEQ_LEN,
+        "nats": nats,
+        "bytes": num_bytes,
+        "tokens": num_rows * MAX_SEQ_LEN,
         "causal": is_causal,
+        "finding": finding,
+        "faults": _faults(run, is_causal, finding, find_disagreement(model, x, y)),
+        "audit_bpb": _score_audit(model, batches, token_bytes, rows),
         "data_fingerprint": load_manifest()["fingerprint"],
         "prepare_sha256": PREPARE_SHA256,
+        "measurement_sha256": measurement_sha256(),
         "num_calls": _num_evaluations,
     }
+    batches.close()
+    for fault in record["faults"]:
+        print(f"\n*** this score is worth nothing: {fault} ***\n", flush=True)
     write_atomic(Path(EVAL_FILE), finite_json(record, indent=2) + "\n")
     return bpb
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def rehearse_evaluation(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Score one batch of the shape that the evaluation has, so that a model that cannot be scored
+    says so before its budget is spent. Raises ValueError where its loss is not that of its
+    logits."""
+    x, y = (t.repeat(1, -(-MAX_SEQ_LEN // t.size(1)))[:, :MAX_SEQ_LEN] for t in (x, y))
+    losses, _ = _token_losses(model, x, y, len(x))
+    disagreement = find_disagreement(model, x, y)
+    if disagreement and losses.isfinite().all():  # NaN is for training to report
+        raise ValueError(disagreement)
+
+
+# -------------------------------------------------------------------------------------------------
 # Layer and parameter statistics (for any model)
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def _first_tensor(value: object) -> torch.Tensor | None:
@@ -1117,19 +1218,15 @@ def _first_tensor(value: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() else None
 
 
-def _as_rows(t: torch.Tensor) -> torch.Tensor:
-    """A copy (tokens, features), which no operation in place can change."""
-    return t.detach().reshape(-1, t.shape[-1] if t.dim() else 1).clone()
-
-
 def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float | None]]:
-    """Of each (tokens, features): RMS; fraction of entries below a thousandth of it (near zero); fraction of features
-    near zero on every token. Those of one shape at once: to launch a thousand small kernels would take longest."""
+    """Of each (tokens, features): RMS; fraction of entries below a thousandth of it (near zero);
+    fraction of features near zero on every token. Those of one shape at once: to launch a thousand
+    small kernels would take longest."""
+    stats: list[list[float | None]] = [[None] * 3 for _ in activations]
     alike: dict[tuple, list[int]] = {}
     for i, t in enumerate(activations):
         if t is not None:
             alike.setdefault((t.shape, t.dtype), []).append(i)
-    stats: list[list[float | None]] = [[None] * 3 for _ in activations]
     for indices in alike.values():
         t = torch.stack([activations[i] for i in indices]).float()
         rms = t.square().mean((1, 2)).sqrt()
@@ -1141,7 +1238,8 @@ def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float
 
 
 def _watched_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The blocks (members of a ModuleList) and linear layers; in a model with neither, its innermost modules."""
+    """The blocks (members of a ModuleList) and linear layers; in a model with neither, its
+    innermost modules."""
     modules = dict(model.named_modules())
     lists = {name for name, m in modules.items() if isinstance(m, torch.nn.ModuleList)}
     blocks = {name: m for name, m in modules.items() if name and name.rpartition(".")[0] in lists}
@@ -1149,28 +1247,36 @@ def _watched_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return blocks | linears or {name: m for name, m in modules.items() if name and not any(m.children())}
 
 
+def _logit_stats(logits: torch.Tensor) -> dict[str, float]:
+    logits = logits.float()
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    values = [logits.square().mean().sqrt(), logits.abs().max(), entropy, log_p.amax(-1).exp().mean()]
+    keys = ("logits/rms", "logits/max_abs", "logits/entropy", "logits/max_prob")
+    return dict(zip(keys, _rounded(torch.stack(values).tolist()), strict=True))
+
+
 @torch.no_grad()
 def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict:
-    """What the activations of a batch look like, layer by layer, from a plain forward pass outside the compiled graph.
+    """What the activations of a batch look like, layer by layer, from a plain forward pass outside
+    the compiled graph.
 
-    x, y: int64 (B, T). Returns lists that run parallel to `layers/names`: `layers/rms` and `layers/zeros` of each
-    block's or linear layer's output, `layers/input_zeros` and `layers/dead` of a linear layer's input (dead: near zero
-    for every token), and `logits/*` where `model(x)` returns logits. Weights and random state are left alone. A model
-    that cannot be looked at this way gives `layers/error` instead: statistics must never end a run.
+    x, y: int64 (B, T). Returns lists that run parallel to `layers/names`: `layers/rms` and
+    `layers/zeros` of each block's or linear layer's output, `layers/input_zeros` and `layers/dead`
+    of a linear layer's input (dead: near zero for every token), and `logits/*` where `model(x)`
+    returns logits. Weights and random state are left alone. A model that cannot be looked at this
+    way gives `layers/error` instead: statistics must never end a run.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    seen: dict[str, list[torch.Tensor | None]] = {}
 
-    def watch(name: str) -> Callable:
-        def hook(module: torch.nn.Module, inputs: tuple, output: object) -> None:
-            out, given = _first_tensor(output), _first_tensor(inputs)
-            if out is not None and name not in seen:
-                of_input = given is not None and isinstance(module, torch.nn.Linear)
-                seen[name] = _as_rows(out), _as_rows(given) if of_input else None
+    def watch(name: str, module: torch.nn.Module, inputs: tuple, output: object) -> None:
+        pair = [_first_tensor(output), _first_tensor(inputs) if isinstance(module, torch.nn.Linear) else None]
+        if pair[0] is not None and name not in seen:  # copies, which no operation in place can change
+            seen[name] = [None if t is None else torch.atleast_1d(t).flatten(0, -2).clone() for t in pair]
 
-        return hook
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in _watched_modules(model).items()]
+    watched = _watched_modules(model).items()
+    handles = [module.register_forward_hook(functools.partial(watch, name)) for name, module in watched]
     stats, logits = {}, None
     try:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.compiler.set_stance("force_eager"):
@@ -1184,20 +1290,12 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
         for handle in handles:
             handle.remove()
     of_activations = _activation_stats([t for pair in seen.values() for t in pair])
-    of_outputs, of_inputs = of_activations[::2], of_activations[1::2]
     stats["layers/names"] = list(seen)
-    stats["layers/rms"] = [rms for rms, _, _ in of_outputs]
-    stats["layers/zeros"] = [zeros for _, zeros, _ in of_outputs]
-    stats["layers/input_zeros"] = [zeros for _, zeros, _ in of_inputs]
-    stats["layers/dead"] = [dead for _, _, dead in of_inputs]
-    if logits is not None and logits.dim() == 3:
-        logits = logits.float()
-        log_p = logits.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1).mean()
-        values = [logits.square().mean().sqrt(), logits.abs().max(), entropy, log_p.amax(-1).exp().mean()]
-        keys = ("logits/rms", "logits/max_abs", "logits/entropy", "logits/max_prob")
-        stats |= dict(zip(keys, _rounded(torch.stack(values).tolist()), strict=True))
-    return stats
+    stats["layers/rms"] = [rms for rms, _, _ in of_activations[::2]]
+    stats["layers/zeros"] = [zeros for _, zeros, _ in of_activations[::2]]
+    stats["layers/input_zeros"] = [zeros for _, zeros, _ in of_activations[1::2]]
+    stats["layers/dead"] = [dead for _, _, dead in of_activations[1::2]]
+    return stats | (_logit_stats(logits) if logits is not None and logits.dim() == 3 else {})
 
 
 def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -1206,9 +1304,9 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict:
-    """RMS of each parameter's gradient, weight and update, after a step and before its gradients are cleared.
-    `before`: `copy_weights(model)` from before the step. Vectors of up to 64 entries are also given whole, as
-    `scalars/NAME`."""
+    """RMS of each parameter's gradient, weight and update, after a step and before its gradients
+    are cleared. `before`: `copy_weights(model)` from before the step. Vectors of up to 64 entries
+    are also given whole, as `scalars/NAME`."""
     named = {name: p for name, p in model.named_parameters() if name in before}
 
     def rms(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -1235,9 +1333,34 @@ def _rounded(values: list[float]) -> list[float]:
     return [float(f"{value:.6g}") for value in values]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Kernels (for Hopper GPUs: plain mathematics with fewer trips to memory)
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+
+# Nothing below changes what is computed: every function is an exact formula of plain torch with fewer passes over
+# memory, which is what a step of this model waits for (268 MB a pass at 3 TB/s, about forty passes a layer). What a
+# kernel does not cover goes to plain torch: another kind of layer, a bias, other shapes, no rows, another GPU. Products
+# take bf16 and add up in fp32, as cuBLAS does under autocast; all else is fp32 until it is stored.
+#
+# Attention with a window is FlashAttention-2 (Dao 2023: arXiv:2307.08691). With s = q k^T / sqrt(D), p = softmax(s) and
+# o = p v, forward goes along the keys with a running maximum and sum and keeps o and l = log sum exp s. Backward takes
+# p = exp(s - l) again, and with delta = sum(do o) over a head's channels
+#     dv = p^T do,  ds = p (do v^T - delta),  dk = ds^T q / sqrt(D),  dq = ds k / sqrt(D).
+# One kernel goes along the queries of a tile of keys for dv and dk, and keeps ds for another that goes along the keys
+# for dq: five products instead of seven, for 2 GB of memory. Tiles of 64 x 64 and four warps leave room for two
+# programs on a multiprocessor, so that one's products fill the other's waits.
+#
+# Where queries and keys are normalised and rotated first, y = r R x with r = 1 / rms(x) and R the rotation, the way
+# back, dx = r R^T (dy - y mean(dy y)), is taken before dq and dk are stored: it needs y, which attention keeps anyway,
+# and r, but x no more.
+#
+# The MLP is relu(x W_in^T)^2 W_out^T. The square is taken while a tile of the first product is in registers, and so is
+# its derivative, 2 relu(h) = 2 sqrt(post): that saves five passes over the largest activation.
+#
+# The loss is the cross-entropy of z = c tanh(h / c), h = x W^T. With s = (1 - tanh(h / c)) / 2, z - c = -2 c s, which
+# lies in [-2c, 0], so that the sum of exponentials needs no maximum; and dz/dh = 4 s (1 - s). One kernel reads a row of
+# h, computes its loss, and puts in h's place what its gradient is if that of the loss is 1. What it really is comes in
+# later as a factor a row, on tensors that are (rows, width) instead of (rows, vocab).
 
 LOG2_E = 1.4426950408889634
 kernels_used: set[str] = set()  # in this process: what the log says of them is what has run
@@ -1249,18 +1372,28 @@ torch.compiler.config.cache_key_tag = PREPARE_SHA256
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the kernels below run here: they were written for Hopper (H100, H200) and measured there alone."""
-    is_cuda = triton is not None and device.type == "cuda" and torch.cuda.is_available()
-    return is_cuda and torch.cuda.get_device_properties(device).major == 9
+    is_cuda = triton is not None and torch.version.cuda is not None and device.type == "cuda"
+    return is_cuda and torch.cuda.is_available() and torch.cuda.get_device_properties(device).major == 9
+
+
+def _is_bf16_on_gpu(x: torch.Tensor) -> bool:
+    return triton is not None and x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _are_plain(*linears: torch.nn.Module) -> bool:
+    """Whether these modules are nothing but products with their weights."""
+    return all(type(linear) is torch.nn.Linear and linear.bias is None for linear in linears)
 
 
 def _tiles(matrix: torch.Tensor, rows: int, cols: int) -> "TensorDescriptor":
-    """A matrix as tiles that Hopper's copy engine moves; what sticks out at the edges is zero, and is not written."""
+    """A matrix as tiles that Hopper's copy engine moves; what sticks out at the edges is zero, and is not written.
+    A matrix to be read may lie in memory as it likes: what the engine cannot take is copied."""
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    is_apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.size(1)
+    if not is_apart or row_bytes % 16 or matrix.data_ptr() % 16:
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor.from_tensor(matrix, [rows, cols])
 
-
-# Attention with a window: FlashAttention-2's algorithm (Dao 2023). Tiles of 64 x 64 and four warps leave room for two
-# programs on a multiprocessor, so that one's matrix products fill the other's waits. Going backward, the keys' kernel
-# keeps the gradient of the scores, dS, for the queries' kernel: five products instead of seven, for 2 GB of memory.
 
 ATTENTION_TILE = 64
 
@@ -1299,13 +1432,29 @@ def _attend(
 
 
 @jit
+def _store_gradient(half_tiles, row, col, dy, y, factors, cos, sin, t, D: tl.constexpr, N: tl.constexpr):
+    """Store the gradient (N, D) of queries or keys at positions t; if they were normalised (by `factors`, a pointer a
+    row) and rotated, that of what they were before."""
+    if cos is not None:
+        dy = (dy - y * (tl.sum(dy * y, 1) / D)[:, None]) * tl.load(factors)[:, None]
+    left, right = tl.split(tl.permute(tl.reshape(dy, (N, 2, D // 2)), (0, 2, 1)))
+    if cos is not None:
+        turn = t[:, None] * D + tl.arange(0, D // 2)[None, :]
+        c, s = tl.load(cos + turn).to(tl.float32), tl.load(sin + turn).to(tl.float32)
+        left, right = left * c - right * s, left * s + right * c
+    half_tiles.store([row, col], left.to(tl.bfloat16))
+    half_tiles.store([row, col + D // 2], right.to(tl.bfloat16))
+
+
+@jit
 def _attend_dkv(
-    q_tiles, k_tiles, v_tiles, do_tiles, dk_tiles, dv_tiles, ds_tiles, lses, deltas, T, window, scale, log2_scale,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, dv_tiles, ds_tiles, lses, deltas, k_factors, cos, sin,
+    T, window, scale, log2_scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values n to n + N of one KV head, from all the query heads that share it. Row j of dS
     (B H T, at least window + N) is key j's; it begins at query n."""
-    n, b, kv = tl.program_id(0) * N, tl.program_id(1) // (H // GROUP), tl.program_id(1) % (H // GROUP)
+    KV: tl.constexpr = H // GROUP
+    n, b, kv = tl.program_id(0) * N, tl.program_id(1) // KV, tl.program_id(1) % KV
     row, j = b * T, n + tl.arange(0, N)
     k, v = k_tiles.load([row + n, kv * D]), v_tiles.load([row + n, kv * D])
     dk, dv = tl.zeros((N, D), tl.float32), tl.zeros((N, D), tl.float32)
@@ -1320,106 +1469,138 @@ def _attend_dkv(
             ds = (p * (tl.dot(v, do.T) - tl.load(deltas + head_row + i)[None, :])).to(tl.bfloat16)
             dk = tl.dot(ds, q, dk)
             ds_tiles.store([head_row + n, m - n], ds)
-    dk_tiles.store([row + n, kv * D], (dk * scale).to(tl.bfloat16))
     dv_tiles.store([row + n, kv * D], dv.to(tl.bfloat16))
+    factors = k_factors if cos is None else k_factors + (row + j) * KV + kv
+    y = k_tiles.load([row + n, kv * D]).to(tl.float32)  # again: kept in registers, it would take the loop's
+    _store_gradient(dqk_tiles, row + n, (H + kv) * D, dk * scale, y, factors, cos, sin, j, D, N)
 
 
 @jit
 def _attend_dq(
-    ds_tiles, k_tiles, dq_tiles, T, window, scale,
+    ds_tiles, q_tiles, k_tiles, dqk_tiles, q_factors, cos, sin, T, window, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of queries m to m + N of one head, from the dS that `_attend_dkv` kept."""
     m, bh = tl.program_id(0) * N, tl.program_id(1)
-    row, h = bh // H * T, bh % H
+    row, h, i = bh // H * T, bh % H, m + tl.arange(0, N)
     dq = tl.zeros((N, D), tl.float32)
     for n in tl.range(tl.maximum(m - window, 0) // N * N, m + N, N):
         dq = tl.dot(ds_tiles.load([bh * T + n, m - n]).T, k_tiles.load([row + n, h // GROUP * D]), dq)
-    dq_tiles.store([row + m, h * D], (dq * scale).to(tl.bfloat16))
+    y = q_tiles.load([row + m, h * D]).to(tl.float32)
+    factors = q_factors if cos is None else q_factors + (row + i) * H + h
+    _store_gradient(dqk_tiles, row + m, h * D, dq * scale, y, factors, cos, sin, i, D, N)
 
 
 def can_attend_window(seq_len: int, head_dim: int, device: torch.device) -> bool:
-    return has_kernels(device) and seq_len % ATTENTION_TILE == 0 and head_dim in (64, 128)
+    return has_kernels(device) and seq_len > 0 and seq_len % ATTENTION_TILE == 0 and head_dim in (64, 128)
 
 
-def _attention_setup(q: torch.Tensor, k: torch.Tensor) -> tuple[Callable, list[int]]:
-    """What the three kernels share: how to cut q, k, v and their gradients into tiles, and the shape constants."""
-    (B, T, H, D), KV = q.shape, k.size(2)
-    return lambda t: _tiles(t.view(B * T, -1), ATTENTION_TILE, D), [H, H // KV, D, ATTENTION_TILE]
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMS norm without a gain, then rotary position embedding, half-split: (x1 cos + x2 sin, x2 cos - x1 sin). That is
+    upstream's the other way round: rotation keeps the length, so the values are the same, and this order is faster.
+
+    x (B, T, H, D); cos: (cos, cos) and sin: (sin, -sin), (T, 1, D). Returns y like x and the norm's factor, fp32.
+    """
+    wide = x.float()
+    factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)
+    unit = wide * factor
+    return (unit * cos + unit.roll(x.size(-1) // 2, -1) * sin).to(x.dtype), factor
+
+
+def _rows(t: torch.Tensor, cols: int) -> "TensorDescriptor":
+    """(B, T, heads, D) as tiles of the matrix (B T, heads D)."""
+    return _tiles(t.reshape(t.size(0) * t.size(1), -1), ATTENTION_TILE, cols)
 
 
 @torch.library.custom_op("auto_log_research::window_attention", mutates_args=())
 def _window_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, turned_q: torch.Tensor, turned_k: torch.Tensor,
+    q_factors: torch.Tensor | None, k_factors: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Of `turned_q` and `turned_k`; the gradient is that of q and k, from which `turn` made them (or the same)."""
     kernels_used.add("window attention")
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    (B, T, H, D), (tiles, shape) = q.shape, _attention_setup(q, k)
-    o, lses = torch.empty_like(q), q.new_empty((B, H, T), dtype=torch.float32)
-    _attend[(T // ATTENTION_TILE, B * H)](
-        tiles(q), tiles(k), tiles(v), tiles(o), lses, T, window, D**-0.5 * LOG2_E, *shape, num_warps=4, num_stages=3
-    )
+    (B, T, H, D), KV, N = q.shape, k.size(2), ATTENTION_TILE
+    o, lses = q.new_empty(q.shape), q.new_empty((B, H, T), dtype=torch.float32)
+    tiles = [_rows(t, D) for t in (turned_q, turned_k, v, o)]
+    _attend[(T // N, B * H)](
+        *tiles, lses, T, window, D**-0.5 * LOG2_E, H, H // KV, D, N, num_warps=4, num_stages=3
+    )  # fmt: skip
     return o, lses
 
 
 @_window_attention.register_fake
-def _(q, k, v, window):
-    return torch.empty_like(q), q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
+def _(q, *inputs):
+    return q.new_empty(q.shape), q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
 
 
 @torch.library.custom_op("auto_log_research::window_attention_backward", mutates_args=())
 def _window_attention_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lses: torch.Tensor,
-    deltas: torch.Tensor,
+    do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lses: torch.Tensor, deltas: torch.Tensor,
+    q_factors: torch.Tensor | None, k_factors: torch.Tensor | None, cos: torch.Tensor | None, sin: torch.Tensor | None,
     window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    do, q, k, v, deltas = do.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), deltas.contiguous()
-    (B, T, H, D), KV, N, (tiles, shape) = q.shape, k.size(2), ATTENTION_TILE, _attention_setup(q, k)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients of q and k side by side (B, T, H + KV, D), as a product that both come from wants them; of v."""
+    (B, T, H, D), KV, N = q.shape, k.size(2), ATTENTION_TILE
+    q_tiles, k_tiles, v_tiles, do_tiles = (_rows(t, D) for t in (q, k, v, do))
+    dqk, dv = q.new_empty((B, T, H + KV, D)), q.new_empty(v.shape)
     ds = _tiles(q.new_empty((B * H * T, triton.cdiv(N + min(window, T), N) * N)), N, N)
-    k, scale = tiles(k), D**-0.5
+    sizes, scale = [H, H // KV, D, N], D**-0.5
+    dqk_tiles, turning = _rows(dqk, D // 2), [cos, sin, T, window, scale]
     _attend_dkv[(T // N, B * KV)](
-        tiles(q), k, tiles(v), tiles(do), tiles(dk), tiles(dv), ds, lses, deltas, T, window, scale, scale * LOG2_E,
-        *shape, num_warps=4, num_stages=2,
+        q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, _rows(dv, D), ds, lses, deltas.contiguous(),
+        k_factors, *turning, scale * LOG2_E, *sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
-    _attend_dq[(T // N, B * H)](ds, k, tiles(dq), T, window, scale, *shape, num_warps=4, num_stages=3)
-    return dq, dk, dv
+    _attend_dq[(T // N, B * H)](
+        ds, q_tiles, k_tiles, dqk_tiles, q_factors, *turning, *sizes, num_warps=4, num_stages=3
+    )  # fmt: skip
+    return dqk, dv
 
 
 @_window_attention_backward.register_fake
-def _(do, q, k, v, lses, deltas, window):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(do, q, k, v, *inputs):
+    B, T, H, D = q.shape
+    return q.new_empty((B, T, H + k.size(2), D)), q.new_empty(v.shape)
 
 
 def _attention_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.window = inputs[3]
+    _, _, v, turned_q, turned_k, *turning, ctx.window = inputs
+    ctx.save_for_backward(turned_q, turned_k, v, *output, *turning)
 
 
 def _attention_gradients(ctx, do, _):
-    q, k, v, o, lses = ctx.saved_tensors
+    q, k, v, o, lses, *turning = ctx.saved_tensors
     deltas = (do.float() * o.float()).sum(-1).transpose(1, 2)  # (B, H, T)
-    return *_window_attention_backward(do, q, k, v, lses, deltas, ctx.window), None
+    dqk, dv = _window_attention_backward(do, q, k, v, lses, deltas, *turning, ctx.window)
+    # Cut along the width: where q and k were cut from one product like this, the compiler takes dqk as it is.
+    dq, dk = dqk.flatten(2).split([q.size(2) * q.size(3), k.size(2) * k.size(3)], dim=2)
+    return dq.view(q.shape), dk.view(k.shape), dv, *[None] * 7
 
 
 _window_attention.register_autograd(_attention_gradients, setup_context=_attention_context)
 
 
-def window_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """Causal attention in which a query sees itself and the `window` positions before it.
-
-    q (B, T, H, D), k and v (B, T, KV, D), H a multiple of KV, where `can_attend_window`. Computed in bf16, with sums in
-    fp32. Returns (B, T, H, D) bf16.
-    """
-    return _window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), window)[0]
-
-
-# The MLP, relu(x W_in^T)^2 W_out^T. The square is taken while a tile of the first product is still in registers, and so
-# is its derivative, 2 sqrt(post): that saves five passes over the largest activation.
+def window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    *,
+    window: int,
+) -> torch.Tensor:
+    """Causal attention in which a query sees itself and the `window` positions before it, of `turn`ed q and k if there
+    are tables. q (B, T, H, D), k and v (B, T, KV, D), H a multiple of KV. Fused in bf16 with sums in fp32, where
+    `can_attend_window`; plain elsewhere."""
+    fits = k.shape == v.shape and k.size(1) == q.size(1) and q.numel() > 0
+    if not fits or not can_attend_window(q.size(1), q.size(3), q.device):
+        return _turned(functools.partial(_masked_sdpa, window=window), q, k, v, cos, sin)
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    if cos is None:
+        return _window_attention(q, k, v, q, k, None, None, None, None, window)[0]
+    cos, sin = (table.detach().expand(q.size(1), 1, q.size(3)).contiguous() for table in (cos, sin))
+    (turned_q, q_factors), (turned_k, k_factors) = (turn(t.detach(), cos, sin) for t in (q, k))
+    return _window_attention(q, k, v, turned_q, turned_k, q_factors, k_factors, cos, sin, window)[0]
 
 
 MLP_TILE, MLP_TILE_K = 128, 64
@@ -1463,12 +1644,12 @@ def _relu2_mlp(x: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor) -> tupl
 
 @_relu2_mlp.register_fake
 def _(x, w_in, w_out):
-    return torch.empty_like(x), x.new_empty(x.size(0), w_in.size(0))
+    return x.new_empty(x.size(0), w_out.size(0)), x.new_empty(x.size(0), w_in.size(0))
 
 
 @torch.library.custom_op("auto_log_research::relu2_backward", mutates_args=())
 def _relu2_backward(dout: torch.Tensor, w_out: torch.Tensor, post: torch.Tensor) -> torch.Tensor:
-    return _relu2_launch(dout.contiguous(), w_out.T.contiguous(), post)
+    return _relu2_launch(dout, w_out.T, post)
 
 
 @_relu2_backward.register_fake
@@ -1491,17 +1672,23 @@ _relu2_mlp.register_autograd(_mlp_gradients, setup_context=_mlp_context)
 
 def relu2_mlp(x: torch.Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) -> torch.Tensor:
     """c_out(relu(c_in(x)) ** 2), x: (..., width). Fused where gradients are wanted, x is bf16 on a GPU for which
-    `has_kernels`, and both widths are multiples of 8, as the copy engine demands; the plain modules elsewhere."""
-    is_bf16 = x.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    if not (is_bf16 and has_kernels(x.device)) or c_in.in_features % 8 or c_in.out_features % 8:
+    `has_kernels`, and all widths are multiples of 8, as the copy engine demands; the modules themselves elsewhere."""
+    fits = _are_plain(c_in, c_out) and all(width % 8 == 0 for width in (*c_in.weight.shape, c_out.out_features))
+    is_wanted = torch.is_grad_enabled() and x.numel() > 0 and _is_bf16_on_gpu(x)
+    if not fits or not is_wanted or not has_kernels(x.device):
         return c_out(torch.nn.functional.relu(c_in(x)).square())
-    flat = x.reshape(-1, x.size(-1))
-    return _relu2_mlp(flat, c_in.weight.to(x.dtype), c_out.weight.to(x.dtype))[0].view(x.shape)
+    out, _ = _relu2_mlp(x.reshape(-1, x.size(-1)), c_in.weight.to(x.dtype), c_out.weight.to(x.dtype))
+    return out.view(*x.shape[:-1], -1)
 
 
-# The loss: soft-capped logits and their cross-entropy. One kernel reads a row of logits, computes its loss, and puts in
-# the logits' place what their gradient is if that of the loss is 1. What it really is comes in later as a factor a row,
-# on tensors that are (rows, width) instead of (rows, vocab).
+def project(x: torch.Tensor, *linears: torch.nn.Linear) -> list[torch.Tensor]:
+    """[linear(x) for linear in linears], as a single product where gradients are wanted on a GPU: it is faster."""
+    if not _is_bf16_on_gpu(x) or not torch.is_grad_enabled() or not _are_plain(*linears):
+        return [linear(x) for linear in linears]
+    weight = torch.cat([linear.weight for linear in linears])
+    widths = [linear.out_features for linear in linears]
+    return list(torch.nn.functional.linear(x, weight).split(widths, dim=x.dim() - 1))
+
 
 MAX_FUSED_VOCAB = 2**15  # a row of logits has to fit into registers
 MAX_FUSED_CAP = 40.0  # exp(-2 cap), the least that a logit can add to the sum, has to be a number in fp32
@@ -1516,22 +1703,25 @@ def _one_less_tanh_half(x, scale):
 
 @jit
 def _softcap_loss(logits, targets, losses, vocab, cap, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr):
-    row, cols = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    at, is_inside = logits + row * vocab + cols, (cols < vocab) | IS_WHOLE
-    target = tl.load(targets + row).to(tl.int32)
-    target_logit = tl.load(logits + row * vocab + tl.maximum(target, 0)).to(tl.float32)
-    x = tl.load(at, mask=is_inside, other=0.0).to(tl.float32)
-    # The capped logit less the cap is -2 cap s: at most 0, so that the exponential needs no maximum.
-    to_bits = 2.8853900817779268  # 2 log2(e)
-    s = _one_less_tanh_half(x, to_bits / cap)
+    cols, to_bits = tl.arange(0, BLOCK), 2.8853900817779268  # 2 log2(e)
+    row, is_inside = tl.program_id(0).to(tl.int64), (cols < vocab) | IS_WHOLE
+    logits += row * vocab
+    target = tl.load(targets + row)
+    is_target = (target >= 0) & (target < vocab)
+    target_s = _one_less_tanh_half(tl.load(logits + target, mask=is_target, other=0.0).to(tl.float32), to_bits / cap)
+    s = _one_less_tanh_half(tl.load(logits + cols, mask=is_inside, other=0.0).to(tl.float32), to_bits / cap)
     p = tl.where(is_inside, tl.math.exp2(s * (-to_bits * cap)), 0.0)
     total = tl.sum(p)
-    is_counted = target != -1
-    loss = tl.log(total) + 2 * cap * _one_less_tanh_half(target_logit, to_bits / cap)
-    tl.store(losses + row, tl.where(is_counted, loss, 0.0))
-    share = tl.where(is_counted, 4 / total, 0.0)  # the 4 is the derivative's: d tanh(u) / du = 4 s (1 - s)
-    gradient = (p * share - tl.where(cols == target, tl.where(is_counted, 4.0, 0.0), 0.0)) * (s - s * s)
-    tl.store(at, gradient.to(logits.dtype.element_ty), mask=is_inside)
+    # Plain torch stops the program at a target that is no token. NaN ends a run as well.
+    other = tl.where(target == -1, 0.0, float("nan"))
+    tl.store(losses + row, tl.where(is_target, tl.log(total) + 2 * cap * target_s, other))
+    share = tl.where(is_target, 4 / total, 0.0)  # the 4 is the derivative's
+    gradient = p * share * (s - s * s)
+    tl.store(logits + cols, gradient.to(logits.dtype.element_ty), mask=is_inside)
+    # The target's own gradient once more: to compare every column with the target would take half of the registers.
+    gradient = (tl.math.exp2(target_s * (-to_bits * cap)) * share - 4) * (target_s - target_s * target_s)
+    tl.debug_barrier()
+    tl.store(logits + target, gradient.to(logits.dtype.element_ty), mask=is_target)
 
 
 @torch.library.custom_op("auto_log_research::head_loss", mutates_args=())
@@ -1544,7 +1734,7 @@ def _head_loss(
     losses = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(vocab)
     options = {"num_warps": max(1, min(block // 1024, 16))}
-    _softcap_loss[(num_rows,)](logits, targets, losses, vocab, cap, block, block == vocab, **options)
+    _softcap_loss[(num_rows,)](logits, targets.contiguous(), losses, vocab, cap, block, block == vocab, **options)
     return losses, logits
 
 
@@ -1566,22 +1756,27 @@ def _loss_gradients(ctx, dlosses, _):
 _head_loss.register_autograd(_loss_gradients, setup_context=_loss_context)
 
 
-def softcap_loss(x: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, cap: float) -> torch.Tensor:
-    """Cross-entropy (N,) in nats of the logits cap * tanh(head(x) / cap); 0 where the target is -1.
+def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Logits within +- cap; as they are if the cap is None, 0 or infinite."""
+    return cap * torch.tanh(logits / cap) if cap and math.isfinite(cap) else logits
+
+
+def softcap_loss(x: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Cross-entropy (N,) in nats of the logits softcap(head(x), cap); 0 where the target is -1.
 
     x: (N, width), targets: (N,). Logits come out of the product in its own precision (bf16 under autocast); all that
     follows is fp32. Fused for bf16 on any GPU that Triton knows, up to MAX_FUSED_VOCAB and MAX_FUSED_CAP.
     """
-    is_bf16 = triton is not None and x.is_cuda and x.dtype == torch.bfloat16
-    if not is_bf16 or head.out_features > MAX_FUSED_VOCAB or cap > MAX_FUSED_CAP:
-        logits = cap * torch.tanh(head(x).float() / cap)
+    fits = _are_plain(head) and head.out_features <= MAX_FUSED_VOCAB and 0 < (cap or 0) <= MAX_FUSED_CAP
+    if not fits or not x.numel() or not _is_bf16_on_gpu(x):
+        logits = softcap(head(x).float(), cap)
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     return _head_loss(x, head.weight.to(x.dtype), targets, cap)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Attention (the fastest that is exact on the GPU at hand)
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def window_mask(seq_len: int, window: int, device: torch.device) -> torch.Tensor:
@@ -1591,20 +1786,17 @@ def window_mask(seq_len: int, window: int, device: torch.device) -> torch.Tensor
 
 
 def make_attention(window: int, seq_len: int, head_dim: int, device: torch.device) -> tuple[str, Callable]:
-    """The fastest exact attention here: its name, and a function of q (B, T, H, D) and k, v (B, T, KV, D).
+    """The fastest exact attention here: its name, and a function of q (B, T, H, D) and k, v (B, T, KV, D). With rotary
+    tables as its further arguments, q and k are normalised and rotated before (see `turn`).
 
     Causal; `window` counts the positions before the query that it sees, `seq_len` or more being all of them. The full
-    context takes the first of `sdpa_order()`, which is to be set around the model.
+    context takes the first of `sdpa_order()`, which is to be set around the model. T may be less than `seq_len`.
     """
-    is_full = window >= seq_len - 1
     if device.type != "cuda":
-        return "masked sdpa", functools.partial(_sdpa, attn_mask=window_mask(seq_len, window, device))
-    has_fa3 = has_flash_attention_3()
-    if is_full:
-        whose = "fa3" if has_fa3 else sdpa_order()[0].name.lower().removesuffix("_attention")
-        return f"{whose} full", functools.partial(_sdpa, is_causal=True)
-    if has_fa3:
-        return "fa3 window", functools.partial(_flash_window, window=window)
+        return "masked sdpa", functools.partial(_turned, functools.partial(_masked_sdpa, window=window))
+    if window >= seq_len - 1:
+        name = sdpa_order()[0].name.lower().removesuffix("_attention")
+        return f"{name} full", functools.partial(_turned, functools.partial(_sdpa, is_causal=True))
     # The same with a window of 1024: our kernel 4.2 ms, FlexAttention 5.4, FlashAttention-2 6.2.
     if can_attend_window(seq_len, head_dim, device):
         return "kernel window", functools.partial(window_attention, window=window)
@@ -1613,7 +1805,14 @@ def make_attention(window: int, seq_len: int, head_dim: int, device: torch.devic
     block_mask = create_block_mask(
         lambda b, h, q, k: (q >= k) & (q - k <= window), None, None, seq_len, seq_len, device=device
     )
-    return "flex window", functools.partial(_flex, block_mask=block_mask, mask=window_mask(seq_len, window, device))
+    flex = functools.partial(_flex, block_mask=block_mask, window=window)
+    return "flex window", functools.partial(_turned, flex)
+
+
+def _turned(attend: Callable, q, k, v, cos=None, sin=None) -> torch.Tensor:
+    if cos is not None:
+        q, k = turn(q, cos, sin)[0], turn(k, cos, sin)[0]
+    return attend(q, k, v)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
@@ -1623,50 +1822,62 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch
     return out.transpose(1, 2)
 
 
-def _flash_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    B, T, H, _ = q.shape
-    k, v = (t.repeat_interleave(H // t.size(2), dim=2) for t in (k, v))
-    starts = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
-    q, k, v = (t.reshape(B * T, H, -1) for t in (q, k, v))
-    return varlen_attn(q, k, v, starts, starts, T, T, window_size=(window, 0)).view(B, T, H, -1)
+def _masked_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    return _sdpa(q, k, v, attn_mask=window_mask(q.size(1), window, q.device))
 
 
-def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: object, mask: torch.Tensor) -> torch.Tensor:
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: object, window: int) -> torch.Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    if not torch.compiler.is_compiling():  # uncompiled, FlexAttention is slower than this
-        return _sdpa(q, k, v, attn_mask=mask)
+    # Uncompiled, FlexAttention is slower than this; and its mask is for one length.
+    if not torch.compiler.is_compiling() or block_mask.seq_lengths[0] != q.size(1):
+        return _masked_sdpa(q, k, v, window)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-@functools.cache
-def has_flash_attention_3() -> bool:
-    """FlashAttention-3 is used where it is installed (flash_attn_interface) and the GPU is a Hopper."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        return False
-    try:
-        from torch.nn.attention import activate_flash_attention_impl
-
-        activate_flash_attention_impl("FA3")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
 def sdpa_order() -> list[SDPBackend]:
     """Whose scaled_dot_product_attention to take, the first that can. The full context, 128 x 2048 x 4 heads, forward
-    and backward on Hopper: FlashAttention-3 4.0 ms, cuDNN 4.3, FlexAttention 6.6, FlashAttention-2 7.3."""
+    and backward on Hopper: cuDNN 4.3 ms, FlexAttention 6.6, FlashAttention-2 7.3."""
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0) and not has_flash_attention_3()
+    is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0)
     return [SDPBackend.CUDNN_ATTENTION, *order] if is_cudnn_first else order
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Measurement
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+
+# What a score depends on besides the program and the data (whose fingerprint is compared for itself).
+MEASURED = (
+    *("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE", "SPLIT_PATTERN", "SPECIAL_TOKENS", "BOS_TOKEN"),
+    *("Tokenizer", "encode_pieces", "get_token_bytes", "pack_rows", "DOC_BATCH", "read_document_batches"),
+    *("load_batches", "_token_losses", "_sum_losses", "evaluate_bpb", "Clock", "MAX_PAUSED_SHARE"),
+)
+
+
+def _essence(node: object) -> object:
+    """A piece of code without comments, docstrings and layout, the same in every version of
+    Python."""
+    if isinstance(node, list):
+        docstrings = [item for item in node if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)]
+        return [_essence(item) for item in node if item not in docstrings]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, _essence(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return [type(node).__name__, fields]
+
+
+@functools.cache
+def measurement_sha256(source: bytes = PREPARE_SOURCE) -> str:
+    """Of the code behind MEASURED: results compare where this is the same."""
+    found = {}
+    for node in ast.parse(source).body:
+        name = getattr(node.targets[0] if isinstance(node, ast.Assign) else node, "id", getattr(node, "name", ""))
+        if name in MEASURED:
+            found[name] = _essence([node])
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
 
 # Peak dense bf16 rates in TFLOP/s, from the vendor's data sheets, by the name torch gives.
 PEAK_BF16_TFLOPS = {
@@ -1688,18 +1899,25 @@ PEAK_BF16_TFLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense bf16; None for a device that is not in the table: no MFU is better than a wrong one."""
+    """FLOP/s of dense bf16; None for a device that is not in the table: no MFU is better than a
+    wrong one."""
     name = device_name.removeprefix("NVIDIA ").strip()
     if "MIG" in name:  # a slice of a GPU
         return None
     return next((tflops * 1e12 for pattern, tflops in PEAK_BF16_TFLOPS.items() if re.fullmatch(pattern, name)), None)
 
 
-class Clock:
-    """The clock of the budget. It runs from `start`, stands still inside `paused`, and is read once a step.
+# Of the budget, by the last step: fifty of the baseline's steps. The demo shares its processor with other work.
+MAX_OVERRUN = 1.0 if DEMO else 0.05
+MAX_PAUSED_SHARE = 0.1  # of the budget; looking at the layers takes 1 % of it on an H100, 5 % in the demo
 
-    `end_step` marks the end of a step in the GPU's queue and `read_step` waits for that mark, so that work queued in
-    between keeps the GPU busy while Python reads, logs and decides.
+
+class Clock:
+    """The clock of the budget. It runs from `start`, stands still inside `paused`
+    (MAX_PAUSED_SHARE of the budget at most: what is beyond counts), and is read once a step.
+
+    `end_step` marks the end of a step in the GPU's queue and `read_step` waits for that mark, so
+    that work queued in between keeps the GPU busy while Python reads, logs and decides.
     """
 
     def __init__(self, device: torch.device):
@@ -1707,100 +1925,253 @@ class Clock:
         self.seconds = 0.0  # of training, up to the last step read
         self.step_seconds = 0.0  # of the last step read
         self.paused_seconds = 0.0
-        self._pause_in_step = 0.0
-        self._last = self._marked = 0.0
-        self._host = None
+        self._last = 0.0
+        self._marked = None
+        self._is_idle = False  # nothing is queued after a pause
         self._event = torch.cuda.Event() if self.is_cuda else None
 
     def start(self) -> None:
         self._synchronize()
-        self._last = time.perf_counter()
+        self._last = self._now()
 
-    def end_step(self, values: list[torch.Tensor]) -> None:
-        """Queue the mark, and a copy of 0-d tensors for `read_step`."""
-        stacked = torch.stack([value.detach().float() for value in values])
-        if not self.is_cuda:
-            self._host, self._marked = stacked, time.perf_counter()
-            return
-        if self._host is None or self._host.shape != stacked.shape:
-            self._host = torch.empty(stacked.shape, pin_memory=True)
-        self._host.copy_(stacked, non_blocking=True)
-        self._event.record()
-
-    def read_step(self) -> list[float]:
-        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the values."""
+    def end_step(self, values: dict[str, torch.Tensor]) -> None:
+        """Queue the mark, and a copy of tensors (0-d or 1-d, whole numbers exact up to 2^53) for
+        `read_step`."""
+        self._shapes = {key: value.shape for key, value in values.items()}
+        flat = torch.cat([value.detach().double().flatten() for value in values.values()])
         if self.is_cuda:
+            self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._host.copy_(flat, non_blocking=True)
+            self._event.record()
+        else:
+            self._host = flat
+        # After a pause the step is over now: what it takes to queue the next one belongs to the next one.
+        if self._is_idle or not self.is_cuda:
+            self._synchronize()
+            self._marked = self._now()
+
+    def read_step(self) -> dict[str, float | list[float]]:
+        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the
+        values."""
+        if self._marked is None:
             self._event.synchronize()
-            self._marked = time.perf_counter()
-        self.step_seconds = self._marked - self._last - self._pause_in_step
+            self._marked = self._now()
+        self.step_seconds = self._marked - self._last
         self.seconds += self.step_seconds
-        self._last, self._pause_in_step = self._marked, 0.0
-        return self._host.tolist()
+        self._last, self._marked, self._is_idle = self._marked, None, False
+        parts = self._host.split([shape.numel() for shape in self._shapes.values()])
+        pairs = zip(self._shapes.items(), parts, strict=True)
+        return {key: part.view(shape).tolist() for (key, shape), part in pairs}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do something that is not training: between steps' work and their `end_step`."""
+        """Do something that is not training."""
         self._synchronize()
         begin = time.perf_counter()
         yield
         self._synchronize()
-        seconds = time.perf_counter() - begin
-        self._pause_in_step += seconds
-        self.paused_seconds += seconds
+        self.paused_seconds += time.perf_counter() - begin
+        self._is_idle = True
+
+    def _now(self) -> float:
+        return time.perf_counter() - min(self.paused_seconds, MAX_PAUSED_SHARE * TIME_BUDGET)
 
     def _synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The record of a run
-# ---------------------------------------------------------------------------------------------------------------------
+# The kind of a kernel by its name, the first that matches.
+KERNEL_KINDS = {
+    "attention": r"_attend|sdpa|flash|fmha|flex|compute_dot_do_o|convert_dq|attention",
+    "mlp": r"_relu2_product",
+    "matmul": r"nvjet|gemm|cutlass|cublas|splitK|ampere|sm90_xmma",
+    "loss": r"_softcap_loss|log_softmax|nll_loss",
+    "elementwise": r"",  # norms, sums, rotary position embedding, embeddings
+}
 
 
-def _git(*args: str) -> str | None:
+def kernel_ms(work: Callable) -> dict[str, float]:
+    """Milliseconds on the GPU by kind of kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        work()
+        torch.cuda.synchronize()
+    totals = dict.fromkeys(KERNEL_KINDS, 0.0)
+    for event in profiler.key_averages():
+        kind = next(kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
+        totals[kind] += event.self_device_time_total / 1e3
+    return totals
+
+
+def measure_step(gradients: Callable, update: Callable, num_micro_steps: int, device: torch.device) -> dict | None:
+    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients`
+    does one micro-batch, `update` the optimizer's part; both are called, compiled already. Raises
+    ValueError for a step that is longer than the budget."""
+
+    def timed_s(work: Callable) -> float:
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    step_s = num_micro_steps * timed_s(gradients) + timed_s(update)
+    if step_s > (1 + MAX_OVERRUN) * TIME_BUDGET:
+        raise ValueError(f"a step takes about {step_s:.0f} s, longer than the whole budget of {TIME_BUDGET:.0f} s")
+    if device.type != "cuda":
+        return None
+    profile = {kind: num_micro_steps * ms for kind, ms in kernel_ms(gradients).items()}
+    profile["optimizer"] = sum(kernel_ms(update).values())
+    return profile
+
+
+CUDA_OWN_MB = 1024  # what CUDA and its libraries take for a process beside torch's memory: 0.5 to 0.9 GB seen
+
+
+def machine_stats() -> dict:
+    """What else this machine is busy with: memory on the GPU that is not ours (None without one),
+    load a core."""
+    other_mb = None
+    if torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        other_mb = max((total - free - torch.cuda.memory_reserved()) / 2**20 - CUDA_OWN_MB, 0.0)
+    return {"gpu/other_mb": other_mb, "machine/load": os.getloadavg()[0] / os.cpu_count()}
+
+
+def check_machine() -> None:
+    """Raise SetupError, within a second, for faults of the machine that would look like the
+    experiment's later on."""
+    device = get_device()
+    load_manifest()
+    least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
+    free_mb = shutil.disk_usage(".").free >> 20
+    if free_mb < least_mb:
+        raise SetupError(f"only {free_mb} MB are free here, and a run may need {least_mb}: make room")
+    if device.type != "cuda":
+        return
     try:
-        done = subprocess.run(["git", *args], capture_output=True, text=True, check=True)
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as e:
+        raise SetupError(f"{torch.cuda.get_device_name()} does not compute: {str(e).splitlines()[0]}") from e
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise SetupError("no C compiler (gcc or clang), which Triton needs: install one, or set CC")
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        raise SetupError("no Python.h, which Triton needs: install python3-dev, or let uv bring its own Python")
+    for name, default in (("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()), ("TRITON_CACHE_DIR", "~/.triton")):
+        folder = Path(os.environ.get(name) or default).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as e:
+            raise SetupError(f"the compiler cannot write its cache to {folder} ({e.strerror}): set {name}") from e
+
+
+# -------------------------------------------------------------------------------------------------
+# The record of a run
+# -------------------------------------------------------------------------------------------------
+
+_run: "Run | None" = None  # what this process is
+# Faults of the machine, whatever raises them.
+MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+
+
+def _git(folder: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", folder, *args], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
 
 
-def _archive_dir() -> Path:
-    return Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
-
-
-def _run_id(start_file: Path) -> str | None:
+def _read_json(path: Path) -> dict:
+    """{} where there is nothing, or nothing readable."""
     try:
-        start = json.loads(start_file.read_text())
-    except (OSError, ValueError):
-        return None
-    return start.get("run_id") if isinstance(start, dict) else None
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def imported_modules(folder: Path, script: Path) -> dict[str, str]:
+    """{file: text} of the folder's own modules that this process has imported, without the three
+    fixed scripts."""
+    modules = {}
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "/")
+        if path.suffix != ".py" or not path.is_relative_to(folder):
+            continue
+        inside = path.relative_to(folder)
+        is_installed = any(part.startswith(".") or part == "site-packages" for part in inside.parts)
+        if not is_installed and path != script and path.name not in ("prepare.py", "analyze.py"):
+            modules[inside.as_posix()] = path.read_text(errors="replace")
+    return dict(sorted(modules.items()))
+
+
+def lock_metrics() -> TextIO:
+    """METRICS_FILE, open for appending and locked until this process ends: that it is locked says
+    that a run is in progress, whatever clocks and process tables say. Raises SetupError where
+    another run holds it."""
+    while True:
+        file = open(METRICS_FILE, "a")  # noqa: SIM115 (open for the whole run)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = _read_json(Path(START_FILE))
+            raise SetupError(
+                f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: wait for it "
+                "(`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(METRICS_FILE)):
+                return file
+        file.close()  # what was locked has been put away meanwhile
 
 
 def set_aside_earlier_run() -> None:
-    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py files them; files that
-    the archive already holds are deleted. A crash of the coming run can then never show an old score."""
-    present = [Path(name) for name in (METRICS_FILE, EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, START_FILE)]
+    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py
+    files them; files that the archive already holds are deleted. A crash of the coming run can
+    then never show an old score. METRICS_FILE stays, empty: it may be locked."""
+    present = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
     present = [path for path in present if path.exists()]
-    if not present:
+    if not present or (present == [Path(METRICS_FILE)] and not present[0].stat().st_size):
         return
-    run_id = _run_id(Path(START_FILE)) or "unknown-" + secrets.token_hex(4)  # an upstream train.py has no start file
-    if any(_run_id(path) == run_id for path in _archive_dir().glob(f"*/{START_FILE}")):
-        for path in present:
-            path.unlink()
-        return
+    start = _read_json(Path(START_FILE))
+    archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
+    archive = archive / "demo" if start.get("demo", DEMO) else archive
+    run_id = str(start.get("run_id") or f"unknown-{secrets.token_hex(4)}")
     if Path(SUMMARY_FILE).exists():
         Path(CHECKPOINT_FILE).unlink(missing_ok=True)  # it was only needed until the run was scored
-    folder = _archive_dir() / "unfiled" / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in present:  # the start file last: while it is here, another call finishes the move
-        if path.exists():
-            shutil.move(path, folder / path.name)
+    filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if _read_json(path).get("run_id") == run_id]
+    results = [name for name in (EVAL_FILE, SUMMARY_FILE) if Path(name).exists()]
+    # A score that came after the run was filed is kept: analyze.py files it again.
+    if not any(all((folder / name).exists() for name in results) for folder in filed):
+        _move_whole([path for path in present if path.exists()], archive / "unfiled" / run_id)
+    for path in present:
+        path.unlink(missing_ok=True) if path.name != METRICS_FILE else os.truncate(path, 0)
+
+
+def _move_whole(paths: list[Path], target: Path) -> None:
+    """Copy under a hidden name, rename at the end: nobody sees half of a run. An interrupted call
+    is repeated."""
+    hidden = target.with_name(f".{target.name}")
+    hidden.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        put = shutil.move if path.name == CHECKPOINT_FILE else shutil.copy
+        put(path, hidden / path.name)
+    if not target.exists():
+        os.rename(hidden, target)
+        return
+    for path in hidden.iterdir():  # an earlier call ended between its rename and its clearing up
+        if not (target / path.name).exists():
+            os.replace(path, target / path.name)
+    shutil.rmtree(hidden)
 
 
 def process_age_s() -> float:
-    """Seconds since this process started, its imports included; 0 where the system does not tell (Linux does)."""
+    """Seconds since this process started, its imports included; 0 where the system does not tell
+    (Linux does)."""
     try:
         started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
@@ -1808,131 +2179,216 @@ def process_age_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
+def end_children(pid: int | str = "self") -> None:
+    """Kill the processes that this one started and that still live (Linux): they would hold the
+    GPU and the lock."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            end_children(child)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+
+
+def current_run() -> "Run | None":
+    """The run that this process is. A training script without a Run of its own (upstream's)
+    becomes one with its first call; any other script, which may only look at the data, does
+    not."""
+    script = getattr(sys.modules["__main__"], "__file__", None) or ""
+    if _run is None and Path(script).name.startswith("train"):
+        Run(Path(script), is_ours=False).__enter__()
+    return _run
+
+
 class Run:
     """One training run's files and figures, from its identity to its score. A context manager.
 
-    An exception inside it ends the process with one line that says why: `crash:` and exit code 1 for a failed
-    experiment, `error:` and 2 where the machine or the data is at fault. With `is_new` false, the files of the run
-    that is here stay, to be scored again.
+    An exception inside it ends the process with one line that says why: `crash:` and exit code 1
+    for a failed experiment, `error:` and 2 where the machine or the data is at fault, `stopped:`
+    and 130 after an interrupt. With `is_new` false, the files of the run that is here stay, to be
+    scored again.
     """
 
-    def __init__(self, script: Path, is_new: bool = True):
+    def __init__(self, script: Path, is_new: bool = True, is_ours: bool = True):
         age_s = process_age_s()  # start-up begins with the process, not with the end of its imports
         self.begin_unix, self.begin = time.time() - age_s, time.perf_counter() - age_s
-        self.script, self.is_new = script, is_new
+        self.script, self.is_new, self.is_ours = script.resolve(), is_new, is_ours
         self.is_terminal, self.last_shown = sys.stdout.isatty(), 0.0
-        self.metrics, self.clock, self.start_record = None, None, None
+        self.metrics, self.clock, self.pending, self.start_record = None, None, None, {}
         self.step, self.loss, self.loss_average = -1, math.nan, 0.0
-        source = script.read_bytes()
-        status = _git("status", "--porcelain", "--untracked-files=no")
+        self.num_tokens, self.token_sum, self.step_ms, self.other_mb = 0, 0, [], None
+        self.training_seconds = 0.0
+        folder, source = self.script.parent, self.script.read_bytes()
+        self.modules = imported_modules(folder, self.script)
+        used = [name for name in (self.script.name, "prepare.py", *self.modules) if (folder / name).exists()]
+        status = _git(folder, "status", "--porcelain", "--", *used)
+        begun = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.begin_unix))
         self.identity = {
-            "run_id": time.strftime("%Y%m%d-%H%M%S-", time.localtime(self.begin_unix)) + secrets.token_hex(2),
-            "git_commit": _git("rev-parse", "HEAD"),
+            "run_id": f"{begun}-{'demo-' if DEMO else ''}{secrets.token_hex(2)}",
+            "git_commit": _git(folder, "rev-parse", "HEAD"),
             "git_dirty": None if status is None else bool(status),
             "train_sha256": hashlib.sha256(source).hexdigest(),
             "prepare_sha256": PREPARE_SHA256,
+            "measurement_sha256": measurement_sha256(),
+            "seed_offset": SEED_OFFSET,
+            "demo": DEMO,
         }
-        self._source = source.decode()
-        own_operators = self.identity["train_sha256"] if "torch.library" in self._source else ""
-        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + own_operators
+        self._source = source.decode("utf-8-sig", "replace")
+        has_operators = "torch.library" in "".join((self._source, *self.modules.values()))
+        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + (self.identity["train_sha256"] if has_operators else "")
 
     def __enter__(self) -> "Run":
+        global _run
+        # A shell that starts a command in the background lets it ignore interrupts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            if self.is_new:
-                self._begin()
+            self._begin()
+            _run = self
+            if self.is_ours:
+                check_machine()
         except BaseException as e:
             self._report(e)
         return self
 
     def _begin(self) -> None:
-        print(f"run {self.identity['run_id']}", flush=True)
+        if self.is_ours and self.script.parent != Path.cwd():
+            raise SetupError(f"{self.script} leaves its files where it is called: cd {self.script.parent} first")
         if "AUTORESEARCH_TIME_BUDGET" in os.environ and not DEMO:
             raise SetupError("AUTORESEARCH_TIME_BUDGET is for the demo alone (scores compare at one budget): unset it")
+        self.metrics = lock_metrics()
+        if not self.is_new:
+            return
         set_aside_earlier_run()
+        print(f"run {self.identity['run_id']}", flush=True)
         fingerprint = None
         with contextlib.suppress(SetupError):  # the run itself will say that there is no data
             fingerprint = load_manifest()["fingerprint"]
-        self.start_record = self.identity | {
-            "started_unix": self.begin_unix,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "train_py": self._source,
-            "data_fingerprint": fingerprint,
-        }
-        write_atomic(Path(START_FILE), finite_json(self.start_record, indent=2) + "\n")
-        self.metrics = open(METRICS_FILE, "a")  # noqa: SIM115 (closed by __exit__)
+        self._write_start(
+            self.identity
+            | {
+                "started_unix": self.begin_unix,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "train_py": self._source,
+                "modules": self.modules,
+                "data_fingerprint": fingerprint,
+            }
+        )
 
-    def start_training(self, clock: Clock, step_tokens: int, facts: dict) -> None:
-        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the summary."""
-        gpu_name = torch.cuda.get_device_name(clock.device) if clock.is_cuda else None
-        self.clock, self.step_tokens, self.peak_flops = clock, step_tokens, peak_flops(gpu_name or "")
+    def _write_start(self, record: dict) -> None:
+        self.start_record = record
+        write_atomic(Path(START_FILE), finite_json(record, indent=2) + "\n")
+
+    def start_training(self, device: torch.device, facts: dict) -> None:
+        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the
+        summary."""
+        gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        self.clock, self.peak_flops = Clock(device), peak_flops(gpu_name or "")
         self.facts = facts | {
             "max_seq_len": MAX_SEQ_LEN,
             "time_budget": TIME_BUDGET,
+            "eval_tokens": EVAL_TOKENS,
             "gpu_name": gpu_name,
             "torch_version": str(torch.__version__),
             "data_fingerprint": load_manifest()["fingerprint"],
-            "demo": DEMO,
         }
-        clock.start()
+        self.facts = json.loads(finite_json(self.facts))  # what JSON cannot hold shows now, not when all is done
+        self.clock.start()
         self.startup_seconds = time.perf_counter() - self.begin
         print(f"gpu: {gpu_name}\nstartup_seconds: {self.startup_seconds:.1f}", flush=True)
 
-    def _mfu_percent(self, tokens_per_second: float) -> float | None:
-        return 100 * self.facts["flops_per_token"] * tokens_per_second / self.peak_flops if self.peak_flops else None
+    def log_step(self, step: int, num_tokens: int, values: dict[str, torch.Tensor], more: dict) -> None:
+        """Mark the end of a step. `values`, tensors on the device with `train/loss` among them,
+        are not waited for: `progress` reads them and writes the step's line."""
+        self.clock.end_step(values)
+        self.pending = step, num_tokens, more
 
-    def log_step(self, step: int, loss: float, more: dict) -> None:
-        """Append the step that the clock has just read to METRICS_FILE, one flushed line, and show it: live on a
-        terminal, every few seconds in a file. Raises FloatingPointError on a loss that is NaN or has exploded."""
-        self.step, self.loss, seconds = step, loss, self.clock.step_seconds
-        self.loss_average = 0.9 * self.loss_average + 0.1 * loss
-        tokens_per_second = self.step_tokens / seconds
+    def progress(self) -> float:
+        """How much of the budget is used up, 0 to 1, by the steps logged so far. Waits for the
+        last one and appends it to METRICS_FILE. Raises FloatingPointError on a loss that is NaN or
+        has exploded."""
+        if self.pending:
+            values = self.clock.read_step()
+            self._write_step(*self.pending, values)
+            self.pending = None
+        return min(self.clock.seconds / TIME_BUDGET, 1.0)
+
+    def _write_step(self, step: int, num_tokens: int, more: dict, values: dict) -> None:
+        self.step, self.loss, seconds = step, values["train/loss"], self.clock.step_seconds
+        self.loss_average = 0.9 * self.loss_average + 0.1 * self.loss
+        self.num_tokens += num_tokens
+        self.step_ms.append(1000 * seconds)
         record = {
             "step": step,
-            "train/loss": loss,
-            "train/loss_smooth": self.loss_average / (1 - 0.9 ** (step + 1)),
-            "train/tokens": (step + 1) * self.step_tokens,
+            "train/loss": self.loss,
+            "train/loss_smooth": self.loss_average / (1 - 0.9 ** len(self.step_ms)),
+            "train/tokens": self.num_tokens,
             "perf/step_time_ms": 1000 * seconds,
-            "perf/tokens_per_sec": tokens_per_second,
-            "perf/mfu_percent": self._mfu_percent(tokens_per_second),
+            "perf/tokens_per_sec": num_tokens / seconds,
+            "perf/mfu_percent": self._mfu_percent(num_tokens / seconds),
             "time/unix_s": time.time(),
             "time/training_s": self.clock.seconds,
-        } | more
+        }
+        record |= values | more
+        if "train/data_sum" in values:
+            self.token_sum += int(values["train/data_sum"])
+            record["train/data_sum"] = self.token_sum
+        if "layers/names" in more:
+            record |= machine_stats()
+            if record["gpu/other_mb"] is not None:
+                self.other_mb = max(self.other_mb or 0.0, record["gpu/other_mb"])
         self.metrics.write(finite_json(record) + "\n")
         self.metrics.flush()
         if self.is_terminal or time.monotonic() - self.last_shown >= 5.0:
             self.last_shown = time.monotonic()
-            line = step_line(record)
-            print(f"\r{line}\x1b[K" if self.is_terminal else line, end="" if self.is_terminal else "\n", flush=True)
-        if not loss <= 100:
-            raise FloatingPointError("the loss is NaN" if math.isnan(loss) else "the loss exploded")
+            begin, end = ("\r", "\x1b[K") if self.is_terminal else ("", "\n")
+            print(f"{begin}{step_line(record)}", end=end, flush=True)
+        if not self.loss <= 100:
+            raise FloatingPointError("the loss is NaN" if math.isnan(self.loss) else "the loss exploded")
+
+    def _mfu_percent(self, tokens_per_second: float) -> float | None:
+        flops = self.facts.get("flops_per_token")
+        return 100 * flops * tokens_per_second / self.peak_flops if flops and self.peak_flops else None
 
     def end_training(self) -> dict:
         """All of the summary that is known before the score."""
-        num_tokens = (self.step + 1) * self.step_tokens
-        is_cuda = self.clock.is_cuda
+        self.training_seconds = self.clock.seconds
+        modules = imported_modules(self.script.parent, self.script) | self.modules
+        if modules != self.modules:  # imported meanwhile
+            self._write_start(self.start_record | {"modules": modules})
+        profile, step_ms = self.facts.pop("profile", None), statistics.median(self.step_ms)
+        if profile:
+            profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
+        over = self.clock.paused_seconds - MAX_PAUSED_SHARE * TIME_BUDGET
         return {
             **self.identity,
             **self.facts,
-            "training_seconds": self.clock.seconds,
+            "training_seconds": self.training_seconds,
             "startup_seconds": self.startup_seconds,
             "stats_seconds": self.clock.paused_seconds,
+            **({"pauses_over": over} if over > 0 else {}),
             "total_seconds": time.perf_counter() - self.begin,
-            "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if is_cuda else None,
-            "mfu_percent": self._mfu_percent(num_tokens / self.clock.seconds),
-            "total_tokens_M": num_tokens / 1e6,
-            "num_steps": self.step + 1,
+            "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if self.clock.is_cuda else None,
+            "other_gpu_mb": self.other_mb,
+            "profile": profile,
+            "mfu_percent": self._mfu_percent(self.num_tokens / self.training_seconds),
+            "total_tokens_M": self.num_tokens / 1e6,
+            "num_steps": len(self.step_ms),
         }
 
     def save_checkpoint(self, model: torch.nn.Module, summary: dict) -> None:
         """Weights and the summary so far, so that a failed evaluation never costs the run."""
         temporary = Path(f"{CHECKPOINT_FILE}.tmp")
-        torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
+        try:
+            torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
+        except (OSError, RuntimeError) as e:  # torch's own words for a full disk are about positions in the file
+            temporary.unlink(missing_ok=True)
+            free_mb = shutil.disk_usage(".").free >> 20
+            raise SetupError(f"{CHECKPOINT_FILE} could not be written, {free_mb} MB are free: {e}") from e
         os.replace(temporary, CHECKPOINT_FILE)
 
     def load_checkpoint(self, model: torch.nn.Module) -> dict:
-        """Put the checkpoint's weights into `model`; returns its summary so far. Raises SetupError where there is none,
-        or where another script than this one wrote it."""
+        """Put the checkpoint's weights into `model`; returns its summary so far. Raises SetupError
+        where there is none, or where another script than this one wrote it."""
         if not Path(CHECKPOINT_FILE).exists():
             raise SetupError(f"no {CHECKPOINT_FILE} here: there is nothing to score")
         stored = torch.load(CHECKPOINT_FILE, map_location=get_device(), weights_only=True)
@@ -1940,23 +2396,35 @@ class Run:
         if summary["train_sha256"] != self.identity["train_sha256"]:
             raise SetupError(f"{CHECKPOINT_FILE} was written by another {self.script.name}: check that one out first")
         model.load_state_dict(stored["model"])
+        self.identity = {key: summary.get(key) for key in self.identity}
+        self.training_seconds = summary["training_seconds"]
+        self.start_record = _read_json(Path(START_FILE))
+        print(f"run {summary['run_id']}", flush=True)
         return summary
 
     def finish(self, summary: dict, val_bpb: float, eval_seconds: float) -> None:
-        """Write SUMMARY_FILE and print the closing block. Raises FloatingPointError on a score that is no number."""
+        """Write SUMMARY_FILE and print the closing block. Raises FloatingPointError on a score
+        that is no number."""
         if not math.isfinite(val_bpb):
             raise FloatingPointError("val_bpb is not a number")
         # Of a run that is scored later, the time in between is no part.
         total = time.perf_counter() - self.begin if self.is_new else summary["total_seconds"] + eval_seconds
         summary = {"val_bpb": val_bpb, **summary, "eval_seconds": eval_seconds, "total_seconds": total}
         write_atomic(Path(SUMMARY_FILE), finite_json(summary, indent=2) + "\n")
+        if self.start_record.pop("ended", None):  # of the evaluation that failed before this one
+            self._write_start(self.start_record)
         print(closing_block(summary), flush=True)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.metrics:
-            self.metrics.close()
         if error is not None:
             self._report(error)
+        self._close()
+
+    def _close(self) -> None:
+        global _run
+        _run = None
+        if self.metrics:
+            self.metrics.close()
 
     def _report(self, error: BaseException) -> None:
         """Say in one line why the run ended, in the log and in START_FILE, and exit."""
@@ -1964,10 +2432,11 @@ class Run:
             raise error
         where = f"at step {self.step}, loss {self.loss:.4f}" if self.step >= 0 else "before the first step"
         print(end="\n" if self.is_terminal else "", flush=True)
-        is_disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        is_setup = isinstance(error, SetupError | KeyboardInterrupt) or is_disk_full
-        if is_setup:
-            ended = f"error: {str(error) or f'interrupted {where}'}"
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            ended, code = f"stopped: by an interrupt {where}", 130
+        elif isinstance(error, SetupError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+            ended, code = f"error: {error}", 2
         else:
             ended = f"crash: {_reason(error)} {where}"
             if not isinstance(error, FloatingPointError):
@@ -1975,8 +2444,9 @@ class Run:
         print(ended, file=sys.stderr, flush=True)
         if self.start_record:
             with contextlib.suppress(OSError):
-                write_atomic(Path(START_FILE), finite_json(self.start_record | {"ended": ended}, indent=2) + "\n")
-        raise SystemExit(2 if is_setup else 1) from None
+                self._write_start(self.start_record | {"ended": ended})
+        self._close()
+        raise SystemExit(code) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -1986,43 +2456,55 @@ def _reason(error: BaseException) -> str:
         ours = torch.cuda.memory_reserved()
         ours, others, total = (n / 2**30 for n in (ours, max(total - free - ours, 0), total))
         return f"out of GPU memory ({ours:.1f} of {total:.1f} GiB ours, {others:.1f} GiB other processes')"
+    if isinstance(error, FloatingPointError):
+        return str(error)
     text = str(error).strip() or "no message"
     inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # what torch.compile's page of explanation is about
     first = inside[1] if inside else text.splitlines()[0]
-    return str(error) if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {first[:300]}"
+    is_either = "CUDA error" in text and "memory access" not in text
+    advice = " (this may be the machine's fault: run it once more)" if is_either else ""
+    return f"{type(error).__name__}: {first[:300]}{advice}"
+
+
+# What the log shows of a step, where the program gives it; and the closing block, which scripts grep.
+STEP_LINE = {
+    "time/training_s": f"{{:.1f}} of {TIME_BUDGET:.0f} s",
+    "train/loss_smooth": "loss {:.4f}",
+    "train/lr_multiplier": "lr x{:.2f}",
+    "perf/step_time_ms": "{:.0f} ms",
+    "perf/tokens_per_sec": "{:,.0f} tok/s",
+    "perf/mfu_percent": "mfu {:.1f}%",
+    "train/epoch": "epoch {}",
+}
+CLOSING_BLOCK = {
+    "val_bpb": "{:.6f}",
+    "training_seconds": "{:.1f}",
+    "total_seconds": "{:.1f}",
+    "peak_vram_mb": "{:.1f}",
+    "mfu_percent": "{:.2f}",
+    "total_tokens_M": "{:.1f}",
+    "num_steps": "{}",
+    "num_params_M": "{:.1f}",
+    "depth": "{}",
+}
 
 
 def step_line(record: dict) -> str:
-    left_s, mfu = max(TIME_BUDGET - record["time/training_s"], 0), record["perf/mfu_percent"]
-    return (
-        f"step {record['step']:5d} | {100 * record['time/training_s'] / TIME_BUDGET:5.1f}% | "
-        f"loss {record['train/loss_smooth']:.4f} | lr x{record['train/lr_multiplier']:.2f} | "
-        f"{record['perf/step_time_ms']:.0f} ms | {record['perf/tokens_per_sec'] / 1e6:.3f}M tok/s | "
-        f"mfu {'unknown' if mfu is None else f'{mfu:.1f}%'} | epoch {record['train/epoch']} | {left_s:.0f} s left"
-    )
+    shown = [form.format(record[key]) for key, form in STEP_LINE.items() if record.get(key) is not None]
+    return " | ".join([f"step {record['step']:5d}", *shown])
 
 
 def closing_block(summary: dict) -> str:
-    """The block that scripts grep: `^val_bpb:` and the rest."""
-    formats = {
-        "val_bpb": ".6f",
-        "training_seconds": ".1f",
-        "total_seconds": ".1f",
-        "peak_vram_mb": ".1f",
-        "mfu_percent": ".2f",
-        "total_tokens_M": ".1f",
-        "num_steps": "d",
-        "num_params_M": ".1f",
-        "depth": "d",
-    }
-    values = {key: summary.get(key) for key in formats}
-    shown = {key: "unknown" if value is None else format(value, formats[key]) for key, value in values.items()}
-    return "\n".join(["---", *(f"{key + ':':<17} {value}" for key, value in shown.items())])
+    lines = ["---"]
+    for key, form in CLOSING_BLOCK.items():
+        value = summary.get(key)
+        lines.append(f"{key + ':':<17} {'unknown' if value is None else form.format(value)}")
+    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Main
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -11,14 +11,15 @@ their place whenever an idea needs it: the compiler fuses that too. `kernels:` i
 """
 
 import contextlib
+import copy
 import gc
 import itertools
-import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Read when torch starts. Less fragmentation; and the compiler chooses by rule, not by timing, so that every run of the
@@ -26,6 +27,11 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--score"]):
+        is_help = sys.argv[1:] in (["-h"], ["--help"])
+        print(__doc__ if is_help else "error: usage: train.py [--score]", file=sys.stdout if is_help else sys.stderr)
+        sys.exit(0 if is_help else 2)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run begins, an interrupt is nothing to talk about
     gc.disable()  # a tenth off the imports below, and no collection in mid-run that would hold up the GPU
 
 import torch
@@ -34,51 +40,38 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from prepare import (
-    DEMO,
-    MAX_SEQ_LEN,
-    TIME_BUDGET,
-    Clock,
-    Run,
-    Tokenizer,
-    copy_weights,
-    evaluate_bpb,
-    get_device,
-    kernels_used,
-    layer_stats,
-    make_attention,
-    make_dataloader,
-    parameter_stats,
-    relu2_mlp,
-    sdpa_order,
-    softcap_loss,
-)
+    DEMO, MAX_SEQ_LEN, SEED_OFFSET, Run, Tokenizer, copy_weights, end_children, evaluate_bpb,
+    get_device, kernels_used, layer_stats, make_attention, make_dataloader, measure_step,
+    parameter_stats, project, rehearse_evaluation, relu2_mlp, sdpa_order, softcap, softcap_loss,
+)  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Hyperparameters
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    # Model
-    depth: int = 8  # blocks
-    aspect_ratio: int = 64  # width = depth * aspect_ratio, rounded up to a multiple of head_dim
-    head_dim: int = 128
+    # Model (in the demo: sizes that two CPU cores can train)
+    depth: int = 4 if DEMO else 8  # blocks
+    aspect_ratio: int = 32 if DEMO else 64  # width = depth * aspect_ratio, rounded up to a multiple of head_dim
+    head_dim: int = 32 if DEMO else 128
     num_kv_heads: int | None = None  # None: as many as query heads
     window_pattern: str = "SSSL"  # repeated over the layers; L: full context, S: half of it; the last layer is L
-    mlp_ratio: int = 4  # hidden width of the MLP / width
+    mlp_ratio: float = 4  # hidden width of the MLP / width; rounded to a multiple of 8
     rotary_base: float = 10_000.0
-    logit_cap: float = 15.0  # logits lie within +- this
+    logit_cap: float | None = 15.0  # logits lie within +- this; None: anywhere
     x0_lambda_init: float = 0.1  # weight of the embedding in each block's input
     # Batch
-    total_batch_size: int = 2**19  # tokens a step
-    device_batch_size: int = 128  # sequences a forward pass; lower it when memory runs out
+    total_batch_size: int = 2**11 if DEMO else 2**19  # tokens a step
+    device_batch_size: int = 8 if DEMO else 128  # sequences a forward pass; lower it when memory runs out
     # Optimizer
     embedding_lr: float = 0.6  # AdamW, token and value embeddings; at width 768, as the next
     unembedding_lr: float = 0.004  # AdamW, lm_head
     scalar_lr: float = 0.5  # AdamW, x0_lambdas; a hundredth of it for resid_lambdas
     adam_betas: tuple[float, float] = (0.8, 0.95)
     x0_betas: tuple[float, float] = (0.96, 0.95)  # AdamW, x0_lambdas
+    vector_lr: float = 0.005  # AdamW, whatever in the blocks is no matrix (nothing is, as it stands)
     matrix_lr: float = 0.04  # Muon, every matrix in the blocks
     muon_beta2: float = 0.95  # of Muon's second moment
     weight_decay: float = 0.2  # Muon, cautious; falls to 0 over the run
@@ -93,13 +86,11 @@ class Config:
 
 
 CONFIG = Config()
-if DEMO:  # sizes that two CPU cores can train; everything else is as above
-    CONFIG = replace(CONFIG, depth=4, aspect_ratio=32, head_dim=32, total_batch_size=2**11, device_batch_size=8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Model
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def norm(x: Tensor) -> Tensor:
@@ -115,15 +106,12 @@ def rotary_tables(seq_len: int, head_dim: int, base: float, device: torch.device
     return torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split: (x1 cos + x2 sin, x2 cos - x1 sin). x: (B, T, H, D)."""
-    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
-
-
 def layer_windows(config: Config, seq_len: int) -> list[int]:
     """How many positions before itself each layer's query sees."""
-    sizes = {"L": seq_len, "S": seq_len // 2}
-    windows = [sizes[config.window_pattern[i % len(config.window_pattern)]] for i in range(config.depth)]
+    sizes, pattern = {"L": seq_len, "S": seq_len // 2}, config.window_pattern
+    if not pattern or not set(pattern) <= set(sizes):
+        raise ValueError(f"window_pattern {pattern!r}: one or more of the letters {', '.join(sizes)} are wanted")
+    windows = [sizes[pattern[i % len(pattern)]] for i in range(config.depth)]
     return [*windows[:-1], seq_len]
 
 
@@ -146,17 +134,15 @@ class Attention(nn.Module):
         self.ve_gate = nn.Linear(self.gate_width, self.num_kv_heads, bias=False) if has_ve else None
         self.attend = model.attentions[layer][1]
 
-    def forward(self, x: Tensor, idx: Tensor, ve_table: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.num_heads, self.head_dim)
-        k = self.c_k(x).view(B, T, self.num_kv_heads, self.head_dim)
-        v = self.c_v(x).view(B, T, self.num_kv_heads, self.head_dim)
-        if ve_table is not None:
+        q, k = (t.view(B, T, -1, self.head_dim) for t in project(x, self.c_q, self.c_k))
+        v = self.c_v(x).view(B, T, -1, self.head_dim)
+        if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_width]))  # (B, T, KV), 1 at the start
-            v = v + gate.unsqueeze(-1) * F.embedding(idx, ve_table).view(v.shape)
-        # Norm first: rotation keeps the length, so the values are the same, and this order is faster.
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        return self.c_proj(self.attend(q, k, v).reshape(B, T, -1))
+            v = v + gate.unsqueeze(-1) * ve.view(v.shape)
+        y = self.attend(q, k, v, cos, sin)  # of norm(q) and norm(k), rotated; without the tables, of q and k
+        return self.c_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -173,10 +159,10 @@ class Block(nn.Module):
     def __init__(self, model: "GPT", layer: int):
         super().__init__()
         self.attn = Attention(model, layer)
-        self.mlp = MLP(model.width, model.config.mlp_ratio * model.width)
+        self.mlp = MLP(model.width, 8 * round(model.config.mlp_ratio * model.width / 8))
 
-    def forward(self, x: Tensor, *attention_inputs: Tensor | None) -> Tensor:
-        x = x + self.attn(norm(x), *attention_inputs)
+    def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(norm(x), ve, cos, sin)
         return x + self.mlp(norm(x))
 
 
@@ -192,16 +178,17 @@ class GPT(nn.Module):
         self.windows = layer_windows(config, seq_len)
         kinds = {w: make_attention(w, seq_len, config.head_dim, device) for w in sorted(set(self.windows))}
         self.attentions = [kinds[w] for w in self.windows]
-        with torch.device("meta"):  # shapes alone: init_weights is then the only use of random numbers
+        # What init_weights leaves alone keeps torch's own initial values. They take no random numbers from the rest.
+        with device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(config.seed + 1_000_000)
             self.wte = nn.Embedding(vocab_size, self.width)
             self.blocks = nn.ModuleList(Block(self, i) for i in range(config.depth))
             ve_layers = [str(i) for i in range(config.depth) if has_value_embedding(i, config.depth)]
             kv_width = self.num_kv_heads * config.head_dim
             self.value_embeds = nn.ModuleDict({i: nn.Embedding(vocab_size, kv_width) for i in ve_layers})
             self.lm_head = nn.Linear(self.width, vocab_size, bias=False)
-            self.resid_lambdas = nn.Parameter(torch.empty(config.depth))
-            self.x0_lambdas = nn.Parameter(torch.empty(config.depth))
-        self.to_empty(device=device)
+            self.resid_lambdas = nn.Parameter(torch.ones(config.depth))
+            self.x0_lambdas = nn.Parameter(torch.full((config.depth,), config.x0_lambda_init))
         cos, sin = rotary_tables(seq_len, config.head_dim, config.rotary_base, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -219,8 +206,6 @@ class GPT(nn.Module):
             nn.init.zeros_(block.mlp.c_proj.weight)
             if block.attn.ve_gate is not None:
                 nn.init.zeros_(block.attn.ve_gate.weight)
-        nn.init.constant_(self.resid_lambdas, 1.0)
-        nn.init.constant_(self.x0_lambdas, self.config.x0_lambda_init)
         for embedding in self.value_embeds.values():
             nn.init.uniform_(embedding.weight, -bound, bound)
         if self.wte.weight.is_cuda:
@@ -228,59 +213,52 @@ class GPT(nn.Module):
             self.value_embeds.to(torch.bfloat16)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """idx, targets: int64 (B, T). Returns the loss in nats ("none": (B * T,)), or logits (B, T, vocab)."""
-        x0 = self.embed(idx, self.wte.weight)
-        x = x0.view_as(x0)  # not x0 itself: for two arguments that are one, the compiler makes a graph of its own
-        tables = {int(i): embedding.weight for i, embedding in self.value_embeds.items()}
-        ve_tables = [tables.get(i) for i in range(len(self.blocks))]
-        layers = list(zip(self.blocks, self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), ve_tables, strict=True))
-        # A period of layers at a time: the compiler sees one graph, however many there are.
-        period = math.lcm(len(self.config.window_pattern), 2)
-        for first in range(0, len(layers), period):
-            x = self.run_layers(layers[first : first + period], x, x0, idx, self.cos, self.sin)
+        """idx, targets: int64 (B, T). Returns logits (B, T, vocab), or with targets the loss in
+        nats.
+
+        "none", (B * T,), is the score: the plain cross-entropy of these logits, and nothing else.
+        Terms that only training wants go into "mean"; the log has the plain loss beside it.
+        """
+        x = self.features(idx)
         if targets is None:
-            logits = self.lm_head(norm(x)).float()
-            return self.config.logit_cap * torch.tanh(logits / self.config.logit_cap)
-        losses = self.token_losses(x, self.lm_head, targets, self.config.logit_cap)
+            return softcap(self.lm_head(x).float(), self.config.logit_cap)
+        losses = self.token_losses(x, targets)
         return losses if reduction == "none" else losses.sum() / (targets != -1).sum()
 
-    # These three are compiled, each by itself; training and evaluation share their graphs.
+    # These two are compiled, each by itself; training and evaluation share their graphs.
 
-    @staticmethod
-    def embed(idx: Tensor, table: Tensor) -> Tensor:
-        return norm(F.embedding(idx, table))
+    def features(self, idx: Tensor) -> Tensor:
+        x = x0 = norm(self.wte(idx))  # (B, T, width)
+        cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
+        for i, block in enumerate(self.blocks):
+            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            ve = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            x = block(x, ve, cos, sin)
+        return norm(x)
 
-    @staticmethod
-    def run_layers(layers: list[tuple], x: Tensor, x0: Tensor, idx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        for block, resid_lambda, x0_lambda, ve_table in layers:
-            x = block(resid_lambda * x + x0_lambda * x0, idx, ve_table, cos, sin)
-        return x
-
-    @staticmethod
-    def token_losses(x: Tensor, lm_head: nn.Linear, targets: Tensor, logit_cap: float) -> Tensor:
-        """Cross-entropy of each target (B * T,), of logits computed as in `forward`."""
-        return softcap_loss(norm(x).flatten(0, 1), lm_head, targets.flatten(), logit_cap)
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        return softcap_loss(x.flatten(0, 1), self.lm_head, targets.flatten(), self.config.logit_cap)
 
     def num_params_by_group(self) -> dict[str, int]:
-        groups = {
-            "wte": self.wte.parameters(),
-            "value_embeds": self.value_embeds.parameters(),
-            "lm_head": self.lm_head.parameters(),
-            "blocks": self.blocks.parameters(),
-            "scalars": [self.resid_lambdas, self.x0_lambdas],
-        }
-        return {name: sum(p.numel() for p in params) for name, params in groups.items()}
+        """By the first part of their names; a tensor that two modules share counts once."""
+        counts: dict[str, int] = {}
+        for name, p in self.named_parameters():
+            group = "scalars" if "." not in name else name.partition(".")[0]
+            counts[group] = counts.get(group, 0) + p.numel()
+        return counts
 
     def flops_per_token(self) -> int:
-        """Forward and backward: 6 a weight that multiplies, 12 a channel and visible position for attention."""
-        counts, seq_len = self.num_params_by_group(), self.cos.size(0)
-        attention = sum(12 * self.width * min(window, seq_len) for window in self.windows)
-        return 6 * (counts["lm_head"] + counts["blocks"]) + attention
+        """Forward and backward: 6 a weight that multiplies (a table is only looked up), and for
+        attention 12 a channel and visible position."""
+        modules = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
+        weights = {p: p.numel() for m in modules for p in m.parameters(recurse=False) if p.dim() > 1}
+        attention = sum(12 * self.width * min(window, self.cos.size(0)) for window in self.windows)
+        return 6 * sum(weights.values()) + attention
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Optimizer (Muon for the matrices in the blocks, AdamW for the rest)
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 # Coefficients of X <- aX + (bA + cA^2)X, A = XX^T (Polar Express, Amsel et al. 2025: arXiv:2505.16932).
 POLAR_EXPRESS = (
@@ -293,7 +271,8 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices to g (n, rows, cols), roughly: singular values near 1. In bf16."""
+    """The nearest semi-orthogonal matrices to g (n, rows, cols), roughly: singular values near 1.
+    In bf16."""
     # The norm stays in fp32: the polynomials are steepest at the largest singular value, and the rounding of a bf16
     # norm shifts it enough to show in the loss of the first hundred steps.
     X = (g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)).bfloat16()
@@ -306,10 +285,12 @@ def orthogonalize(g: Tensor) -> Tensor:
 
 
 def muon_update(grad: Tensor, momentum_buffer: Tensor, second: Tensor, momentum: float, beta2: float) -> Tensor:
-    """The direction of a Muon step for matrices (n, rows, cols); `momentum_buffer` and `second` are updated in place.
+    """The direction of a Muon step for matrices (n, rows, cols); `momentum_buffer` and `second`
+    are updated in place.
 
-    Muon (Jordan et al. 2024) with Nesterov momentum, and NorMuon's variance reduction (Li et al. 2025): one second
-    moment a row or column, whichever there are more of, then the norm of each matrix is restored.
+    Muon (Jordan et al. 2024) with Nesterov momentum, and NorMuon's variance reduction (Li et al.
+    2025): one second moment a row or column, whichever there are more of, then the norm of each
+    matrix is restored.
     """
     momentum_buffer.lerp_(grad, 1 - momentum)
     g = orthogonalize(grad.lerp(momentum_buffer, momentum)).float()
@@ -322,7 +303,8 @@ def muon_update(grad: Tensor, momentum_buffer: Tensor, second: Tensor, momentum:
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups hold matrices of one shape, which are stepped together as one (n, rows, cols) tensor."""
+    """Groups hold matrices of one shape, which are stepped together as one (n, rows, cols) tensor.
+    A matrix that had no part in this step's loss has a gradient of zero."""
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, defaults={})
@@ -331,7 +313,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             params = group["params"]
-            grad = torch.stack([p.grad for p in params])
+            grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
             state = self.state[params[0]]
             if not state:
                 rows, cols = params[0].shape
@@ -345,44 +327,57 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
-    """AdamW and Muon. Every group has a `name`, and its highest learning rate as `max_lr`."""
+    """AdamW and Muon. Every group gets a `name`, and its highest learning rate as `max_lr`."""
     config = model.config
     width_scale = (model.width / 768) ** -0.5
     embedding_lr, unembedding_lr = config.embedding_lr * width_scale, config.unembedding_lr * width_scale
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    vectors = [p for p in model.blocks.parameters() if p.dim() != 2]
     adam = [
         {"name": "lm_head", "params": [model.lm_head.weight], "lr": unembedding_lr},
         {"name": "wte", "params": [model.wte.weight], "lr": embedding_lr},
         {"name": "value_embeds", "params": list(model.value_embeds.parameters()), "lr": embedding_lr},
         {"name": "resid_lambdas", "params": [model.resid_lambdas], "lr": config.scalar_lr * 0.01},
         {"name": "x0_lambdas", "params": [model.x0_lambdas], "lr": config.scalar_lr, "betas": config.x0_betas},
+        {"name": "vectors", "params": vectors, "lr": config.vector_lr},
     ]
-    shapes: dict[tuple[int, int], list[Tensor]] = {}
-    for p in model.blocks.parameters():
-        shapes.setdefault(tuple(p.shape), []).append(p)
+    if model.lm_head.weight is model.wte.weight:  # tied: one tensor, stepped as the head
+        adam = [group for group in adam if group["name"] != "wte"]
     muon = [
         {
             "name": f"muon_{rows}x{cols}",
-            "params": params,
+            "params": [p for p in matrices if p.shape == (rows, cols)],
             "lr": config.matrix_lr * max(1, rows / cols) ** 0.5,
             "beta2": config.muon_beta2,
         }
-        for (rows, cols), params in shapes.items()
+        for rows, cols in dict.fromkeys(p.shape for p in matrices)
     ]
-    grouped = [id(p) for group in adam + muon for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters()), "every parameter in exactly one group"
+    adam = [group for group in adam if group["params"]]
     optimizers = [torch.optim.AdamW(adam, betas=config.adam_betas, eps=1e-10, weight_decay=0, fused=True), Muon(muon)]
-    for group in param_groups(optimizers):
-        group["max_lr"] = group["lr"]
+    check_groups(model, param_groups(optimizers))
     return optimizers
+
+
+def check_groups(model: nn.Module, groups: list[dict]) -> None:
+    """Every parameter in exactly one group, every group with a name of its own and its `max_lr`."""
+    for i, group in enumerate(groups):
+        group["max_lr"] = group["lr"]
+        group.setdefault("name", f"group_{i}")
+    names, grouped = [group["name"] for group in groups], [p for group in groups for p in group["params"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two optimizer groups have one name: {', '.join(names)}")
+    missing = [name for name, p in model.named_parameters() if not any(p is other for other in grouped)]
+    if missing or len(set(grouped)) < len(grouped):
+        raise ValueError(f"every parameter in exactly one optimizer group: {', '.join(missing) or 'one is in two'}")
 
 
 def param_groups(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Schedules (progress: training seconds so far / budget)
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def lr_scale(progress: float, *, warmup: float, warmdown: float, final: float) -> float:
@@ -422,9 +417,9 @@ def set_schedules(optimizers: list[torch.optim.Optimizer], config: Config, step:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -438,45 +433,70 @@ def autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-def forward_backward(model: nn.Module, batches: Iterator, num_micro_steps: int) -> tuple[Tensor, tuple]:
-    """Add the gradients of one step's batch. Returns its mean loss (0-d, not waited for) and the last micro-batch."""
-    total = 0.0
+def forward_backward(model: nn.Module, batches: Iterator, num_micro_steps: int) -> tuple[dict[str, Tensor], tuple]:
+    """Add the gradients of one step's batch. Returns what the log wants of it, not waited for, and
+    the last batch."""
+    losses, token_sum = [], 0
     for _ in range(num_micro_steps):
         x, y, epoch = next(batches)
         with autocast(x.device):
             loss = model(x, y)
         (loss / num_micro_steps).backward()
-        total = total + loss.detach() / num_micro_steps
-    return total, (x, y, epoch)
+        losses.append(loss.detach())
+        token_sum = token_sum + x.sum()
+    losses = torch.stack(losses)
+    values = {"train/loss": losses.mean(), "train/data_sum": token_sum}
+    return values | ({"train/micro_losses": losses} if num_micro_steps > 1 else {}), (x, y, epoch)
 
 
-def warm_up(model: GPT, optimizers: list[torch.optim.Optimizer], batch: tuple) -> None:
-    """Compile and load every kernel with real shapes, then put everything back: weights, optimizers, random state."""
-    before = copy_weights(model)
-    with torch.random.fork_rng():
-        set_schedules(optimizers, model.config, step=0, progress=0.0)
-        for _ in range(2):  # the second finds every cache filled
-            forward_backward(model, iter([batch]), 1)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(before[name])
+def update(optimizers: list[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
-        optimizer.state.clear()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def warm_up(model: GPT, optimizers: list[torch.optim.Optimizer], batch: tuple, num_micro_steps: int) -> dict | None:
+    """Compile and load every kernel with real shapes, score a batch, see where a step's time goes
+    (returned); then put everything back: weights, buffers, optimizers, random state."""
+    x, y, _ = batch
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    before = {name: t.detach().clone() for name, t in tensors.items()}
+    states = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
+
+    def gradients() -> None:
+        forward_backward(model, iter([batch]), 1)
+
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        set_schedules(optimizers, model.config, step=0, progress=0.0)
+        gradients()
+        update(optimizers)
+        profile = measure_step(gradients, lambda: update(optimizers), num_micro_steps, x.device)
+        with autocast(x.device):
+            rehearse_evaluation(model.eval(), x, y)
+        model.train()
+    with torch.no_grad():
+        for name, t in tensors.items():
+            t.copy_(before[name])
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(state)
+    return profile
 
 
 def compile_parts(model: GPT) -> None:
-    for name in ("embed", "run_layers", "token_losses"):
+    for name in ("features", "token_losses"):
         setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
 
 
 def build(device: torch.device) -> tuple[Tokenizer, GPT]:
-    torch.manual_seed(CONFIG.seed)
+    torch.manual_seed(CONFIG.seed + SEED_OFFSET)
     torch.set_float32_matmul_precision("high")
     tokenizer = Tokenizer.from_directory()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then gives NaN
     model = GPT(CONFIG, tokenizer.get_vocab_size(), MAX_SEQ_LEN, device)
+    torch.use_deterministic_algorithms(False)
+    forgotten = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if forgotten:
+        raise ValueError(f"not initialised: {', '.join(forgotten)}")
     if device.type == "cuda":
         compile_parts(model)
     return tokenizer, model
@@ -487,6 +507,7 @@ def describe(model: GPT) -> dict:
     counts = model.num_params_by_group()
     return {
         **asdict(model.config),
+        "seed": model.config.seed + SEED_OFFSET,
         "num_kv_heads": model.num_kv_heads,
         "width": model.width,
         "num_heads": model.num_heads,
@@ -498,7 +519,8 @@ def describe(model: GPT) -> dict:
     }
 
 
-def train(run: Run) -> None:
+def train(run: Run) -> tuple[Tokenizer, GPT, dict]:
+    """Returns the trained model, and all of the summary that is known before the score."""
     device = get_device()
     tokenizer, model = build(device)
     optimizers = make_optimizers(model)
@@ -512,53 +534,43 @@ def train(run: Run) -> None:
 
     batches = make_dataloader(tokenizer, CONFIG.device_batch_size, MAX_SEQ_LEN, "train")
     first = next(batches)
-    warm_up(model, optimizers, first)
+    facts["profile"] = warm_up(model, optimizers, first, num_micro_steps)
     facts["kernels"] = ", ".join(sorted(kernels_used)) or "none"  # those of prepare.py that took part
     print(f"kernels: {facts['kernels']}")
     batches = itertools.chain([first], batches)  # the warm-up used up nothing of the data
 
-    clock = Clock(device)
-    run.start_training(clock, CONFIG.total_batch_size, facts)
-    next_stats = 0.0  # progress at which the layers are looked at again
-    loss, (x, y, epoch) = forward_backward(model, batches, num_micro_steps)
+    run.start_training(device, facts)
+    next_look = 0.0  # progress at which the layers are looked at again
     for step in itertools.count():
+        # Forward and backward. The GPU works on them while the step before is read from it and logged, in `progress`.
+        values, (x, y, epoch) = forward_backward(model, batches, num_micro_steps)
         # Schedule
-        progress = min(clock.seconds / TIME_BUDGET, 1.0)
-        schedule = set_schedules(optimizers, model.config, step, progress)
+        progress = run.progress()
+        if progress >= 1:
+            break  # these last gradients are dropped: only a step that changes weights counts
+        schedule = set_schedules(optimizers, CONFIG, step, progress)
         # Step
-        stats, stats_due = {}, progress >= next_stats
-        before = copy_weights(model) if stats_due else {}
-        grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        stats, is_look = {}, progress >= next_look
+        before = copy_weights(model) if is_look else {}
+        values["train/grad_norm"] = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         for optimizer in optimizers:
             optimizer.step()
-        if stats_due:
-            next_stats = progress + 0.01
-            with clock.paused(), autocast(device):
+        if is_look:
+            next_look = progress + 0.01
+            with run.clock.paused(), autocast(device):
                 stats = layer_stats(model, x[:1], y[:1]) | parameter_stats(model, before)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        clock.end_step([loss, grad_norm])
-        # After a look at the layers nothing is queued: what it takes to queue the next step belongs to the next step.
-        values = clock.read_step() if stats_due else None
-        facts_of_step = {"train/progress": progress, "train/epoch": epoch} | schedule | stats
-        # The next step's gradients are queued before this step is read, so that the GPU does not wait for Python.
-        # They are dropped when the budget is used up: only a step that changes weights counts.
-        loss, (x, y, epoch) = forward_backward(model, batches, num_micro_steps)
-        # Clock and log
-        loss_value, grad_norm_value = values or clock.read_step()
-        run.log_step(step, loss_value, {"train/grad_norm": grad_norm_value} | facts_of_step)
-        if clock.seconds >= TIME_BUDGET:
-            break
-    del loss, x, y, before
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-
+        # Log
+        num_tokens = num_micro_steps * x.numel()
+        run.log_step(step, num_tokens, values, {"train/progress": progress, "train/epoch": epoch} | schedule | stats)
+    model.zero_grad()
     summary = run.end_training()
     run.save_checkpoint(model, summary)
-    score(run, model, tokenizer, summary)
+    return tokenizer, model, summary
 
 
-def score(run: Run, model: GPT, tokenizer: Tokenizer, summary: dict) -> None:
+def score(run: Run, tokenizer: Tokenizer, model: GPT, summary: dict) -> None:
     begin = time.perf_counter()
     model.eval()
     with autocast(get_device()):
@@ -566,22 +578,22 @@ def score(run: Run, model: GPT, tokenizer: Tokenizer, summary: dict) -> None:
     run.finish(summary, val_bpb, time.perf_counter() - begin)
 
 
-def score_checkpoint(run: Run) -> None:
-    """Score the checkpoint that a failed evaluation left behind, as the run that it was."""
-    tokenizer, model = build(get_device())
-    summary = run.load_checkpoint(model)
-    score(run, model, tokenizer, summary)
-
-
 def main() -> None:
-    if sys.argv[1:] not in ([], ["--score"]):
-        sys.exit("error: usage: train.py [--score]; hyperparameters are set in the file")
     is_new = not sys.argv[1:]
     with Run(Path(__file__), is_new) as run:
-        train(run) if is_new else score_checkpoint(run)
+        if is_new:
+            score(run, *train(run))
+        else:  # the checkpoint that a failed evaluation left behind, as the run that it was
+            tokenizer, model = build(get_device())
+            score(run, tokenizer, model, run.load_checkpoint(model))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        code = 0
+    except SystemExit as end:  # the reason stands in the log
+        code = end.code
+    end_children()
     sys.stdout.flush()
-    os._exit(0)  # all is written: without this, taking down the compiler, CUDA and Python takes seconds more
+    os._exit(code)  # all is written: without this, taking down the compiler, CUDA and Python takes seconds more

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import gc
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -21,41 +20,6 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-# The kind of a kernel by its name, the first that matches.
-KINDS = (
-    ("attention", r"_attend|sdpa|flash|fmha|flex|compute_dot_do_o|convert_dq|attention"),
-    ("MLP products with relu^2", r"_relu2_product"),
-    ("matrix products", r"nvjet|gemm|cutlass|cublas|splitK|ampere|sm90_xmma"),
-    ("loss", r"_softcap_loss|log_softmax|nll_loss"),
-    ("norms, sums, rotary, embeddings", r""),
-)
-
-
-def kind_of(kernel: str) -> str:
-    return next(kind for kind, pattern in KINDS if re.search(pattern, kernel, re.IGNORECASE))
-
-
-def kernel_ms(work) -> dict[str, float]:
-    """Milliseconds on the GPU by kind of kernel."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        work()
-        torch.cuda.synchronize()
-    totals: dict[str, float] = {}
-    for event in profiler.key_averages():
-        kind = kind_of(event.key)
-        totals[kind] = totals.get(kind, 0.0) + event.self_device_time_total / 1e3
-    return totals
-
-
-def update(optimizers: list) -> None:
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
 
 class Phases:
     """Seconds between marks, the first since the process started."""
@@ -95,12 +59,12 @@ def bench() -> None:
     first = next(batches)
     torch.cuda.synchronize()
     phases.mark("first batch loaded")
-    train.warm_up(model, optimizers, first)
+    num_micro_steps = train.CONFIG.total_batch_size // first[0].numel()
+    train.warm_up(model, optimizers, first, num_micro_steps)
     torch.cuda.synchronize()
-    phases.mark("compiled and warmed up")
+    phases.mark("compiled, warmed up, measured")
     table(f"start-up, {torch.cuda.get_device_name()}, torch {torch.__version__}", phases.rows, "s")
 
-    num_micro_steps = train.CONFIG.total_batch_size // first[0].numel()
     data_s: list[float] = []
 
     def timed_batches():
@@ -116,13 +80,13 @@ def bench() -> None:
     # The loop of train.py without its log: a step's end is read when the next one is queued.
     train.set_schedules(optimizers, train.CONFIG, 0, 0.0)
     clock, step_ms = prepare.Clock(device), []
-    loss, _ = gradients()
+    values, _ = gradients()
     clock.start()
     data_s.clear()
     for _ in range(40):
-        update(optimizers)
-        clock.end_step([loss])
-        loss, _ = gradients()
+        train.update(optimizers)
+        clock.end_step(values)
+        values, _ = gradients()
         clock.read_step()
         step_ms.append(1000 * clock.step_seconds)
     median_ms = statistics.median(step_ms)
@@ -132,8 +96,8 @@ def bench() -> None:
     mfu = f"{100 * model.flops_per_token() * rate / peak:.1f} %" if peak else "unknown"
     print(f"\nstep: {median_ms:.1f} ms (median of {len(step_ms)}; {min(step_ms):.1f} to {max(step_ms):.1f}), MFU {mfu}")
     print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB; kernels: {sorted(prepare.kernels_used)}")
-    by_kind = kernel_ms(gradients)
-    by_kind["optimizer"] = sum(kernel_ms(lambda: update(optimizers)).values())
+    by_kind = prepare.kernel_ms(gradients)
+    by_kind["optimizer"] = sum(prepare.kernel_ms(lambda: train.update(optimizers)).values())
     rows = sorted(by_kind.items(), key=lambda row: -row[1])
     rows.append(("GPU idle (launches, waiting for data)", max(median_ms - sum(by_kind.values()), 0.0)))
     table("one step on the GPU", rows, "ms")
@@ -163,19 +127,10 @@ def bench_parts() -> None:
 
     import prepare
 
-    def rotate_halves(x, cos, sin):
-        (x1, x2), cos, sin = x.chunk(2, -1), cos.chunk(2, -1)[0], sin.chunk(2, -1)[0]
-        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1)
-
-    def compile_whole(model):
-        model.forward = torch.compile(model.forward, dynamic=False)
-
     parts = {
         "FlexAttention for the windows": [(prepare, "can_attend_window", lambda *sizes: False)],
         "plain MLP": [(train, "relu2_mlp", lambda x, c_in, c_out: c_out(c_in(x).relu().square()))],
         "plain soft cap and loss": [(prepare, "MAX_FUSED_VOCAB", 0)],
-        "rotary position embedding by halves": [(train, "rotate", rotate_halves)],
-        "all layers in one graph": [(train, "compile_parts", compile_whole)],
     }
     variants = {"as it is": []} | parts | {"all of these": [change for changes in parts.values() for change in changes]}
     torch._dynamo.config.recompile_limit = 100  # the variants share code
@@ -190,7 +145,7 @@ def bench_parts() -> None:
             begin = time.perf_counter()
             _, model = train.build(device)
             trained[name] = model, train.make_optimizers(model)
-            train.warm_up(*trained[name], first)
+            train.warm_up(*trained[name], first, num_micro_steps)
             torch.cuda.synchronize()
             print(f"{name}: compiled in {time.perf_counter() - begin:.1f} s", flush=True)
         train.set_schedules(trained[name][1], train.CONFIG, 0, 0.0)
@@ -205,12 +160,12 @@ def bench_parts() -> None:
                 held = torch.cuda.memory_allocated()  # by all variants
                 begin = time.perf_counter()
                 for step in range(turn * steps, (turn + 1) * steps):
-                    loss, _ = train.forward_backward(model, iter(data[step]), num_micro_steps)
-                    update(optimizers)
+                    values, _ = train.forward_backward(model, iter(data[step]), num_micro_steps)
+                    train.update(optimizers)
                 torch.cuda.synchronize()
                 step_ms[name].append(1000 * (time.perf_counter() - begin) / steps)
             peak_mb[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
-            losses[name].append(loss.item())
+            losses[name].append(values["train/loss"].item())
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: {turns} turns of {steps} steps each")
     print(f"  {'':38} {'step, median':>12} {'lowest':>9} {'to as it is':>11} {'memory':>9}  last loss")
     base = step_ms["as it is"]

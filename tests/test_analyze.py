@@ -329,8 +329,7 @@ class Night:
         """train.py with these texts replaced, and this configuration on top of a tiny one."""
         text = self.original
         given = {"depth": 2, "aspect_ratio": 32} | config
-        old = "CONFIG = replace(CONFIG, depth=4, aspect_ratio=32, "
-        new = f"CONFIG = replace(CONFIG, {', '.join(f'{k}={v}' for k, v in given.items())}, "
+        old, new = "CONFIG = Config()\n", f"CONFIG = Config({', '.join(f'{k}={v}' for k, v in given.items())})\n"
         for before, after in [(old, new), *changes]:
             assert text.count(before) == 1, before
             text = text.replace(before, after)
@@ -391,7 +390,7 @@ def test_a_night_of_real_runs_on_the_cpu_demo(demo, tmp_path):
     assert said == f"{worse} discarded; train.py is back to that of the best, {better}, and committed\n"
     assert (night.folder / "train.py").read_text() == good
 
-    embedding = "x0 = self.embed(idx, self.wte.weight)"
+    embedding = "x = x0 = norm(self.wte(idx))"
     cut = (embedding, f"{embedding}[..., :-1]")
     broken = night.commit("too narrow", cut, unembedding_lr=0.004)
     assert night.train() == 1
@@ -409,7 +408,7 @@ def test_a_night_of_real_runs_on_the_cpu_demo(demo, tmp_path):
     assert f"The same as {better}: nothing but the seed differs." in said
     night.analyze("discard")
 
-    ahead = (embedding, f"{embedding} + 0.1 * self.embed(idx.roll(-1, 1), self.wte.weight)")
+    ahead = (embedding, f"{embedding} + 0.1 * norm(self.wte(idx.roll(-1, 1)))")
     leaking = night.commit("look ahead", ahead, unembedding_lr=0.004)
     assert night.train() == 0
     assert "**INVALID**, not a result: val_bpb " in (said := night.analyze())

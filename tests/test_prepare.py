@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from bench_loader import pack_rows_straightforward
-from conftest import ROOT, command_env, explicit_attention, run_command
+from conftest import ROOT
 from torch import nn
 
 import prepare
@@ -28,7 +28,7 @@ import prepare
 
 
 def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_an_exception_in_the_prefetch_thread_is_raised_in_the_consumer():
@@ -53,18 +53,18 @@ def test_closing_the_prefetcher_ends_its_thread():
 
 
 def test_the_prefetcher_reads_at_most_its_depth_ahead():
-    produced, is_six = [], threading.Event()
+    produced, is_five = [], threading.Event()
 
     def items():
         for i in itertools.count():
             produced.append(i)
-            if len(produced) == 6:
-                is_six.set()
+            if len(produced) == 5:
+                is_five.set()
             yield i
 
     fetched = prepare.prefetch(items(), depth=4)
     assert next(fetched) == 0
-    assert is_six.wait(10)  # one taken, four waiting, one in the thread's hand
+    assert is_five.wait(10)  # one taken, four waiting
     for taken in range(2, 200):
         assert next(fetched) == taken - 1
         assert len(produced) <= taken + 5
@@ -121,56 +121,66 @@ def test_closing_the_loader_ends_its_thread(two_shards):
 def scoring(two_shards, monkeypatch):
     """Tokenizer and the 12 batches of 4 x 16 targets that the metric must score, straight from the specification."""
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 16)
-    monkeypatch.setattr(prepare, "EVAL_TOKENS", 12 * 4 * 16 + 63)  # 63 more: not enough for another batch
+    monkeypatch.setattr(prepare, "EVAL_TOKENS", 12 * 4 * 16)
+    monkeypatch.setattr(prepare, "FIXED", (16, prepare.TIME_BUDGET, 12 * 4 * 16, prepare.VOCAB_SIZE))
     monkeypatch.setattr(prepare, "_num_evaluations", 0)
+    monkeypatch.setattr(prepare, "_num_val_loaders", 0)
     documents = (([d.tolist() for d in batch], epoch) for batch, epoch in prepare.read_document_batches("val"))
     rows = [rows for rows, _ in itertools.islice(pack_rows_straightforward(documents, 4, 17), 12)]
     return prepare.Tokenizer.from_directory(), [(batch[:, :-1], batch[:, 1:]) for batch in rows]
 
 
 class Predictor(nn.Module):
-    """Scores next tokens from `features(x, y)` (B, T, 8); the last layer is random but the same in every test."""
+    """Scores next tokens from `features(model, x)` (B, T, 8); the last layer is random but the same in every test.
+    `edit(losses, logits, y)` is what an experiment does to the loss of each token."""
 
-    def __init__(self, vocab_size: int, features):
+    def __init__(self, vocab_size: int, features, edit=lambda losses, logits, y: losses):
         super().__init__()
         generator = torch.Generator().manual_seed(5)
         self.embedding = nn.Parameter(torch.randn(vocab_size, 8, generator=generator))
         self.head = nn.Parameter(torch.randn(8, vocab_size, generator=generator))
-        self.features = features
+        self.features, self.edit = features, edit
 
-    def forward(self, x, y, reduction="mean"):
-        logits = self.features(self, x, y) @ self.head
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction)
-        return losses.view(y.shape) if reduction == "none" else losses
+    def forward(self, x, y=None, reduction="mean"):
+        logits = self.features(self, x) @ self.head
+        if y is None:
+            return logits
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+        losses = self.edit(losses, logits.flatten(0, 1), y.flatten())
+        return losses if reduction == "none" else losses.mean()
 
 
-def past_mean(model, x, y):
+def past_mean(model, x):
     e = model.embedding[x]
     return e.cumsum(1) / torch.arange(1, x.size(1) + 1).view(1, -1, 1)
 
 
-def next_token(model, x, y):
+def next_token(model, x):
     return model.embedding[x.roll(-1, 1)]
 
 
-def whole_row_mean(model, x, y):
-    return past_mean(model, x, y) + model.embedding[x].mean(1, keepdim=True)
+def whole_row_mean(model, x):
+    return past_mean(model, x) + model.embedding[x].mean(1, keepdim=True)
 
 
-def own_target(model, x, y):
-    return past_mean(model, x, y) + 4 * model.head.T[y]
+def other_rows(model, x):
+    return past_mean(model, x) + model.embedding[x].mean(0, keepdim=True)
 
 
-def other_rows(model, x, y):
-    return past_mean(model, x, y) + model.embedding[x].mean(0, keepdim=True)
+def noise(model, x):
+    return past_mean(model, x) + torch.rand(1)
 
 
-def noise(model, x, y):
-    return past_mean(model, x, y) + torch.rand(1)
+def noise_of_its_own(model, x):
+    return past_mean(model, x) + random.random()
 
 
-def score(tokenizer, features, batch_size=4) -> tuple[float, dict]:
-    model = Predictor(tokenizer.get_vocab_size(), features)
+def leak_under_dropout(model, x):
+    return nn.functional.dropout(whole_row_mean(model, x), 0.1)
+
+
+def score(tokenizer, features, batch_size=4, **options) -> tuple[float, dict]:
+    model = Predictor(tokenizer.get_vocab_size(), features, **options)
     bpb = prepare.evaluate_bpb(model, tokenizer, batch_size)
     with open("eval_record.json") as f:
         return bpb, json.load(f)
@@ -178,7 +188,7 @@ def score(tokenizer, features, batch_size=4) -> tuple[float, dict]:
 
 def test_bits_per_byte_of_a_uniform_guess_are_as_by_hand(scoring):
     tokenizer, batches = scoring
-    bpb, record = score(tokenizer, lambda model, x, y: torch.zeros(*x.shape, 8))
+    bpb, record = score(tokenizer, lambda model, x: torch.zeros(*x.shape, 8))
     targets = [t for _, y in batches for t in y.flatten().tolist()]
     texts = [tokenizer.enc.decode_single_token_bytes(t) for t in targets if t < tokenizer.get_bos_token_id()]
     num_bytes = sum(map(len, texts))
@@ -194,23 +204,15 @@ def test_the_evaluation_record_says_what_was_scored_and_how_often(scoring):
     tokenizer, batches = scoring
     bpb, record = score(tokenizer, past_mean)
     model = Predictor(tokenizer.get_vocab_size(), past_mean)
-    keeps = [(model(x, y, reduction="none"), y < tokenizer.get_bos_token_id()) for x, y in batches]
+    keeps = [(model(x, y, reduction="none"), y.flatten() < tokenizer.get_bos_token_id()) for x, y in batches]
     nats = sum(losses[keep].double().sum().item() for losses, keep in keeps)
-    assert list(record) == [
-        "val_bpb",
-        "nats",
-        "bytes",
-        "tokens",
-        "causal",
-        "data_fingerprint",
-        "prepare_sha256",
-        "num_calls",
-    ]
+    assert (record["causal"], record["finding"], record["faults"]) == (True, "", [])
+    assert (record["tokens"], record["run_id"]) == (768, None)  # no program: pytest
     assert record["nats"] == pytest.approx(nats, rel=1e-6)
     assert record["val_bpb"] == bpb == pytest.approx(nats / math.log(2) / record["bytes"], rel=1e-6)
-    assert record["causal"] is True
     assert record["data_fingerprint"] == prepare.load_manifest()["fingerprint"]
     assert record["prepare_sha256"] == prepare.sha256_file(ROOT / "prepare.py")
+    assert record["measurement_sha256"] == prepare.measurement_sha256()
     assert record["num_calls"] == 1
     assert score(tokenizer, past_mean)[1]["num_calls"] == 2
 
@@ -219,11 +221,11 @@ def test_out_of_memory_halves_the_rows_and_gives_the_same_number(scoring, capsys
     tokenizer, _ = scoring
     calls = []
 
-    def small_gpu(model, x, y):
+    def small_gpu(model, x):
         calls.append(len(x))
-        if len(x) > 2:
+        if len(x) > 2 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return past_mean(model, x, y)
+        return past_mean(model, x)
 
     bpb, record = score(tokenizer, small_gpu)
     expected, expected_record = score(tokenizer, past_mean)
@@ -237,38 +239,187 @@ def test_out_of_memory_halves_the_rows_and_gives_the_same_number(scoring, capsys
 def test_running_out_of_memory_with_a_single_row_is_an_error(scoring):
     tokenizer, _ = scoring
 
-    def no_gpu(model, x, y):
+    def no_gpu(model, x):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
         score(tokenizer, no_gpu)
 
 
-@pytest.mark.parametrize("batch_size", [4, 16])
-@pytest.mark.parametrize("features", [next_token, whole_row_mean, own_target, other_rows])
-def test_a_model_that_sees_what_it_must_not_is_caught(scoring, features, batch_size, capsys):
-    tokenizer, _ = scoring
-    assert score(tokenizer, features, batch_size)[1]["causal"] is False
-    assert "LOOKS AHEAD" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("features", [next_token, whole_row_mean, own_target])
-def test_a_leak_is_caught_in_batches_of_a_single_row_too(scoring, features):
-    tokenizer, _ = scoring
-    assert score(tokenizer, features, 1)[1]["causal"] is False
-
-
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_a_causal_model_is_not_accused(scoring, batch_size, capsys):
+@pytest.mark.parametrize("features", [next_token, whole_row_mean])
+def test_a_model_that_looks_ahead_is_caught(scoring, features, batch_size, capsys):
     tokenizer, _ = scoring
-    assert score(tokenizer, past_mean, batch_size)[1]["causal"] is True
+    record = score(tokenizer, features, batch_size)[1]
+    assert record["causal"] is False
+    assert re.fullmatch(r"changing later tokens changes earlier losses by up to \S+ nats", record["finding"])
+    assert record["faults"] == [f"LOOKS AHEAD: {record['finding']}"]
+    assert f"this score is worth nothing: {record['faults'][0]}" in capsys.readouterr().out
+
+
+def test_rows_that_affect_each_other_are_named_as_that(scoring):
+    tokenizer, _ = scoring
+    record = score(tokenizer, other_rows)[1]
+    assert record["causal"] is False
+    assert record["finding"].startswith("the rows of a batch affect each other")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 128])
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_a_model_that_looks_ahead_where_blocks_meet_is_caught(block, batch_size):
+    x, y = torch.randint(0, 50, (2, batch_size, 512), generator=torch.Generator().manual_seed(0))
+
+    def losses_of(x, y):
+        sees = x.roll(-1, 1)
+        is_end = torch.arange(x.size(1)) % block == block - 1
+        return (y + torch.where(is_end, sees, x)).float()
+
+    assert prepare.find_leak(losses_of, x, y, 50)[0] is False
+    assert prepare.find_leak(lambda x, y: (x + y).float(), x, y, 50) == (True, "")
+
+
+def test_at_least_128_cuts_are_tried_whatever_the_batch():
+    for batch_size in (1, 3, 128, 200):
+        x = torch.zeros(batch_size, 64, dtype=torch.long)
+        calls = []
+        prepare.find_leak(lambda x, y, calls=calls: calls.append(len(x)) or y.float(), x, x, 50)
+        assert sum(calls[2:]) >= 128
+
+
+EDITS = {
+    "focal": lambda losses, logits, y: (1 - (-losses).exp()) ** 2 * losses,
+    "0.97 of it": lambda losses, logits, y: 0.97 * losses,
+    "0.99 of it": lambda losses, logits, y: 0.99 * losses,
+    "label smoothing": lambda losses, logits, y: nn.functional.cross_entropy(
+        logits, y, label_smoothing=0.1, reduction="none"
+    ),
+    "z-loss": lambda losses, logits, y: losses + 1e-4 * logits.logsumexp(-1) ** 2,
+    "its target's logit raised": lambda losses, logits, y: nn.functional.cross_entropy(
+        logits + nn.functional.one_hot(y, logits.size(-1)), y, reduction="none"
+    ),
+    "NaN": lambda losses, logits, y: losses * math.nan,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_a_loss_that_is_not_that_of_the_logits_makes_no_score(scoring, edit):
+    tokenizer, _ = scoring
+    faults = score(tokenizer, past_mean, edit=edit)[1]["faults"]
+    assert 'reduction="none" is not the cross-entropy of the logits of model(x)' in faults[0]
+
+
+def test_what_bf16_does_to_the_loss_is_no_disagreement(scoring):
+    tokenizer, _ = scoring
+
+    def rounded(losses, logits, y):
+        return nn.functional.cross_entropy(logits.bfloat16().float(), y, reduction="none")
+
+    assert score(tokenizer, past_mean, edit=rounded)[1]["faults"] == []
+
+
+def test_a_model_without_logits_cannot_be_checked(scoring):
+    tokenizer, _ = scoring
+    plain = Predictor.forward
+
+    class Silent(Predictor):
+        def forward(self, x, y, reduction="mean"):
+            return plain(self, x, y, reduction)
+
+    prepare.evaluate_bpb(Silent(tokenizer.get_vocab_size(), past_mean), tokenizer, 4)
+    with open("eval_record.json") as f:
+        assert json.load(f)["faults"] == ["model(x) gives no logits (B, T, vocabulary): the score cannot be checked"]
+
+
+@pytest.mark.parametrize("features", [past_mean, noise])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_a_causal_model_is_not_accused_with_noise_or_without(scoring, features, batch_size, capsys):
+    tokenizer, _ = scoring
+    record = score(tokenizer, features, batch_size)[1]
+    assert (record["causal"], record["faults"]) == (True, [])
     assert "***" not in capsys.readouterr().out
 
 
-def test_a_model_with_noise_gets_no_verdict(scoring, capsys):
+def test_dropout_does_not_hide_a_leak(scoring):
     tokenizer, _ = scoring
-    assert score(tokenizer, noise)[1]["causal"] is None
-    assert "causality could not be tested" in capsys.readouterr().out
+    assert score(tokenizer, leak_under_dropout)[1]["causal"] is False
+
+
+def test_a_model_that_cannot_be_tested_has_no_score(scoring):
+    tokenizer, _ = scoring
+    record = score(tokenizer, noise_of_its_own)[1]
+    assert record["causal"] is None
+    assert record["faults"][-1].startswith("causality could not be tested: the model's losses on one batch differ")
+
+
+def test_any_batch_size_scores_the_same_text(scoring):
+    tokenizer, _ = scoring
+    expected = score(tokenizer, past_mean)[1]
+    for batch_size in (1, 5, 7, 48, 100):
+        record = score(tokenizer, past_mean, batch_size)[1]
+        assert record["nats"] == pytest.approx(expected["nats"], rel=1e-6)
+        assert (record["bytes"], record["tokens"]) == (expected["bytes"], 768)
+
+
+def test_the_audit_scores_as_much_text_again_and_only_where_there_is_as_much(scoring, monkeypatch):
+    tokenizer, _ = scoring
+    monkeypatch.setattr(prepare, "EVAL_TOKENS", 6 * 4 * 16)
+    monkeypatch.setattr(prepare, "FIXED", (16, prepare.TIME_BUDGET, 6 * 4 * 16, prepare.VOCAB_SIZE))
+    held = sum(shard["val"]["tokens"] for shard in prepare.load_manifest()["shards"].values())
+    monkeypatch.setattr(prepare, "pack_rows", rows_of_one_epoch := functools.partial(one_epoch, prepare.pack_rows))
+    audit = score(tokenizer, past_mean)[1]
+    assert rows_of_one_epoch.args
+    model = Predictor(tokenizer.get_vocab_size(), past_mean)
+    batches = itertools.islice(prepare.load_batches(4, 16, "val"), 6, 12)
+    keeps = [(model(x, y, reduction="none"), y.flatten()) for x, y, _ in batches]
+    lengths = [prepare.get_token_bytes()[y] for _, y in keeps]
+    nats = sum(losses[n > 0].sum().item() for (losses, _), n in zip(keeps, lengths, strict=True))
+    assert audit["audit_bpb"] == pytest.approx(nats / math.log(2) / sum(n.sum().item() for n in lengths), rel=1e-5)
+    monkeypatch.setattr(prepare, "EVAL_TOKENS", held)
+    assert prepare._score_audit(model, None, None, 4) is None
+
+
+def one_epoch(pack, *args):
+    """The test's text repeats itself early; here it counts as one."""
+    return ((rows, 1) for rows, _ in pack(*args))
+
+
+def test_the_validation_split_is_for_the_evaluation_alone(scoring):
+    tokenizer, _ = scoring
+    assert score(tokenizer, past_mean)[1]["faults"] == []
+    prepare.make_dataloader(tokenizer, 4, 16, "val").close()
+    assert score(tokenizer, past_mean)[1]["faults"] == ["the validation split was loaded outside the evaluation"]
+
+
+def test_constants_that_a_program_changes_are_noticed(scoring, monkeypatch):
+    tokenizer, _ = scoring
+    monkeypatch.setattr(prepare, "EVAL_TOKENS", 2 * 4 * 16)
+    record = score(tokenizer, past_mean)[1]
+    assert (record["tokens"], record["faults"]) == (128, ["constants of prepare.py were changed by the program"])
+
+
+def test_the_measurement_is_its_code_not_its_comments():
+    source = prepare.PREPARE_SOURCE.decode()
+    same = [
+        source.replace(
+            '"""Bits per byte on the validation split', '"""The score. Bits per byte on the validation split'
+        ),
+        source.replace("def evaluate_bpb(", "# A comment.\ndef evaluate_bpb("),
+        source.replace("class Progress:", "class Progress:\n    x = 1\n"),
+        source.replace("self.paused_seconds = 0.0\n", "self.paused_seconds =   0.0\n"),
+    ]
+    other = [
+        source.replace("40 * 524288", "20 * 524288"),
+        source.replace("DOC_BATCH = 128", "DOC_BATCH = 64"),
+        source.replace("nats / (math.log(2)", "nats / (math.log(3)"),
+        source.replace("buffer_size: int = 1000", "buffer_size: int = 999"),
+        source.replace("self.seconds += self.step_seconds", "self.seconds += 0.9 * self.step_seconds"),
+        source.replace("MAX_PAUSED_SHARE = 0.1", "MAX_PAUSED_SHARE = 0.9"),
+    ]
+    assert all(text != source for text in same + other)
+    assert {prepare.measurement_sha256(text.encode()) for text in same} == {prepare.measurement_sha256()}
+    hashes = {prepare.measurement_sha256(text.encode()) for text in other}
+    assert len(hashes - {prepare.measurement_sha256()}) == len(other)
+    assert all(hasattr(prepare, name) for name in prepare.MEASURED)
 
 
 def test_scoring_leaves_the_random_state_alone(scoring):
@@ -277,84 +428,6 @@ def test_scoring_leaves_the_random_state_alone(scoring):
     score(tokenizer, past_mean)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
-
-
-def test_a_batch_larger_than_the_evaluation_is_an_error(scoring):
-    tokenizer, _ = scoring
-    with pytest.raises(ValueError, match="batch_size 1000 x 16 tokens is more than EVAL_TOKENS 831"):
-        score(tokenizer, past_mean, 1000)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# An upstream training script
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-UPSTREAM_TRAINING_SCRIPT = """
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, make_dataloader, evaluate_bpb
-
-class Bigram(nn.Module):
-    def __init__(self, vocab_size):
-        super().__init__()
-        self.table = nn.Embedding(vocab_size, vocab_size)
-
-    def forward(self, idx, targets=None, reduction="mean"):
-        logits = self.table(idx).float()
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1, reduction=reduction)
-
-torch.manual_seed(42)
-tokenizer = Tokenizer.from_directory()
-model = Bigram(tokenizer.get_vocab_size())
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
-train_loader = make_dataloader(tokenizer, 8, MAX_SEQ_LEN, "train")
-x, y, epoch = next(train_loader)
-losses = []
-for step in range(10):
-    loss = model(x, y)
-    loss.backward()
-    optimizer.step()
-    model.zero_grad(set_to_none=True)
-    x, y, epoch = next(train_loader)
-    losses.append(loss.item())
-assert losses[-1] < losses[0], losses
-model.eval()
-val_bpb = evaluate_bpb(model, tokenizer, 8)
-print("budget", TIME_BUDGET, "epoch", epoch)
-print(f"val_bpb:          {val_bpb:.6f}")
-"""
-
-
-def test_an_upstream_training_script_runs_unchanged(demo, tmp_path):
-    cache, _ = demo
-    script = tmp_path / "train.py"
-    script.write_text(UPSTREAM_TRAINING_SCRIPT)
-    work = tmp_path / "work"
-    work.mkdir()
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=work,
-        env=command_env(cache, AUTORESEARCH_DEMO="1", AUTORESEARCH_TIME_BUDGET="7"),
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "budget 7.0 epoch 1" in done.stdout
-    val_bpb = float(re.search(r"^val_bpb: +([0-9.]+)$", done.stdout, re.MULTILINE)[1])
-    assert 0.5 < val_bpb < 8
-    record = json.loads((work / "eval_record.json").read_text())
-    assert (record["causal"], record["tokens"], record["num_calls"]) == (True, 65_536, 1)
-    assert record["val_bpb"] == pytest.approx(val_bpb, abs=1e-6)
-
-
-def test_importing_prepare_reads_writes_and_prints_nothing(tmp_path):
-    done = run_command(tmp_path / "cache", "-c", "import prepare", HOME=str(tmp_path))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,27 +599,58 @@ def test_the_peak_rate_goes_by_the_devices_whole_name(name, tflops):
     assert prepare.peak_flops(name) == (None if tflops is None else pytest.approx(tflops * 1e12))
 
 
+def clock_of(readings, monkeypatch):
+    """A clock on the CPU whose time is read off a list."""
+    times = iter(readings)
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    return prepare.Clock(torch.device("cpu"))
+
+
 def test_the_clock_counts_whole_steps_and_stands_still_while_paused(monkeypatch):
     # start 10; pause 11 to 14; step ends 15; step ends 18; pauses 19 to 20 and 20 to 22; step ends 30
-    readings = iter([10.0, 11.0, 14.0, 15.0, 18.0, 19.0, 20.0, 20.0, 22.0, 30.0])
-    monkeypatch.setattr(prepare, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
-    clock = prepare.Clock(torch.device("cpu"))
+    clock = clock_of([10.0, 11.0, 14.0, 15.0, 18.0, 19.0, 20.0, 20.0, 22.0, 30.0], monkeypatch)
     clock.start()
     with clock.paused():
         pass
-    clock.end_step([torch.tensor(2.5), torch.tensor(3)])
+    clock.end_step({"a": torch.tensor(2.5), "b": torch.tensor([3, 2**40 + 1])})
     assert clock.seconds == 0
-    assert clock.read_step() == [2.5, 3.0]
+    assert clock.read_step() == {"a": 2.5, "b": [3.0, 2.0**40 + 1]}
     assert (clock.step_seconds, clock.seconds, clock.paused_seconds) == (2, 2, 3)
-    clock.end_step([torch.tensor(1.0)])
-    assert clock.read_step() == [1.0]
+    clock.end_step({"a": torch.tensor(1.0)})
+    assert clock.read_step() == {"a": 1.0}
     assert (clock.step_seconds, clock.seconds, clock.paused_seconds) == (3, 5, 3)
     for _ in range(2):
         with clock.paused():
             pass
-    clock.end_step([torch.tensor(1.0)])
+    clock.end_step({"a": torch.tensor(1.0)})
     clock.read_step()
     assert (clock.step_seconds, clock.seconds, clock.paused_seconds) == (9, 14, 6)
+
+
+def test_a_pause_after_the_end_of_a_step_is_no_part_of_either(monkeypatch):
+    # start 0; step ends 1; pause 1 to 11; step ends 13
+    clock = clock_of([0.0, 1.0, 1.0, 11.0, 13.0], monkeypatch)
+    clock.start()
+    clock.end_step({"a": torch.tensor(1.0)})
+    with clock.paused():
+        pass
+    clock.read_step()
+    assert (clock.step_seconds, clock.seconds) == (1, 1)
+    clock.end_step({"a": torch.tensor(1.0)})
+    clock.read_step()
+    assert (clock.step_seconds, clock.seconds) == (2, 3)
+
+
+def test_pauses_beyond_their_share_of_the_budget_count(monkeypatch):
+    # start 0; pause 0 to 50 of which a tenth of 300 is free; step ends 51; pause 51 to 61; step ends 62
+    clock = clock_of([0.0, 0.0, 50.0, 51.0, 51.0, 61.0, 62.0], monkeypatch)
+    clock.start()
+    for expected in (21, 32):
+        with clock.paused():
+            pass
+        clock.end_step({"a": torch.tensor(1.0)})
+        clock.read_step()
+        assert clock.seconds == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,7 +673,8 @@ def leave_run(folder, run_id: str, *names: str) -> None:
 
 
 def names_in(folder) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Every file that is not empty."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
 
 
 def test_a_scored_run_is_set_aside_under_its_name_without_its_checkpoint(work):
@@ -577,6 +682,7 @@ def test_a_scored_run_is_set_aside_under_its_name_without_its_checkpoint(work):
     prepare.set_aside_earlier_run()
     kept = ["eval_record.json", "metrics.jsonl", "run_start.json", "run_summary.json"]
     assert names_in(work) == [f".auto-log-research/unfiled/r1/{name}" for name in kept]
+    assert (work / "metrics.jsonl").read_text() == ""  # it may be locked
     assert (work / ".auto-log-research/unfiled/r1/metrics.jsonl").read_text() == "metrics.jsonl of r1"
 
 
@@ -588,10 +694,27 @@ def test_the_checkpoint_of_a_run_that_was_never_scored_moves_along(work):
 
 
 def test_a_run_that_the_archive_already_holds_is_removed(work):
-    leave_run(work / ".auto-log-research" / "0001", "r3", "run_start.json", "metrics.jsonl")
+    kept = ["eval_record.json", "metrics.jsonl", "run_start.json", "run_summary.json"]
+    leave_run(work / ".auto-log-research" / "0001", "r3", *kept)
     leave_run(work, "r3", *OUTPUTS)
     prepare.set_aside_earlier_run()
-    assert names_in(work) == [".auto-log-research/0001/metrics.jsonl", ".auto-log-research/0001/run_start.json"]
+    assert names_in(work) == [f".auto-log-research/0001/{name}" for name in kept]
+
+
+@pytest.mark.parametrize("result", ["run_summary.json", "eval_record.json"])
+def test_a_score_that_came_after_its_run_was_filed_is_kept(work, result):
+    leave_run(work / ".auto-log-research" / "0001", "r3", "run_start.json", "metrics.jsonl")
+    leave_run(work, "r3", "run_start.json", "metrics.jsonl", result)
+    prepare.set_aside_earlier_run()
+    assert f".auto-log-research/unfiled/r3/{result}" in names_in(work)
+
+
+def test_a_demo_is_put_away_with_the_demos_and_a_real_run_with_the_real_ones(work, monkeypatch):
+    for is_demo, folder in ((True, ".auto-log-research/demo/unfiled"), (False, ".auto-log-research/unfiled")):
+        monkeypatch.setattr(prepare, "DEMO", not is_demo)  # what the next run is does not matter
+        (work / "run_start.json").write_text(json.dumps({"run_id": "r", "demo": is_demo}))
+        prepare.set_aside_earlier_run()
+        assert (work / folder / "r" / "run_start.json").exists()
 
 
 def test_a_broken_file_in_the_archive_does_not_stop_the_next_run(work):
@@ -619,7 +742,8 @@ def test_outputs_whose_start_file_is_missing_or_broken_are_set_aside_too(work, s
     (folder,) = (work / ".auto-log-research" / "unfiled").iterdir()
     assert re.fullmatch("unknown-[0-9a-f]{8}", folder.name)
     assert {"metrics.jsonl", "run_summary.json"} <= set(names_in(folder))
-    assert [path.name for path in work.iterdir()] == [".auto-log-research"]
+    assert {path.name for path in work.iterdir()} == {".auto-log-research", "metrics.jsonl"}
+    assert (work / "metrics.jsonl").read_text() == ""
 
 
 def test_an_interrupted_move_is_finished_by_the_next_call(work):
@@ -630,156 +754,22 @@ def test_an_interrupted_move_is_finished_by_the_next_call(work):
     assert names_in(work) == [f".auto-log-research/unfiled/r6/{name}" for name in kept]
 
 
+def test_nobody_sees_half_of_a_run_that_is_put_away(work, monkeypatch):
+    leave_run(work, "r7", "run_start.json", "metrics.jsonl", "run_summary.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.os, "rename", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            prepare.set_aside_earlier_run()
+    unfiled = work / ".auto-log-research" / "unfiled"
+    assert [path.name for path in unfiled.iterdir()] == [".r7"]
+    prepare.set_aside_earlier_run()
+    assert [path.name for path in unfiled.iterdir()] == ["r7"]
+    assert names_in(unfiled / "r7") == ["metrics.jsonl", "run_start.json", "run_summary.json"]
+
+
 def test_an_empty_working_folder_stays_empty(work):
     prepare.set_aside_earlier_run()
     assert list(work.iterdir()) == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels (against plain mathematics in float64, on what they are given rounded to bf16)
-# ---------------------------------------------------------------------------------------------------------------------
-
-on_hopper = pytest.mark.skipif(not prepare.has_kernels(torch.device("cuda")), reason="no Hopper GPU here")
-
-
-def bf16(*shape, seed=0, scale=1.0):
-    """Numbers that bf16 holds exactly, as a float32 leaf on the GPU."""
-    random = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(shape, generator=random)).bfloat16().float().cuda().requires_grad_()
-
-
-def gradient_errors(function, plain, *leaves):
-    """Relative errors of the output and of every leaf's gradient, for random output gradients."""
-    copies = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    out, expected = function(*leaves), plain(*copies)
-    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)).cuda().bfloat16()
-    out.backward(weights.to(out.dtype))
-    expected.backward(weights.double())
-    pairs = [(out, expected), *((leaf.grad, copy.grad) for leaf, copy in zip(leaves, copies, strict=True))]
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
-
-
-@pytest.mark.gpu
-@on_hopper
-@pytest.mark.parametrize(("H", "KV", "D"), [(4, 4, 128), (4, 2, 128), (3, 1, 64)])
-@pytest.mark.parametrize(
-    ("T", "window"), [(256, 128), (256, 100), (320, 1), (192, 0), (128, 64), (128, 127), (64, 9999)]
-)
-def test_the_window_kernel_is_plain_attention(H, KV, D, T, window):
-    leaves = [bf16(2, T, heads, D, seed=i) for i, heads in enumerate((H, KV, KV))]
-    function = functools.partial(prepare.window_attention, window=window)
-    # With a window of 0 only the value counts, and the other two gradients are exactly 0.
-    errors = gradient_errors(function, functools.partial(explicit_attention, window=window), *leaves)
-    assert all(error < 1e-2 for error in (errors[0], errors[3], *(errors[1:3] if window else [])))
-
-
-OPERATOR = """
-import torch, torch.library
-
-@torch.library.custom_op("test::scaled", mutates_args=())
-def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
-    return x * factor
-
-scaled.register_fake(lambda x, factor: torch.empty_like(x))
-scaled.register_autograd(lambda ctx, grad: (scaled(grad, FACTOR), None))
-"""
-COMPILED_GRADIENT = """
-from pathlib import Path
-import torch
-import prepare
-
-prepare.Run(Path(__file__))
-x = torch.ones(2, requires_grad=True)
-torch.compile(lambda x: torch.ops.test.scaled(x, 1.0))(x).backward(torch.ones(2))
-print(x.grad.tolist())
-"""
-
-
-@pytest.mark.parametrize("place", ["prepare.py", "train.py"])
-def test_a_changed_gradient_is_not_taken_from_the_compilers_cache(place, tmp_path):
-    for factor in (2.0, 3.0):
-        (tmp_path / "prepare.py").write_text((ROOT / "prepare.py").read_text())
-        (tmp_path / "train.py").write_text("")
-        with open(tmp_path / place, "a") as f:
-            f.write(OPERATOR.replace("FACTOR", str(factor)))
-        with open(tmp_path / "train.py", "a") as f:
-            f.write(COMPILED_GRADIENT)
-        variables = {"PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
-        result = run_command(tmp_path / "cache", tmp_path / "train.py", **variables)
-        assert result.stdout == f"{[factor, factor]}\n", result.stderr
-
-
-def test_an_edit_without_operators_of_its_own_keeps_the_compilers_cache(tmp_path):
-    edited = tmp_path / "train.py"
-    edited.write_text((ROOT / "train.py").read_text() + "# edited\n")
-    prepare.Run(edited)
-    assert torch.compiler.config.cache_key_tag == prepare.sha256_file(ROOT / "prepare.py")
-
-
-@pytest.mark.gpu
-@on_hopper
-@pytest.mark.parametrize(("rows", "width", "hidden"), [(512, 128, 512), (300, 72, 200), (1, 8, 8)])
-def test_the_mlp_kernel_is_the_plain_mlp(rows, width, hidden):
-    c_in, c_out = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
-    c_in.weight = nn.Parameter(bf16(hidden, width, seed=1, scale=0.1).detach())
-    c_out.weight = nn.Parameter(bf16(width, hidden, seed=2, scale=0.1).detach())
-
-    def fused(x, *_):
-        return prepare.relu2_mlp(x.bfloat16(), c_in, c_out)
-
-    def plain(x, w_in, w_out):
-        return (x @ w_in.T).relu().square() @ w_out.T
-
-    prepare.kernels_used.clear()
-    errors = gradient_errors(fused, plain, bf16(rows, width), c_in.weight, c_out.weight)
-    assert all(error < 1e-2 for error in errors)  # as max() would not, this sees a NaN
-    assert prepare.kernels_used == {"mlp"}
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-@pytest.mark.parametrize(
-    ("rows", "width", "vocab", "cap"),
-    [(64, 128, 8192, 15), (100, 64, 1000, 15), (3, 16, 5, 2), (16, 64, 32768, 40), (8, 64, 100, 1000)],
-)
-def test_the_loss_kernel_is_plain_cross_entropy(rows, width, vocab, cap):
-    x, weight = bf16(rows, width), bf16(vocab, width, seed=1)
-    targets = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(0)).cuda()
-    targets[1] = -1
-    head = nn.Linear(width, vocab, bias=False).cuda()
-    head.weight = nn.Parameter(weight.detach())
-    factors = torch.rand(rows, generator=torch.Generator().manual_seed(1)).cuda()
-    prepare.kernels_used.clear()
-    with torch.autocast("cuda", torch.bfloat16):
-        losses = prepare.softcap_loss(x.bfloat16(), head, targets, float(cap))
-    losses.backward(factors)
-    assert prepare.kernels_used == ({"loss"} if cap <= 40 else set())
-    plain_x, plain_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    logits = (plain_x @ plain_weight.T).bfloat16().double()  # the product's own rounding
-    logits = logits.detach() + (plain_x @ plain_weight.T) - (plain_x @ plain_weight.T).detach()
-    log_p = (cap * torch.tanh(logits / cap)).log_softmax(-1)
-    expected = -log_p.gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1) * (targets != -1)
-    expected.backward(factors.double())
-    assert losses[1] == 0
-    assert torch.allclose(losses.double(), expected, rtol=1e-4, atol=1e-4)
-    for got, wanted in ((x.grad, plain_x.grad), (head.weight.grad, plain_weight.grad)):
-        assert (got.double() - wanted).norm() < 1e-2 * wanted.norm()
-
-
-def test_without_a_gpu_mlp_and_loss_are_the_plain_ones():
-    torch.manual_seed(0)
-    c_in, c_out, x = nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False), torch.randn(2, 3, 4)
-    assert torch.equal(prepare.relu2_mlp(x, c_in, c_out), c_out(c_in(x).relu() ** 2))
-    head, targets = nn.Linear(4, 5, bias=False), torch.tensor([0, 4, -1])
-    log_p = (15 * torch.tanh(head(x[0]) / 15)).log_softmax(-1)
-    expected = torch.stack([-log_p[0, 0], -log_p[1, 4], torch.tensor(0.0)])
-    assert torch.allclose(prepare.softcap_loss(x[0], head, targets, 15.0), expected)
-
-
-def test_without_triton_everything_else_works():
-    code = "import sys; sys.modules['triton'] = None; import prepare; print(prepare.triton, prepare.jit(len)('four'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "None 4\n", done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells when a process started")

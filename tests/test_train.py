@@ -1,7 +1,7 @@
 """train.py: the model against plain mathematics, the optimizer, the schedules, and real runs of a few seconds."""
 
 from dataclasses import replace
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,7 +60,6 @@ def sdpa_of(backend):
 GPU_ATTENTIONS = {
     "cudnn": (sdpa_of(SDPBackend.CUDNN_ATTENTION), 512),
     "flash": (sdpa_of(SDPBackend.FLASH_ATTENTION), 512),
-    "varlen": (partial(prepare._flash_window, window=100), 100),
     "chosen full": (None, 512),
     "chosen window": (None, 100),
     "chosen odd": (None, 100),  # no kernel of ours takes heads of 32
@@ -175,18 +174,132 @@ def test_on_the_gpu_the_model_and_its_gradients_are_those_of_plain_mathematics(c
         assert error < (0.2 if "lambdas" in name else 0.05), name  # bf16; the scalars' gradients are sums that cancel
 
 
-@pytest.mark.parametrize(
-    ("depth", "pattern", "num_graphs"), [(8, "SSSL", 1), (12, "SSL", 1), (6, "L", 1), (9, "SSSL", 2)]
-)
-def test_the_compiler_sees_one_graph_for_all_periods_of_layers(depth, pattern, num_graphs):
+def test_the_compiler_sees_one_graph_of_all_layers_for_training_and_scoring():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = small_model(replace(SMALL, depth=depth, window_pattern=pattern, num_kv_heads=1))
+    model = small_model()
     idx = torch.arange(32).view(2, 16)
     expected = model(idx, idx)
-    model.run_layers = torch.compile(model.run_layers, dynamic=False, backend="eager")
+    model.features = torch.compile(model.features, dynamic=False, backend="eager", fullgraph=True)
     assert model(idx, idx).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
+    model.eval()(idx, idx, reduction="none")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_shorter_context_than_the_longest_is_the_same_model():
+    model = small_model()
+    idx = torch.arange(32).view(2, 16)
+    losses = model(idx, idx.roll(-1, 1), reduction="none").view(2, 16)
+    short = model(idx[:, :8], idx.roll(-1, 1)[:, :8], reduction="none").view(2, 8)
+    assert torch.allclose(short, losses[:, :8], atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 0, float("inf"), 15.0])
+def test_the_loss_is_the_cross_entropy_of_the_logits_with_a_cap_and_without(cap):
+    model, idx = small_model(replace(SMALL, logit_cap=cap)), torch.arange(32).view(2, 16)
+    logits = model(idx)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction="none")
+    assert torch.allclose(model(idx, idx, reduction="none"), expected, atol=1e-5)
+    plain = model.lm_head(model.features(idx))
+    assert torch.allclose(logits, 15 * torch.tanh(plain / 15) if cap == 15.0 else plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["", "sssl", "SXL"])
+def test_an_unknown_window_letter_is_refused_with_those_that_there_are(pattern):
+    with pytest.raises(ValueError, match=f"window_pattern '{pattern}': one or more of the letters L, S"):
+        train.layer_windows(replace(SMALL, window_pattern=pattern), 16)
+
+
+def test_a_fraction_of_the_width_is_a_hidden_width_of_whole_eights():
+    model = small_model(replace(SMALL, mlp_ratio=2.6))
+    assert model.blocks[0].mlp.c_fc.out_features == 168  # 2.6 x 64 = 166.4
+    assert model(torch.arange(32).view(2, 16)).isfinite().all()
+
+
+class Gated(train.Block):
+    """A block with more than matrices, none of it in init_weights."""
+
+    def __init__(self, model, layer):
+        super().__init__(model, layer)
+        self.gate = torch.nn.Linear(model.width, model.width)  # the bias is 1-D
+        self.gain = torch.nn.Parameter(torch.ones(model.width))
+        self.conv = torch.nn.Conv1d(model.width, model.width, 3, padding=2)
+
+    def forward(self, x, *rest):
+        x = super().forward(x, *rest)
+        conv = self.conv(x.transpose(1, 2))[..., : x.size(1)].transpose(1, 2)
+        return x + self.gain * torch.sigmoid(self.gate(x)) * conv
+
+
+def step_of(model, seed=1):
+    optimizers = train.make_optimizers(model)
+    train.set_schedules(optimizers, model.config, 0, 0.0)
+    train.forward_backward(model, iter([batch_of(seed)]), 1)
+    train.update(optimizers)
+    return optimizers
+
+
+def test_new_matrices_vectors_and_convolutions_in_a_block_train_without_further_lines(monkeypatch):
+    monkeypatch.setattr(train, "Block", Gated)
+    torch.manual_seed(0)
+    model = train.GPT(SMALL, 50, 16, CPU)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = {group["name"]: group for group in train.param_groups(step_of(model))}
+    assert len(groups["vectors"]["params"]) == 4 * 4  # bias, gain, and the convolution's two
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+        if "conv" in name or "gate" in name or "gain" in name:
+            assert not torch.equal(p, before[name]) or "ve_gate" in name, name
+
+
+def test_a_parameter_that_nobody_initialises_is_named(monkeypatch):
+    class Forgetful(train.Block):
+        def __init__(self, model, layer):
+            super().__init__(model, layer)
+            self.memory = torch.nn.Parameter(torch.empty(2, 3))
+
+    monkeypatch.setattr(train, "Block", Forgetful)
+    monkeypatch.setattr(train, "CONFIG", replace(SMALL, depth=2))
+    monkeypatch.setattr(train.Tokenizer, "from_directory", lambda: SimpleNamespace(get_vocab_size=lambda: 50))
+    with pytest.raises(ValueError, match=r"not initialised: blocks\.0\.memory, blocks\.1\.memory"):
+        train.build(CPU)
+
+
+def test_what_a_new_module_draws_leaves_the_other_initial_weights_alone(monkeypatch):
+    torch.manual_seed(0)
+    plain = train.GPT(SMALL, 50, 16, CPU)
+    monkeypatch.setattr(train, "Block", Gated)
+    torch.manual_seed(0)
+    more = dict(train.GPT(SMALL, 50, 16, CPU).named_parameters())
+    assert all(torch.equal(p, more[name]) for name, p in plain.named_parameters())
+
+
+def test_tied_embeddings_are_one_tensor_counted_and_trained_once(monkeypatch):
+    def init_weights(self):
+        self.lm_head.weight = self.wte.weight
+        plain(self)
+
+    plain = train.GPT.init_weights
+    untied = train.GPT(SMALL, 50, 16, CPU)
+    monkeypatch.setattr(train.GPT, "init_weights", init_weights)
+    model = train.GPT(SMALL, 50, 16, CPU)
+    assert model.lm_head.weight is model.wte.weight
+    assert sum(model.num_params_by_group().values()) == sum(untied.num_params_by_group().values()) - 50 * 64
+    assert model.flops_per_token() == untied.flops_per_token()
+    before = model.wte.weight.detach().clone()
+    groups = train.param_groups(step_of(model))
+    assert [group["name"] for group in groups].count("lm_head") == 1
+    assert "wte" not in [group["name"] for group in groups]
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+def test_another_table_or_head_is_counted(monkeypatch):
+    model = small_model()
+    counts, flops = model.num_params_by_group(), model.flops_per_token()
+    model.bigrams = torch.nn.Embedding(100, 64)
+    model.second_head = torch.nn.Linear(64, 50, bias=False)
+    assert model.num_params_by_group() == counts | {"bigrams": 6400, "second_head": 3200}
+    assert model.flops_per_token() == flops + 6 * 3200
 
 
 def test_targets_of_minus_one_do_not_count():
@@ -276,8 +389,27 @@ def test_every_parameter_is_in_exactly_one_group_with_its_learning_rate():
 def test_a_parameter_without_a_group_is_noticed():
     model = small_model()
     model.extra = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(AssertionError, match="every parameter in exactly one group"):
+    with pytest.raises(ValueError, match="every parameter in exactly one optimizer group: extra"):
         train.make_optimizers(model)
+
+
+def test_groups_get_a_name_and_two_of_one_name_are_refused():
+    model = torch.nn.Linear(2, 2)
+    groups = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "lr": 0.1, "name": "bias"}]
+    train.check_groups(model, groups)
+    assert [(group["name"], group["max_lr"]) for group in groups] == [("group_0", 0.5), ("bias", 0.1)]
+    groups[0]["name"] = "bias"
+    with pytest.raises(ValueError, match="two optimizer groups have one name: bias, bias"):
+        train.check_groups(model, groups)
+
+
+def test_a_matrix_without_a_gradient_counts_as_zero():
+    params = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    muon = train.Muon([{"params": params, "lr": 0.1, "momentum": 0.9, "beta2": 0.95, "weight_decay": 0.0}])
+    params[0].grad = torch.eye(4)
+    muon.step()
+    assert torch.equal(params[1], torch.ones(4, 4))
+    assert not torch.equal(params[0], torch.ones(4, 4))
 
 
 def test_the_adam_groups_take_the_steps_of_plain_adamw():
@@ -410,21 +542,59 @@ def batch_of(seed, vocab_size=50):
     return tokens[:, :-1], tokens[:, 1:], 1
 
 
-def test_the_warm_up_leaves_no_trace():
+class Lion(torch.optim.Optimizer):
+    """With state of its own from the start."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.01})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["average"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(0.01 * self.state[p]["average"].lerp_(p.grad, 0.1).sign())
+
+
+class Counting(train.Block):
+    """With a buffer that training changes, and noise."""
+
+    def __init__(self, model, layer):
+        super().__init__(model, layer)
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x, *rest):
+        self.calls += self.training
+        return super().forward(x, *rest) + 0.01 * torch.randn(())
+
+
+OPTIMIZERS = {
+    "ours": train.make_optimizers,
+    "lion": lambda model: [Lion([{"params": list(model.parameters()), "name": "all", "max_lr": 0.01}])],
+    "adagrad": lambda model: [
+        torch.optim.Adagrad([{"params": list(model.parameters()), "name": "all", "max_lr": 0.01}], lr=0.01)
+    ],
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_warm_up_leaves_no_trace(optimizer, monkeypatch):
+    monkeypatch.setattr(train, "Block", Counting)
+    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 16)
+    monkeypatch.setattr(prepare, "find_disagreement", lambda *_: "")
+
     def run(is_warmed_up):
         model = small_model()
-        optimizers = train.make_optimizers(model)
+        optimizers = OPTIMIZERS[optimizer](model)
         torch.manual_seed(9)
         if is_warmed_up:
-            train.warm_up(model, optimizers, batch_of(0))
-            assert all(not optimizer.state for optimizer in optimizers)
+            assert train.warm_up(model, optimizers, batch_of(0), 1) is None
             assert all(p.grad is None for p in model.parameters())
         train.set_schedules(optimizers, SMALL, 0, 0.0)
         for seed in range(3):
             train.forward_backward(model, iter([batch_of(seed)]), 1)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            train.update(optimizers)
+        assert model.blocks[0].calls == 3
         return [p.detach() for p in model.parameters()], torch.get_rng_state()
 
     (weights, rng), (expected, expected_rng) = run(True), run(False)
@@ -432,13 +602,41 @@ def test_the_warm_up_leaves_no_trace():
     assert torch.equal(rng, expected_rng)
 
 
-def test_gradients_and_loss_are_means_over_the_micro_batches():
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda losses: 0.97 * losses, "is not the cross-entropy of the logits"),
+        (lambda losses: losses[:-1], "shape"),
+    ],
+)
+def test_what_cannot_be_scored_fails_in_the_warm_up(change, reason, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 16)
+    plain = train.GPT.token_losses
+    monkeypatch.setattr(train.GPT, "token_losses", lambda model, x, y: change(plain(model, x, y)))
+    model = small_model()
+    with pytest.raises((ValueError, RuntimeError), match=reason):
+        train.warm_up(model, train.make_optimizers(model), batch_of(0), 1)
+
+
+def test_a_step_longer_than_the_budget_is_refused_before_it_starts(monkeypatch):
+    monkeypatch.setattr(prepare, "TIME_BUDGET", 0.001)
+    model = small_model()
+    with pytest.raises(ValueError, match=r"a step takes about \d+ s, longer than the whole budget"):
+        train.warm_up(model, train.make_optimizers(model), batch_of(0), 1000)
+
+
+def test_gradients_and_losses_are_those_of_the_micro_batches():
     model, batches = small_model(), [batch_of(1), batch_of(2)]
-    loss, _ = train.forward_backward(model, iter(batches), 2)
+    values, (last, _, _) = train.forward_backward(model, iter(batches), 2)
     grad = model.blocks[0].attn.c_q.weight.grad.clone()
     model.zero_grad()
     x, y = (torch.cat([batches[0][i], batches[1][i]]) for i in (0, 1))
     expected = model(x, y)
     expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert values["train/loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    each = [model(x, y).item() for x, y, _ in batches]
+    assert values["train/micro_losses"].tolist() == pytest.approx(each, rel=1e-5)
+    assert values["train/data_sum"].item() == sum(x.sum().item() for x, _, _ in batches)
+    assert torch.equal(last, batches[1][0])
     assert torch.allclose(grad, model.blocks[0].attn.c_q.weight.grad, atol=1e-6)
+    assert "train/micro_losses" not in train.forward_backward(model, iter(batches), 1)[0]

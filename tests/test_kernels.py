@@ -1,0 +1,351 @@
+"""prepare.py's kernels and attention: against plain mathematics in float64, and that whatever they do not cover goes to
+plain torch. What needs a GPU is marked; Triton's interpreter shows the same kernels on the CPU."""
+
+import functools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, explicit_attention, run_command
+from torch import nn
+
+import prepare
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+on_hopper = pytest.mark.skipif(not prepare.has_kernels(torch.device("cuda")), reason="no Hopper GPU here")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def bf16(*shape, seed=0, scale=1.0):
+    """Numbers that bf16 holds exactly, as a float32 leaf."""
+    random = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=random)).bfloat16().float().to(DEVICE).requires_grad_()
+
+
+def relative_errors(function, plain, *leaves):
+    """Errors of the output and of every leaf's gradient against float64, for random output gradients."""
+    copies = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out, expected = function(*leaves), plain(*copies)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).bfloat16()
+    out.backward(weights.to(out.dtype))
+    expected.backward(weights.double())
+    pairs = [(out, expected), *((leaf.grad, copy.grad) for leaf, copy in zip(leaves, copies, strict=True))]
+    return [((a.double() - b).norm() / b.norm().clamp_min(1e-3)).item() for a, b in pairs]
+
+
+def are_small(errors) -> bool:
+    return all(error < 1e-2 for error in errors)  # as max() would not, this sees a NaN
+
+
+def linear(rows, cols, seed, **options):
+    module = nn.Linear(cols, rows, bias=False, **options).to(DEVICE)
+    module.weight = nn.Parameter(bf16(rows, cols, seed=seed, scale=0.1).detach())
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rotary_tables(T, D):
+    angles = torch.outer(torch.arange(T), 10_000.0 ** (-torch.arange(0, D, 2) / D))[:, None].to(DEVICE)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    return torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
+
+
+def plain_turn(x, cos, sin):
+    """RMS norm, then the rotation of (x1, x2) by the table's angle, in x's precision."""
+    x = x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    (x1, x2), c, s = x.chunk(2, -1), cos.chunk(2, -1)[0].to(x.dtype), sin.chunk(2, -1)[0].to(x.dtype)
+    return torch.cat((x1 * c + x2 * s, x2 * c - x1 * s), -1)
+
+
+def plain_attention(q, k, v, tables, window):
+    if tables:
+        q, k = plain_turn(q, *tables), plain_turn(k, *tables)
+    return explicit_attention(q, k, v, window)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("is_turned", [True, False])
+@pytest.mark.parametrize(("H", "KV", "D"), [(4, 4, 128), (4, 2, 128), (3, 1, 64)])
+@pytest.mark.parametrize(
+    ("T", "window"), [(256, 128), (256, 100), (320, 1), (192, 0), (128, 64), (128, 127), (64, 9999)]
+)
+def test_the_window_kernel_is_plain_attention(H, KV, D, T, window, is_turned):
+    leaves = [bf16(2, T, heads, D, seed=i) for i, heads in enumerate((H, KV, KV))]
+    tables = rotary_tables(T, D) if is_turned else ()
+    prepare.kernels_used.clear()
+    errors = relative_errors(
+        lambda *qkv: prepare.window_attention(*qkv, *tables, window=window),
+        lambda *qkv: plain_attention(*qkv, tables, window),
+        *leaves,
+    )
+    # With a window of 0 only the value counts, and the other two gradients are 0.
+    assert are_small((errors[0], errors[3], *(errors[1:3] if window else [])))
+    assert prepare.kernels_used == {"window attention"}
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_the_window_kernel_takes_queries_keys_and_values_as_they_lie_in_memory():
+    B, T, H, D = 2, 128, 2, 64
+    wide = bf16(B, T, 3 * H * D + 1).detach().bfloat16()  # no slice of it is aligned
+    parts = [wide[..., i * H * D + 1 : (i + 1) * H * D + 1].view(B, T, H, D) for i in range(3)]
+    for q, k, v in (parts, [t.transpose(1, 2).contiguous().transpose(1, 2) for t in parts]):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        function = functools.partial(prepare.window_attention, window=50)
+        assert are_small(relative_errors(function, lambda *qkv: plain_attention(*qkv, (), 50), *leaves))
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """As on a Hopper GPU, but whoever calls a kernel's operator is caught."""
+    monkeypatch.setattr(prepare, "has_kernels", lambda device: True)
+    monkeypatch.setattr(prepare, "_is_bf16_on_gpu", lambda x: True)
+    for name in ("_window_attention", "_relu2_mlp", "_head_loss"):
+        monkeypatch.setattr(prepare, name, lambda *inputs, name=name: pytest.fail(f"{name} was called"))
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "k_shape", "v_shape"),
+    [
+        ((1, 100, 2, 64), (1, 100, 2, 64), (1, 100, 2, 64)),
+        ((1, 64, 2, 96), (1, 64, 2, 96), (1, 64, 2, 96)),
+        ((1, 64, 2, 64), (1, 64, 2, 64), (1, 64, 2, 32)),
+        ((0, 64, 2, 64), (0, 64, 2, 64), (0, 64, 2, 64)),
+    ],
+    ids=["length no multiple of 64", "heads of 96", "narrow values", "no rows"],
+)
+def test_attention_of_other_shapes_is_plain(with_kernels, q_shape, k_shape, v_shape):
+    q, k, v = (torch.randn(shape) for shape in (q_shape, k_shape, v_shape))
+    tables = rotary_tables(q_shape[1], q_shape[3])
+    for given in ((), tables):
+        out = prepare.window_attention(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), *given, window=10)
+        expected = plain_attention(*(t.to(DEVICE).double() for t in (q, k, v)), given, 10)
+        assert torch.allclose(out.double(), expected, atol=1e-4)
+
+
+def test_a_shorter_sequence_than_the_longest_is_attended_to_all_the_same():
+    q, k, v = (torch.randn(1, 12, 2, 8) for _ in range(3))
+    for window in (5, 16):
+        _, attend = prepare.make_attention(window, 16, 8, torch.device("cpu"))
+        assert torch.allclose(attend(q, k, v), explicit_attention(q, k, v, window).float(), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLP and projections
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_mlp(x, w_in, w_out):
+    return (x @ w_in.T).relu().square() @ w_out.T
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "out"), [(512, 128, 512, 128), (300, 72, 200, 72), (1, 8, 8, 8), (64, 64, 128, 32)]
+)
+def test_the_mlp_kernel_is_the_plain_mlp(rows, width, hidden, out):
+    c_in, c_out = linear(hidden, width, 1), linear(out, hidden, 2)
+    prepare.kernels_used.clear()
+    errors = relative_errors(
+        lambda x, *_: prepare.relu2_mlp(x.bfloat16(), c_in, c_out),
+        plain_mlp,
+        bf16(rows, width),
+        c_in.weight,
+        c_out.weight,
+    )
+    assert are_small(errors)
+    assert prepare.kernels_used == {"mlp"}
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("name", ["transposed", "unaligned"])
+def test_the_mlp_kernel_takes_its_input_as_it_lies_in_memory(name):
+    c_in, c_out = linear(128, 64, 1), linear(64, 128, 2)
+    memory = bf16(64, 256).detach().bfloat16()
+    x = (memory.T if name == "transposed" else memory[:, 1:65]).detach().requires_grad_()
+    plain = functools.partial(plain_mlp, w_in=c_in.weight.double(), w_out=c_out.weight.double())
+    assert are_small(relative_errors(lambda x: prepare.relu2_mlp(x, c_in, c_out), plain, x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+MLP_EDITS = {
+    "a bias inside": (lambda: (nn.Linear(8, 16), nn.Linear(16, 8, bias=False)), (4, 8)),
+    "a bias outside": (lambda: (nn.Linear(8, 16, bias=False), nn.Linear(16, 8)), (4, 8)),
+    "a layer of another kind": (lambda: (Doubled(8, 16, bias=False), nn.Linear(16, 8, bias=False)), (4, 8)),
+    "a width that is no multiple of 8": (lambda: (nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)), (4, 8)),
+    "no rows": (lambda: (nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)), (0, 8)),
+}
+
+
+@pytest.mark.parametrize("edit", MLP_EDITS)
+def test_an_mlp_that_the_kernel_does_not_cover_is_plain(with_kernels, edit):
+    layers, shape = MLP_EDITS[edit]
+    (c_in, c_out), x = layers(), torch.randn(shape)
+    assert torch.equal(prepare.relu2_mlp(x, c_in, c_out), c_out(c_in(x).relu() ** 2))
+
+
+def test_several_projections_as_one_product_are_the_same(monkeypatch):
+    monkeypatch.setattr(prepare, "_is_bf16_on_gpu", lambda x: True)
+    torch.manual_seed(0)
+    a, b, x = nn.Linear(8, 16, bias=False), nn.Linear(8, 24, bias=False), torch.randn(2, 3, 8)
+    for got, layer in zip(prepare.project(x, a, b), (a, b), strict=True):
+        assert torch.allclose(got, layer(x), atol=1e-6)
+    a = nn.Linear(8, 16)
+    assert torch.equal(prepare.project(x, a, b)[0], a(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "cap"),
+    [(64, 128, 8192, 15), (100, 64, 1000, 15), (3, 16, 5, 2), (16, 64, 32768, 40), (8, 64, 100, 1000)],
+)
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_the_loss_kernel_is_plain_cross_entropy(rows, width, vocab, cap, is_strided):
+    x, head = bf16(rows, width), linear(vocab, width, 1)
+    head.weight = nn.Parameter(bf16(vocab, width, seed=1).detach())
+    targets = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    targets[1] = -1
+    given = targets.repeat_interleave(3)[::3] if is_strided else targets
+    factors = torch.rand(rows, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    prepare.kernels_used.clear()
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = prepare.softcap_loss(x.bfloat16(), head, given, float(cap))
+    losses.backward(factors)
+    assert prepare.kernels_used == ({"loss"} if cap <= 40 else set())
+    plain_x, plain_weight = x.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()
+    product = plain_x @ plain_weight.T
+    logits = product + (product.detach().bfloat16().double() - product.detach())  # the product's own rounding
+    log_p = (cap * torch.tanh(logits / cap)).log_softmax(-1)
+    expected = -log_p.gather(1, targets.clamp_min(0).unsqueeze(1)).squeeze(1) * (targets != -1)
+    expected.backward(factors.double())
+    assert losses[1] == 0
+    assert torch.allclose(losses.double(), expected, rtol=1e-4, atol=1e-4)
+    for got, wanted in ((x.grad, plain_x.grad), (head.weight.grad, plain_weight.grad)):
+        assert (got.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("target", [-100, -2, 8, 10**9])
+def test_a_target_that_is_no_token_has_no_number_for_a_loss(target):
+    losses = prepare.softcap_loss(
+        bf16(3, 16).bfloat16(), linear(8, 16, 1).bfloat16(), torch.tensor([1, target, -1], device=DEVICE), 15.0
+    )
+    assert losses.isnan().tolist() == [False, True, False]
+
+
+LOSS_EDITS = {
+    "a bias": (lambda: nn.Linear(8, 16), 3, 15.0),
+    "a head of another kind": (lambda: Doubled(8, 16, bias=False), 3, 15.0),
+    "no rows": (lambda: nn.Linear(8, 16, bias=False), 0, 15.0),
+    "no cap": (lambda: nn.Linear(8, 16, bias=False), 3, None),
+    "a cap of 0": (lambda: nn.Linear(8, 16, bias=False), 3, 0),
+    "a cap of infinity": (lambda: nn.Linear(8, 16, bias=False), 3, math.inf),
+    "a high cap": (lambda: nn.Linear(8, 16, bias=False), 3, 50.0),
+    "a large vocabulary": (lambda: nn.Linear(8, 2**15 + 1, bias=False), 3, 15.0),
+}
+
+
+@pytest.mark.parametrize("edit", LOSS_EDITS)
+def test_a_loss_that_the_kernel_does_not_cover_is_plain(with_kernels, edit):
+    make_head, rows, cap = LOSS_EDITS[edit]
+    head, x, targets = make_head(), torch.randn(rows, 8), torch.tensor([1, -1, 7])[:rows]
+    logits = head(x)
+    if cap and cap < math.inf:
+        logits = cap * torch.tanh(logits / cap)
+    expected = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+    assert torch.equal(prepare.softcap_loss(x, head, targets, cap), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where there are no kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_mlp_and_loss_are_the_plain_ones():
+    torch.manual_seed(0)
+    c_in, c_out, x = nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False), torch.randn(2, 3, 4)
+    assert torch.equal(prepare.relu2_mlp(x, c_in, c_out), c_out(c_in(x).relu() ** 2))
+    head, targets = nn.Linear(4, 5, bias=False), torch.tensor([0, 4, -1])
+    log_p = (15 * torch.tanh(head(x[0]) / 15)).log_softmax(-1)
+    expected = torch.stack([-log_p[0, 0], -log_p[1, 4], torch.tensor(0.0)])
+    assert torch.allclose(prepare.softcap_loss(x[0], head, targets, 15.0), expected)
+
+
+def test_an_amd_gpu_whose_number_begins_with_9_has_no_kernels(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not prepare.has_kernels(torch.device("cuda"))
+
+
+def test_without_triton_everything_else_works():
+    code = "import sys; sys.modules['triton'] = None; import prepare; print(prepare.triton, prepare.jit(len)('four'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "None 4\n", done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compiler's cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+OPERATOR = """
+import torch, torch.library
+
+@torch.library.custom_op("test::scaled", mutates_args=())
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x * factor
+
+scaled.register_fake(lambda x, factor: torch.empty_like(x))
+scaled.register_autograd(lambda ctx, grad: (scaled(grad, FACTOR), None))
+"""
+COMPILED_GRADIENT = """
+from pathlib import Path
+import torch
+import prepare
+
+prepare.Run(Path(__file__))
+x = torch.ones(2, requires_grad=True)
+torch.compile(lambda x: torch.ops.test.scaled(x, 1.0))(x).backward(torch.ones(2))
+print(x.grad.tolist())
+"""
+
+
+@pytest.mark.parametrize("place", ["prepare.py", "train.py"])
+def test_a_changed_gradient_is_not_taken_from_the_compilers_cache(place, tmp_path):
+    for factor in (2.0, 3.0):
+        (tmp_path / "prepare.py").write_text((ROOT / "prepare.py").read_text())
+        (tmp_path / "train.py").write_text("")
+        with open(tmp_path / place, "a") as f:
+            f.write(OPERATOR.replace("FACTOR", str(factor)))
+        with open(tmp_path / "train.py", "a") as f:
+            f.write(COMPILED_GRADIENT)
+        variables = {"PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+        result = run_command(tmp_path / "cache", tmp_path / "train.py", **variables)
+        assert result.stdout == f"{[factor, factor]}\n", result.stderr
+
+
+def test_an_edit_without_operators_of_its_own_keeps_the_compilers_cache(tmp_path):
+    edited = tmp_path / "train.py"
+    edited.write_text((ROOT / "train.py").read_text() + "# edited\n")
+    prepare.Run(edited)
+    assert torch.compiler.config.cache_key_tag == prepare.sha256_file(ROOT / "prepare.py")
