@@ -39,6 +39,7 @@ import fcntl
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -54,6 +55,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from statistics import NormalDist
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
@@ -80,22 +82,20 @@ BEST_HEADING = "## Current Best"
 # The lines that render_current_best writes, whole: any other line in that section is the agent's, and stays.
 BEST_LINES = re.compile(
     r"^(?:No run is kept yet\.|- \S+: val_bpb \d+\.\d{6}, (?:one run|mean of \d+ runs \([^)\n]*\))"
-    r"|- its change: [^\n]*|- noise between identical runs: sigma \d+\.\d{6} bpb \([^\n]*\))\r?(?:\n|\Z)",
+    r"|- its change: [^\n]*|- noise between (?:identical runs|seeds of one program): [^\n]*)\r?(?:\n|\Z)",
     re.M,
 )
-PAGE_LINES, PAGE_BYTES = 120, 8000
+PAGE_LINES, PAGE_BYTES = 60, 5000
 
-# Public logs of this experiment on H100 and H200 show 0.0005 to 0.0014 bpb between identical runs of five minutes.
-# The prior counts for a few degrees of freedom for good: replicates of one seed on one machine agreed within 0.0002
-# where other seeds were 0.0009 apart, and a changed program is as far from the old one as another seed is.
+# Public logs of this experiment on H100 and H200 show 0.0005 to 0.0014 bpb between seeds in runs of five minutes. It
+# counts as two degrees of freedom.
 PRIOR_SIGMA = 0.001
 PRIOR_WEIGHT = 2
-GAIN_ERRORS = 2.0  # standard errors from which on a difference is called one
-PLATEAU_IDEAS = 5
+# In standard errors of the difference to the best, as tests/bench_nights.py found them to gain most.
+KEEP_ERRORS, KEEP_ERRORS_WITH_CODE, GAIN_ERRORS = 0.5, 1.0, 2.0
+RERUN_EVERY = 15  # runs, after which the best is run again: the lowest of many noisy scores reads too low
 SMOOTHING = 0.9
-TRAJECTORY = (0.05, 0.10, 0.25, 0.50, 0.75, 0.90, 1.00)
 DWARFING = 0.12  # of the budget: what pictures leave off the scale, because it would flatten the rest
-STEP_TIME_TOLERANCE = 0.05  # of the median: identical programs on an idle GPU agree within 1 to 2 %
 
 LOG_BYTES = 2**20  # of a log that are read and archived; a real one has 50 KB
 STATUS_LINES = 60
@@ -950,7 +950,7 @@ def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | 
         "modules": {name: sha256(normal(str(text))) for name, text in modules.items()},
         "program": program_hash(run.train_py, modules=modules),
         "program_and_seed": program_hash(run.train_py, hide_seed=False, modules=modules),
-        "seed": s.get("seed"),
+        "seed": number(s.get("seed")),
         "seed_offset": number(run.first_of("seed_offset")),
         **compute_comparable(run),
         **{key: s.get(key) for key in MACHINE_KEYS},
@@ -960,6 +960,7 @@ def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | 
         "total_s": elapsed_s,
         "step_ms": run.step_ms,
         "mfu_percent": number(s.get("mfu_percent")),
+        "pace": compute_pace(run),
         "num_params_m": number(s.get("num_params_M")),
         "first_loss": number(loss[0]) if len(loss) else None,
         "last_loss": number(loss[-1]) if len(loss) else None,
@@ -1085,23 +1086,51 @@ def find_cause(reason: str | None, end: str) -> tuple[str | None, str | None]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compute: noise, best, verdict
+#
+# A score is its program's true value plus noise of standard deviation sigma: another seed, another order of floating
+# point sums. What is decided: keep or not (KEEP_ERRORS), and what is claimed: a gain, or none yet (GAIN_ERRORS). The
+# two are apart because their costs are: a false keep is nearly as good as what it replaces and is put right by the
+# next, a false discard loses its gain for good. tests/bench_nights.py simulates nights with known truth through these
+# functions and prints what each rule gains and how many of its keeps and claims are false.
 # ---------------------------------------------------------------------------------------------------------------------
+
+# Two runs can be compared where none of these is known to differ.
+KIND_KEYS = ("time_budget", "data_fingerprint", "eval_tokens", "measurement_sha256", "demo", "gpu_name")
+# Student's t, two-sided 95 %, by degrees of freedom: the bar where no prior supports a measured sigma.
+STUDENT_T = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8, 5: 2.6, 6: 2.4, 7: 2.4, 8: 2.3, 9: 2.3}
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of val_bpb between replicates, in bpb, and where the figure comes from."""
+    """Standard deviation of val_bpb between seeds of one program, in bpb; None where nothing tells it."""
 
-    sigma: float
-    freedom: int
+    sigma: float | None
+    freedom: int  # of the replicates: what was measured here
     measured: float | None
+    has_prior: bool
 
     @property
     def source(self) -> str:
+        if self.sigma is None:
+            return "run the baseline again first"
+        prior = f"prior of the five-minute run: {PRIOR_SIGMA:.6f}, counted as {PRIOR_WEIGHT}"
         if self.measured is None:
-            return "prior from public runs, no replicate yet"
-        return (f"replicates: {self.measured:.6f} with {self.freedom} degree(s) of freedom; "
-                f"prior: {PRIOR_SIGMA:.6f} with {PRIOR_WEIGHT}")
+            return f"{prior}; no other seed was run yet"
+        measured = f"measured {self.measured:.6f} with {self.freedom} degree(s) of freedom"
+        return f"{measured}; {prior}" if self.has_prior else measured
+
+    @property
+    def claim_errors(self) -> float:
+        """Standard errors from which on a difference is claimed: with few degrees of freedom and no prior, more."""
+        if self.has_prior:
+            return GAIN_ERRORS
+        return STUDENT_T.get(self.freedom, 2.2)
+
+
+def describe_noise(noise: Noise) -> str:
+    if noise.sigma is None:
+        return f"unknown: {noise.source}"
+    return f"sigma {noise.sigma:.6f} bpb ({noise.source})"
 
 
 @dataclass(frozen=True)
@@ -1109,10 +1138,22 @@ class Best:
     """The group of replicates with the lowest mean among those of which one is kept."""
 
     name: str  # the first one kept: its train.py is the one to go back to
-    mean: float
+    mean: float  # each seed counts once
     names: tuple[str, ...]
     group: tuple
     is_kept: bool  # False: nothing is kept yet and the first valid run stands in
+    num_seeds: int = 1
+
+
+def is_comparable(a: Entry, b: Entry) -> bool:
+    pairs = [(a.record.get(key), b.record.get(key)) for key in KIND_KEYS]
+    return all(x is None or y is None or x == y for x, y in pairs)
+
+
+def comparable(entries: list[Entry], like: Entry | None = None) -> list[Entry]:
+    """The entries that can be compared with `like`, by default the newest one with a score."""
+    like = like or next((e for e in reversed(entries) if e.is_valid), None)
+    return [e for e in entries if is_comparable(e, like)] if like else entries
 
 
 def compute_groups(entries: list[Entry]) -> dict[tuple, list[Entry]]:
@@ -1123,82 +1164,131 @@ def compute_groups(entries: list[Entry]) -> dict[tuple, list[Entry]]:
     return groups
 
 
+def seed_scores(entries: list[Entry]) -> list[float]:
+    """One score a seed, the mean of its runs: reruns of one seed agree to 0.0002 bpb where other seeds, and so other
+    programs, are 0.0009 apart. Counted one by one they would make the noise look a quarter of what it is."""
+    by_seed: dict[object, list[float]] = {}
+    for e in entries:
+        by_seed.setdefault(e.record.get("seed"), []).append(e.val_bpb)
+    return [float(np.mean(scores)) for scores in by_seed.values()]
+
+
 def mean_bpb(entries: list[Entry]) -> float:
-    return float(np.mean([e.val_bpb for e in entries]))
+    return float(np.mean(seed_scores(entries)))
 
 
 def compute_noise(entries: list[Entry]) -> Noise:
-    """Pooled over all groups of replicates and the prior: variance = sum of squared deviations / degrees of freedom, to
-    which a group of n adds n - 1. Without the prior one lucky pair would make everything a gain."""
-    groups = [[e.val_bpb for e in group] for group in compute_groups(entries).values() if len(group) > 1]
-    freedom = sum(len(values) - 1 for values in groups)
-    squares = sum(float(np.var(values)) * len(values) for values in groups)
-    pooled = math.sqrt((PRIOR_WEIGHT * PRIOR_SIGMA**2 + squares) / (PRIOR_WEIGHT + freedom))
-    return Noise(pooled, freedom, math.sqrt(squares / freedom) if freedom else None)
+    """Pooled over all groups of replicates: sum of squared deviations / degrees of freedom, to which n seeds of a
+    program add n - 1. The prior belongs to the real run of five minutes and stands for two degrees more; without it
+    one lucky pair would make everything a gain. Elsewhere (the demo, another budget) there is none."""
+    squares, freedom = 0.0, 0
+    for group in compute_groups(entries).values():
+        scores = seed_scores(group) if len(group) > 1 else []
+        if len(scores) > 1:
+            freedom += len(scores) - 1
+            squares += float(np.var(scores)) * len(scores)
+    measured = math.sqrt(squares / freedom) if freedom else None
+    if not any(is_five_minute_run(e.record) for e in entries):
+        return Noise(measured, freedom, measured, False)
+    variance = (PRIOR_WEIGHT * PRIOR_SIGMA**2 + squares) / (PRIOR_WEIGHT + freedom)
+    return Noise(math.sqrt(variance), freedom, measured, True)
 
 
-def compute_best(entries: list[Entry]) -> Best | None:
-    """Lowest mean over replicates among the kept programs; while none is kept, the first valid run not discarded."""
-    valid = [e for e in entries if e.is_valid]
+def is_five_minute_run(record: dict) -> bool:
+    budget_s = number(record.get("time_budget")) or number(record.get("training_s"))
+    return budget_s is not None and abs(budget_s - 300) < 3 and not record.get("demo")
+
+
+def compute_best(entries: list[Entry], like: Entry | None = None) -> Best | None:
+    """Lowest mean among the kept programs comparable with `like` (the newest score); while none is kept, the first
+    valid run not discarded stands in."""
+    valid = [e for e in comparable(entries, like) if e.is_valid]
     kept = [e for e in valid if e.status == "keep"]
     anchors = kept or [e for e in valid if e.status == "pending"][:1]
     groups = compute_groups(valid)
     candidates: dict[tuple, Best] = {}
     for e in anchors:
-        group = groups[e.group]
-        best = Best(e.name, mean_bpb(group), tuple(g.name for g in group), e.group, bool(kept))
-        candidates.setdefault(e.group, best)
+        if e.group not in candidates:
+            group = groups[e.group]
+            names = tuple(g.name for g in group)
+            seeds = len(seed_scores(group))
+            candidates[e.group] = Best(e.name, mean_bpb(group), names, e.group, bool(kept), seeds)
     return min(candidates.values(), key=lambda best: best.mean, default=None)
 
 
-def compute_verdict(this: Entry, entries: list[Entry]) -> dict:
-    """This run against the best of all others. `kind` is crash, invalid, baseline, replicate, new best, within noise or
-    not better; `difference` is this program's mean minus the best's, in bpb, lower being better."""
+def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None) -> dict:
+    """This run against the best of all others that can be compared with it.
+
+    `kind` is crash, stopped, invalid, hampered, baseline, unchanged, replicate, new best, unproven or not better;
+    `advice` keep, discard, rerun or wait. `difference` is this program's mean minus the best's, in bpb, lower being
+    better. `facts` holds what the scores alone do not tell: is_unchanged, adds_code, hampered (reasons)."""
+    facts = facts or {}
+    entries = comparable(entries, this)
     others = [e for e in entries if e.name != this.name]
-    best, noise = compute_best(others), compute_noise(entries)
-    same = [e for e in others if e.group == this.group and e.is_valid] if this.is_valid else []
-    twin = next((e for e in others if this.record.get("program") and e.group == this.group), None)
+    # Judged without itself: an outlier that is part of its own sigma cannot stand out from it.
+    best, noise = compute_best(others, this), compute_noise(others or [this])
+    same = [e for e in others if e.group == this.group and e.is_valid]
     verdict = {
         "val_bpb": this.val_bpb,
-        "invalid": this.record.get("invalid") or ["called invalid by hand"] if this.status == "invalid" else [],
         "best": best.name if best else None,
         "best_mean": best.mean if best else None,
         "best_runs": len(best.names) if best else 0,
         "best_is_kept": bool(best and best.is_kept),
-        "noise": {"sigma": noise.sigma, "source": noise.source, "degrees_of_freedom": noise.freedom},
+        "noise": {"sigma": noise.sigma, "text": describe_noise(noise), "degrees_of_freedom": noise.freedom},
         "replicates": [e.name for e in same],
-        "same_as": describe_sameness(this, twin) if twin else None,
-        "mean": mean_bpb([this, *same]) if this.is_valid else None,
+        "reasons": [],
     }
-    if this.status == "crash":
-        return verdict | {"kind": "crash"}
-    if not this.is_valid:
-        return verdict | {"kind": "invalid"}
+    if flaw := compute_flaw(this, facts):
+        return verdict | flaw
+    verdict["mean"] = mean_bpb([this, *same])
     if best is None:
-        return verdict | {"kind": "baseline"}
+        return verdict | {"kind": "baseline", "advice": "keep"}
+    if facts.get("is_unchanged") and best.group != this.group:
+        return verdict | {"kind": "unchanged", "advice": "discard"} | compare_with(verdict["mean"], 1, best, noise)
     if best.group == this.group:
-        group = [this, *same]
-        deviation = float(np.std([e.val_bpb for e in group], ddof=1))
-        single = this.val_bpb - best.mean
-        error, after = noise.sigma * math.sqrt(1 + 1 / len(best.names)), compute_best(entries)
-        dethroned_by = [after.name, after.mean] if after.group != best.group else None
-        return verdict | {"kind": "replicate", "difference": single, "standard_errors": single / error,
-                          "spread": deviation, "dethroned_by": dethroned_by}
-    difference = verdict["mean"] - best.mean
-    error = noise.sigma * math.sqrt(1 / (1 + len(same)) + 1 / len(best.names))
-    errors = difference / error
-    kind = "within noise" if abs(errors) < GAIN_ERRORS else "new best" if errors < 0 else "not better"
-    runs_to_tell = math.ceil(2 * (GAIN_ERRORS * noise.sigma / difference) ** 2) if difference else None
-    return verdict | {"kind": kind, "difference": difference, "standard_error": error, "standard_errors": errors,
-                      "runs_to_tell": runs_to_tell}
+        after = compute_best(entries, this)
+        is_over = after.group != best.group
+        verdict["dethroned_by"] = [after.name, after.mean] if is_over else None
+        verdict |= {"kind": "replicate", "advice": "discard" if is_over else "keep"}
+        return verdict | compare_with(this.val_bpb, 1, best, noise)
+    verdict |= compare_with(verdict["mean"], len(seed_scores([this, *same])), best, noise)
+    return verdict | decide(verdict, noise, facts.get("adds_code", False))
 
 
-def describe_sameness(this: Entry, twin: Entry) -> str:
-    if this.record.get("train_sha256") == twin.record.get("train_sha256"):
-        return f"the very train.py of {twin.name}"
-    if this.record.get("program_and_seed") == twin.record.get("program_and_seed"):
-        return f"no functional change against {twin.name} (comments or formatting only)"
-    return f"nothing but the seed differs from {twin.name}"
+def compute_flaw(this: Entry, facts: dict) -> dict | None:
+    """Kind, advice and reasons of a run whose score says nothing about its program; None for a sound one."""
+    record = this.record
+    if record.get("stopped"):
+        return {"kind": "stopped", "advice": "discard"}
+    if this.status == "crash" or (this.val_bpb is None and not record.get("invalid")):
+        return {"kind": "crash", "advice": "rerun" if facts.get("is_killed") else "discard"}
+    if record.get("invalid") or this.status == "invalid":
+        reasons = record.get("invalid") or ["called invalid by hand"]
+        return {"kind": "invalid", "advice": "discard", "reasons": reasons}
+    if reasons := facts.get("hampered") or record.get("hampered"):
+        return {"kind": "hampered", "advice": "wait", "reasons": reasons}
+    return None
+
+
+def compare_with(mean: float, num_seeds: int, best: Best, noise: Noise) -> dict:
+    difference = mean - best.mean
+    if noise.sigma is None:
+        return {"difference": difference, "standard_error": None, "standard_errors": None}
+    error = noise.sigma * math.sqrt(1 / num_seeds + 1 / best.num_seeds)
+    return {"difference": difference, "standard_error": error, "standard_errors": difference / error if error else None}
+
+
+def decide(verdict: dict, noise: Noise, adds_code: bool) -> dict:
+    """Keep from half a standard error on, from a whole one where the program grows; claim from two on."""
+    errors = verdict["standard_errors"]
+    if errors is None:  # noise unknown: nothing can be claimed
+        is_better = verdict["difference"] < 0
+        return {"kind": "unproven" if is_better else "not better", "advice": "keep" if is_better else "discard"}
+    if errors <= -noise.claim_errors:
+        return {"kind": "new best", "advice": "keep"}
+    if errors <= -(KEEP_ERRORS_WITH_CODE if adds_code else KEEP_ERRORS):
+        return {"kind": "unproven", "advice": "keep"}
+    return {"kind": "not better", "advice": "discard"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1240,13 +1330,35 @@ def diff_lines(before: str | None, after: str | None, name: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Compute: curves, speed and learning, trajectory, convergence
+# Compute: the paired curve
+#
+# Every run sees the same rows in the same order, so two runs' losses can be compared on the same text: its difficulty,
+# nine tenths of a loss curve's scatter, drops out of the difference. Windows are cut at token counts at which both
+# runs have a boundary (a step's end, or a micro-batch's), so that both means are over exactly the same tokens.
+#
+# What is left scatters around a slow trend, and neighbouring steps' differences are alike, so the error of a window's
+# mean is s / sqrt(n) times the root of an inflation by autocorrelation. That is estimated once for all windows, after
+# taking a straight line out of each; one window alone is too short. The error is that of the text: how far the
+# mean of these two trained models' difference could be off because the window is finite. That another seed would have
+# trained other models is the noise of the verdict, and not in it. tests/bench_statistics.py checks the coverage.
+#
+# Late in a run the learning rate falls by the clock. Where one run is slower, equal tokens then mean unequal rates:
+# the difference at equal progress is read too, by moving the best along its own slope to the progress at which this
+# run saw the same text. It is what the score will say, speed included; the one at equal tokens is learning alone, but
+# only while both have the same rates.
 # ---------------------------------------------------------------------------------------------------------------------
+
+NUM_WINDOWS = 10
+MIN_BLOCKS = 40  # below four a window, no error can be estimated
+SUMMARY_WINDOWS = 2
+FARTHEST_SHIFT = 0.1  # of the tokens: beyond one window the best's curve is not straight enough to move along
+SAME_TOKENS = 0.01  # two token counts within this are called equal: it is worth less than the noise
+SCHEDULE_KEYS = ("train/lr_multiplier", "train/muon_momentum", "train/weight_decay")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's loss against budget clock and tokens at the end of each step, without steps whose loss is no number."""
+    """A run's loss, up to its first step whose loss is no number: arrays over the steps, at the end of each."""
 
     name: str
     step: np.ndarray
@@ -1255,8 +1367,29 @@ class Curve:
     loss: np.ndarray  # nats per token
     smooth: np.ndarray
     lr: np.ndarray  # multiplier, NaN where unknown
+    epoch: np.ndarray
+    data_sum: np.ndarray  # of all tokens so far, NaN where unknown
     budget_s: float
     bpb_per_nat: float | None
+    bounds: np.ndarray = field(repr=False)  # token counts, from 0, at which the sum of the loss is known exactly
+    nats: np.ndarray = field(repr=False)  # that sum
+
+    def sum_at(self, tokens: np.ndarray) -> np.ndarray:
+        """Nats of all tokens up to these counts; inside a step, split evenly."""
+        return np.interp(tokens, self.bounds, self.nats)
+
+    def mean_between(self, first: float, last: float) -> float:
+        low, high = self.sum_at(np.array([first, last]))
+        return float((high - low) / (last - first))
+
+    def progress_at(self, tokens: float) -> float:
+        """Share of the budget used up when this many tokens had been seen."""
+        ends = np.append(0.0, 1e6 * self.tokens_m)
+        return float(np.interp(tokens, ends, np.append(0.0, self.time_s / self.budget_s)))
+
+    def tokens_at(self, progress: float) -> float:
+        shares = np.append(0.0, self.time_s / self.budget_s)
+        return float(np.interp(progress, shares, np.append(0.0, 1e6 * self.tokens_m)))
 
     def at_time(self, fraction: float) -> float:
         """Smoothed loss at a fraction of the budget, NaN where the run had ended. The last step stands in for 100 %."""
@@ -1265,59 +1398,92 @@ class Curve:
             return float(self.smooth[-1])
         return float(np.interp(time_s, self.time_s, self.smooth, right=math.nan))
 
-    def at_tokens(self, tokens_m: float) -> float:
-        return float(np.interp(tokens_m, self.tokens_m, self.smooth, right=math.nan))
-
-
-def smoothed(loss: np.ndarray, step: float = 1.0) -> np.ndarray:
-    """Exponential average, debiased, as train.py logs it; `step` below 1 makes a step count for less."""
-    keep, average, values = SMOOTHING**step, 0.0, np.empty_like(loss)
-    for i, x in enumerate(loss):
-        average = keep * average + (1 - keep) * x
-        values[i] = average / (1 - keep ** (i + 1))
-    return values
-
 
 def compute_curve(run: Run) -> Curve | None:
     """None where fewer than three steps have a loss. Tokens and clock are derived where they are not logged."""
-    loss, step_s = run.series("train/loss"), np.nan_to_num(run.series("perf/step_time_ms")) / 1e3
-    if np.isfinite(loss).sum() < 3:
+    loss = run.series("train/loss")
+    num_steps = int(np.argmin(np.isfinite(loss))) if not np.isfinite(loss).all() else len(loss)
+    if num_steps < 3:
         return None
-    config, progress = run.summary, run.series("train/progress")
-    time_s = run.series("time/training_s")
-    budget_s = number(config.get("time_budget"))
+    time_s, budget_s = compute_clock(run)
+    tokens = compute_tokens(run)[:num_steps]
+    loss, time_s = loss[:num_steps], np.maximum.accumulate(time_s[:num_steps])
+    step, smooth = run.series("step")[:num_steps], run.series("train/loss_smooth")[:num_steps]
+    if not np.isfinite(step).all():
+        step = np.arange(num_steps, dtype=float)
+    if not np.isfinite(smooth).all():
+        smooth = smoothed(loss)
+    bounds, nats = compute_loss_sums(run.records[:num_steps], loss, tokens)
+    return Curve(
+        name=run.name,
+        step=step,
+        time_s=time_s,
+        tokens_m=tokens / 1e6,
+        loss=loss,
+        smooth=smooth,
+        lr=run.series("train/lr_multiplier")[:num_steps],
+        epoch=run.series("train/epoch")[:num_steps],
+        data_sum=run.series("train/data_sum")[:num_steps],
+        budget_s=budget_s,
+        bpb_per_nat=compute_bpb_per_nat(run, float(smooth[-1])),
+        bounds=bounds,
+        nats=nats,
+    )
+
+
+def compute_clock(run: Run) -> tuple[np.ndarray, float]:
+    """Seconds on the budget clock at the end of each step, and the budget."""
+    step_s = np.nan_to_num(run.series("perf/step_time_ms")) / 1e3
+    progress, time_s = run.series("train/progress"), run.series("time/training_s")
+    budget_s = number(run.summary.get("time_budget"))
     if not np.isfinite(time_s).all():  # the original logs progress at the start of a step instead
-        is_usable = budget_s is not None and np.isfinite(progress).all()
-        time_s = np.append(progress[1:], progress[-1]) * budget_s if is_usable else np.cumsum(step_s)
-        if is_usable:
+        time_s = np.cumsum(step_s)
+        if budget_s is not None and np.isfinite(progress).all():
+            time_s = np.append(progress[1:], progress[-1]) * budget_s
             time_s[-1] += step_s[-1]
-    if budget_s is None:  # a crash leaves no summary; progress tells the budget
-        with_progress = np.flatnonzero(progress > 0.02)
-        i = with_progress[-1] if len(with_progress) else None
-        budget_s = float((time_s[i] - step_s[i]) / progress[i]) if i is not None else float(time_s[-1])
-    tokens_m = run.series("train/tokens") / 1e6
-    if not np.isfinite(tokens_m).all():
-        batch = number(config.get("total_batch_size"))
-        per_step = np.full(len(loss), batch) if batch else run.series("perf/tokens_per_sec") * step_s
-        tokens_m = np.cumsum(np.nan_to_num(per_step)) / 1e6
-    smooth = run.series("train/loss_smooth")
-    ok = np.isfinite(loss)
-    smooth = smooth[ok] if np.isfinite(smooth[ok]).all() else smoothed(loss[ok])
-    step = run.series("step")
-    step = step if np.isfinite(step).all() else np.arange(len(loss), dtype=float)
-    lr = run.series("train/lr_multiplier")
-    return Curve(run.name, step[ok], np.maximum.accumulate(time_s[ok]), np.maximum.accumulate(tokens_m[ok]), loss[ok],
-                 smooth, lr[ok], budget_s, compute_bpb_per_nat(run, smooth[-1]))
+    if budget_s is None:  # a crash, or a run in progress, has no summary; its progress tells the budget
+        known = np.flatnonzero(progress > 0.02)
+        budget_s = float(time_s[-1])
+        if len(known):
+            budget_s = float((time_s[known[-1]] - step_s[known[-1]]) / progress[known[-1]])
+    return time_s, budget_s
 
 
-def compute_curves(run: Run, best: Run | None, previous: Run | None) -> dict[str, Curve | None]:
-    """The curves of this run, the best and the previous one, all smoothed over the same stretch of time: ten steps of a
-    small batch trail behind the loss less than ten of a large one, which early on would look like a lower loss."""
-    curves = {k: compute_curve(r) if r else None for k, r in (("this", run), ("best", best), ("previous", previous))}
-    step_s = {k: c.time_s[-1] / len(c.loss) for k, c in curves.items() if c}
-    slowest_s = max(step_s.values(), default=0.0)
-    return {k: replace(c, smooth=smoothed(c.loss, step_s[k] / slowest_s)) if c and step_s[k] < slowest_s else c
-            for k, c in curves.items()}
+def compute_tokens(run: Run) -> np.ndarray:
+    """Tokens trained on up to the end of each step."""
+    tokens = run.series("train/tokens")
+    if np.isfinite(tokens).all():
+        return np.maximum.accumulate(tokens)
+    batch = number(run.summary.get("total_batch_size"))
+    if batch:
+        return batch * np.arange(1.0, len(tokens) + 1)
+    per_step = run.series("perf/tokens_per_sec") * run.series("perf/step_time_ms") / 1e3
+    return np.cumsum(np.nan_to_num(per_step))
+
+
+def compute_loss_sums(records: list[dict], loss: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Token counts with the sum of the loss up to each, at the ends of the steps and of their micro-batches."""
+    bounds, nats = [0.0], [0.0]
+    for record, step_loss, end in zip(records, loss, tokens, strict=True):
+        parts = numbers(record.get("train/micro_losses") or [step_loss])
+        if not np.isfinite(parts).all():
+            parts = np.array([step_loss])
+        span = (end - bounds[-1]) / len(parts)
+        if span <= 0:
+            continue
+        for k, part in enumerate(parts, 1):
+            bounds.append(end - (len(parts) - k) * span)
+            nats.append(nats[-1] + float(part) * span)
+    return np.array(bounds), np.array(nats)
+
+
+def smoothed(loss: np.ndarray) -> np.ndarray:
+    """Exponential average, debiased, as train.py logs it."""
+    average, values = 0.0, np.empty_like(loss)
+    for i, x in enumerate(loss):
+        average = SMOOTHING * average + (1 - SMOOTHING) * x
+        values[i] = average / (1 - SMOOTHING ** (i + 1))
+    return values
 
 
 def compute_bpb_per_nat(run: Run, last_loss: float) -> float | None:
@@ -1326,288 +1492,418 @@ def compute_bpb_per_nat(run: Run, last_loss: float) -> float | None:
     tokens, num_bytes = number(record.get("tokens")), number(record.get("bytes"))
     if tokens and num_bytes:
         return tokens / (math.log(2) * num_bytes)
-    return val / float(last_loss) if val and last_loss > 0 else None
+    return val / last_loss if val and last_loss > 0 else None
 
 
-def stable_phase(curve: Curve) -> np.ndarray:
-    """Mask of the steps at full learning rate, the first fifth of them left out: there the loss is no power law yet."""
-    lr = curve.lr if np.isfinite(curve.lr).all() else np.ones_like(curve.loss)
-    full = np.flatnonzero(lr >= 0.99 * lr.max())
-    end = curve.tokens_m[full[-1]]
-    return (lr >= 0.99 * lr.max()) & (curve.tokens_m >= 0.2 * end)
+def compute_data_agreement(this: Run, mine: Curve, other: Run, theirs: Curve) -> tuple[float, str | None]:
+    """Up to which token count both saw the same rows, and why it is no further: None where that is everything.
+
+    Sums of token ids that agree at a token count mean the same rows up to there. Where they are not logged, the same
+    data and context length must do, and it is said that this is assumed."""
+    end = 1e6 * min(mine.tokens_m[-1], theirs.tokens_m[-1])
+    ours, others = (np.round(1e6 * c.tokens_m) for c in (mine, theirs))
+    _, i, k = np.intersect1d(ours, others, return_indices=True)
+    sums = mine.data_sum[i], theirs.data_sum[k]
+    known = np.isfinite(sums[0]) & np.isfinite(sums[1])
+    if known.any():
+        equal = (sums[0] == sums[1])[known]
+        if equal.all():
+            return end, None
+        num_equal = int(np.argmin(equal))
+        last = ours[i][known][num_equal - 1] if num_equal else 0.0
+        return last, f"the two runs saw other rows after {last / 1e6:.1f} M tokens"
+    for key, values in {
+        "data": (this.first_of("data_fingerprint"), other.first_of("data_fingerprint")),
+        "context length": (this.summary.get("max_seq_len"), other.summary.get("max_seq_len")),
+    }.items():
+        if None not in values and values[0] != values[1]:
+            return 0.0, f"another {key}: {values[1]} -> {values[0]}"
+    return end, "assumed to be the same rows: the runs do not log train/data_sum"
 
 
-@dataclass(frozen=True)
-class PowerFit:
-    """loss = a + b * tokens^-c with every exponent that fits about as well as the best one, for its uncertainty."""
+def compute_paired(this: Run, others: list[Run]) -> dict | None:
+    """The difference in training loss on the same text, this run minus the mean of `others` (the best and its
+    replicates), in bpb, in NUM_WINDOWS windows and in one summary. None where there is no curve to compare.
 
-    c: np.ndarray  # acceptable exponents, best first
-    a: np.ndarray
-    b: np.ndarray
-    b_error: np.ndarray
-    num_steps: int
-
-    def gain(self, from_m: float, to_m: float) -> tuple[float, float, float]:
-        """Change of the loss from one token count (millions) to another: estimate, low, high (two standard errors)."""
-        factor = to_m**-self.c - from_m**-self.c
-        change, error = self.b * factor, 2 * self.b_error * np.abs(factor)
-        return float(change[0]), float((change - error).min()), float((change + error).max())
-
-    def at(self, tokens_m: float) -> float:
-        return float(self.a[0] + self.b[0] * tokens_m ** -self.c[0])
-
-
-def fit_power(tokens_m: np.ndarray, loss: np.ndarray) -> PowerFit | None:
-    """Least squares over a grid of exponents. None where the data cannot carry it: under 30 steps or less than a
-    doubling of the tokens."""
-    if len(loss) < 30 or tokens_m[0] <= 0 or tokens_m[-1] < 2 * tokens_m[0]:
+    `note` says why there is no pairing, or how far it goes. A window holds its end in millions of tokens and in shares
+    of both budgets, the `difference` at equal tokens and `at_progress` at equal progress, each with its standard
+    error, and whether text `is_repeated` (a later epoch: then it is no loss on unseen text)."""
+    mine = compute_curve(this)
+    pairs = [(run, curve) for run in others if (curve := compute_curve(run))]
+    if mine is None or not pairs:
         return None
-    fits: list[tuple[float, ...]] = []
-    for width, count in ((6.0, 40), (1.1, 41)):  # the exponent within 0.05 to 2, then closely around the best
-        centre = min(fits)[1] if fits else 0.32
-        for c in np.geomspace(centre / width, centre * width, count):
-            x = tokens_m**-c
-            dx = x - x.mean()
-            b = float(dx @ loss / (dx @ dx))
-            a = float(loss.mean() - b * x.mean())
-            squares = float(np.sum((loss - a - b * x) ** 2))
-            fits.append((squares, float(c), a, b, math.sqrt(squares / (len(loss) - 3) / float(dx @ dx))))
-    fits.sort()
-    near = [f for f in fits if f[0] <= fits[0][0] * (1 + 4 / (len(loss) - 3))]
-    _, c, a, b, error = (np.array(column) for column in zip(*near, strict=True))
-    return PowerFit(c, a, b, error, len(loss))
+    limits = [compute_data_agreement(this, mine, run, curve) for run, curve in pairs]
+    end, note = min(limits, key=lambda limit: limit[0])
+    theirs = [curve for _, curve in pairs]
+    paired = {"against": [c.name for c in theirs], "note": note, "windows": [], "summary": None}
+    kappa = next((c.bpb_per_nat for c in (*theirs, mine) if c.bpb_per_nat), None)
+    blocks = common_blocks(mine, theirs, end)
+    if kappa is None or blocks is None:
+        return paired | {"note": note or "too few steps in common"}
+    paired["rates"] = compute_rate_changes(this, pairs[0][0])
+    *paired["windows"], last = compute_windows(mine, theirs, blocks, kappa)
+    # The nearest the curve comes to the score, but on text seen before it measures memory.
+    paired["summary"] = None if last["is_repeat"] or last["at_progress"] is None else last
+    paired["total_tokens_m"] = [mine.tokens_m[-1], float(np.mean([c.tokens_m[-1] for c in theirs]))]
+    return paired
 
 
-def mean_near(curve: Curve, tokens_m: float, share: float = 0.1) -> float:
-    """Mean loss over the last `share` of the tokens before `tokens_m`."""
-    window = (curve.tokens_m > (1 - share) * tokens_m) & (curve.tokens_m <= tokens_m)
-    return float(curve.loss[window].mean()) if window.any() else math.nan
+def common_blocks(mine: Curve, theirs: list[Curve], end: float) -> np.ndarray | None:
+    """Ascending token counts from 0 to `end` at which every curve has a boundary. Where batch sizes leave too few of
+    those, evenly spaced counts: there a step is split evenly."""
+    common = np.round(mine.bounds)
+    for curve in theirs:
+        common = np.intersect1d(common, np.round(curve.bounds))
+    common = common[common <= end + 0.5]
+    if len(common) > MIN_BLOCKS:
+        return common
+    num_steps = min(int(np.sum(c.bounds <= end)) for c in (mine, *theirs))
+    return np.linspace(0, end, num_steps) if end > 0 and num_steps > MIN_BLOCKS else None
 
 
-def compute_attribution(this: Curve, best: Curve, difference_bpb: float) -> dict:
-    """How much of the difference comes from more or fewer tokens (speed) and how much from the rest (learning).
-
-    Training losses at equal tokens would mislead: with a schedule by time, a faster run has a higher learning rate at
-    the same token count. Speed is therefore priced on the best's own curve: its power law at full learning rate says
-    what the other token count would have brought."""
-    kappa, mask = best.bpb_per_nat, stable_phase(best)
-    fit = fit_power(best.tokens_m[mask], best.loss[mask])
-    mine, theirs = float(this.tokens_m[-1]), float(best.tokens_m[-1])
-    end = 0.99 * min(c.tokens_m[stable_phase(c)][-1] if stable_phase(c).any() else math.nan for c in (this, best))
-    equal = mean_near(this, end) - mean_near(best, end)
-    result = {"tokens_m": [mine, theirs], "token_ratio": mine / theirs if theirs else None, "equal_tokens_m": end,
-              "equal_tokens_difference_nats": equal, "speed_bpb": None, "learning_bpb": None}
-    if fit is None or kappa is None or mine <= 0 or theirs <= 0:
-        return result | {"basis": "no estimate: the best's curve at full learning rate is too short for a fit"}
-    speed, low, high = (kappa * g for g in fit.gain(theirs, mine))
-    return result | {
-        "speed_bpb": speed, "speed_range": sorted([low, high]), "learning_bpb": difference_bpb - speed,
-        "basis": f"fit a + b*tokens^-{fit.c[0]:.2f} to {fit.num_steps} steps of the best at full learning rate, "
-                 f"{kappa:.4f} bpb per nat",
-    }
-
-
-def compute_trajectory(this: Curve, best: Curve | None, previous: Curve | None) -> dict:
-    """Smoothed losses at fixed fractions of the budget, and of the tokens this run and the best have in common."""
-    common_m = min(this.tokens_m[-1], best.tokens_m[-1]) if best else float(this.tokens_m[-1])
-    rows = []
-    for f in TRAJECTORY:
-        row = {"budget": f, "this": this.at_time(f), "best": best.at_time(f) if best else None}
-        row["previous"] = previous.at_time(f) if previous else None
-        row |= {"tokens_m": f * common_m, "this_by_tokens": this.at_tokens(f * common_m)}
-        row["best_by_tokens"] = best.at_tokens(f * common_m) if best else None
-        rows.append(row)
-    return {"best": best.name if best else None, "previous": previous.name if previous else None, "rows": rows,
-            "part": compute_parting(this, best) if best else None}
+def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa: float) -> list[dict]:
+    """NUM_WINDOWS windows, and behind them the summary: the last SUMMARY_WINDOWS of them as one."""
+    spans = np.diff(blocks)
+    best = np.mean([np.diff(c.sum_at(blocks)) for c in theirs], axis=0) / spans
+    differences = np.diff(mine.sum_at(blocks)) / spans - best
+    middles = (blocks[1:] + blocks[:-1]) / 2
+    wanted = np.linspace(0, blocks[-1], NUM_WINDOWS + 1)
+    edges = [int(np.argmin(np.abs(blocks - at))) for at in wanted]
+    pieces = [slice(a, b) for a, b in itertools.pairwise(edges)]
+    inflation = inflation_of([detrended(middles[p], differences[p]) for p in pieces])
+    windows = []
+    for p in [*pieces, slice(edges[-1 - SUMMARY_WINDOWS], edges[-1])]:
+        first, last = blocks[p.start], blocks[p.stop]
+        difference = float(np.average(differences[p], weights=spans[p]))
+        scatter = detrended(middles[p], differences[p])
+        error = math.sqrt(inflation * float(scatter @ scatter)) / len(scatter)
+        moved = move_to_progress(mine, theirs, first, last)
+        windows.append({
+            "from_m": first / 1e6,
+            "to_m": last / 1e6,
+            "progress": mine.progress_at(last),
+            "difference": kappa * difference,
+            "error": kappa * error,
+            "at_progress": None if moved is None else kappa * (difference - moved[0]),
+            "at_progress_error": None if moved is None else kappa * math.hypot(error, moved[1]),
+            "is_repeat": is_repeated(mine, last) or any(is_repeated(c, last) for c in theirs),
+        })
+    return windows
 
 
-def compute_parting(this: Curve, best: Curve, num_bins: int = 40) -> dict | None:
-    """Where the curves part for good: the fraction of the budget from which the difference of the mean losses keeps its
-    sign, and is more in the mean than its own noise (from its second differences) explains. None if they never do."""
-    edges = np.linspace(0.02, min(1.0, this.time_s[-1] / this.budget_s, best.time_s[-1] / best.budget_s), num_bins + 1)
-
-    def binned(curve: Curve) -> np.ndarray:
-        which = np.digitize(curve.time_s / curve.budget_s, edges) - 1
-        return np.array([curve.loss[which == i].mean() if (which == i).any() else math.nan for i in range(num_bins)])
-
-    difference = binned(this) - binned(best)
-    known = np.isfinite(difference)
-    if known.sum() < 10:
-        return None
-    edges, difference = edges[:-1][known], difference[known]
-    wobble = 1.4826 * float(np.median(np.abs(np.diff(difference, 2)))) / math.sqrt(6)
-    sign = float(np.sign(difference[-4:].mean()))
-    trend = np.convolve(np.pad(difference, 1, mode="edge"), np.ones(3) / 3, mode="valid")
-    touching = np.flatnonzero(sign * trend <= 0)
-    start = int(touching[-1]) + 1 if len(touching) else 0
-    while start < len(difference) and sign * difference[start] <= 2 * wobble:
-        start += 1
-    apart = difference[start:]
-    if len(apart) < 2 or abs(apart.mean()) < max(3 * wobble / math.sqrt(len(apart)), 1e-9):
-        return None
-    return {"budget": float(edges[start]) if start else 0.0, "sign": sign}
+def detrended(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What a straight line leaves of y."""
+    if len(x) < 3:
+        return np.zeros(len(x))
+    slope, level = np.polyfit(x - x.mean(), y, 1)
+    return y - level - slope * (x - x.mean())
 
 
-def compute_convergence(run: Run, curve: Curve) -> dict:
-    """Slope at the end, share of the warm-down, a continuation if a fit deserves it, spikes, gradient norm."""
-    fraction = curve.time_s / curve.budget_s
-    tail = fraction > fraction[-1] - 0.1
-    slope, error = fit_slope(100 * fraction[tail], curve.loss[tail])
-    trend = "unknown"
-    if slope is not None:
-        trend = (
-            "flat within its uncertainty" if abs(slope) <= 3 * error else "still improving" if slope < 0 else "rising"
-        )
-    mask = stable_phase(curve)
-    fit, end_m = fit_power(curve.tokens_m[mask], curve.loss[mask]), float(curve.tokens_m[-1])
-    has_warmdown = np.isfinite(curve.lr).all() and curve.lr[-1] < 0.5 * curve.lr.max()
-    warmdown = float(curve.smooth[-1]) - fit.at(end_m) if fit and has_warmdown else None
-    continuation = None
-    if fit and curve.bpb_per_nat:
-        gain, low, high = (curve.bpb_per_nat * g for g in fit.gain(end_m, 1.1 * end_m))
-        # An interval wider than this says nothing: half the gain itself, or half the noise between runs.
-        if (high - low) / 2 <= max(0.5 * abs(gain), 0.5 * PRIOR_SIGMA):
-            continuation = [gain, low, high]
-    return {"slope_per_percent": slope, "slope_error": error, "trend": trend, "warmdown_nats": warmdown,
-            "ten_percent_more_bpb": continuation, "spikes": find_spikes(curve.step, curve.loss),
-            "grad_norm": compute_gradient_trend(run)}
+def inflation_of(pieces: list[np.ndarray]) -> float:
+    """Variance of a piece's mean, times its length, over the mean square of what a straight line left of it: 1 + twice
+    the sum of the autocorrelations, weighted as Newey and West do (1987), up to a quarter of a piece's length.
+
+    The line has taken the slowest part of the scatter with it: level and slope, each of the variance of the mean. With
+    V the answer and n the length, every autocovariance reads too low by 2 V / n, which is put back."""
+    length = min((len(p) for p in pieces), default=0)
+    pieces = [p / math.sqrt(p @ p / len(p)) for p in pieces if len(p) and p @ p > 0]
+    if not pieces:
+        return 1.0
+    num_lags = length // 4
+    total, weights = 1.0, 1.0
+    for lag in range(1, num_lags + 1):
+        weight = 1 - lag / (num_lags + 1)
+        total += 2 * weight * float(np.mean([p[lag:] @ p[:-lag] / (len(p) - lag) for p in pieces]))
+        weights += 2 * weight
+    return max(total / (1 - 2 * weights / max(length, 10)), 1.0)
 
 
-def fit_slope(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
-    """Least-squares slope and its standard error; None under eight points."""
-    if len(x) < 8 or np.ptp(x) == 0:
-        return None, None
-    dx = x - x.mean()
-    slope = float(dx @ y / (dx @ dx))
-    rest = y - y.mean() - slope * dx
-    return slope, math.sqrt(float(rest @ rest) / (len(x) - 2) / float(dx @ dx))
+def move_to_progress(mine: Curve, theirs: list[Curve], first: float, last: float) -> tuple[float, float] | None:
+    """Change of the best's loss in nats, and its error, between this window's text and the tokens at which the best was
+    as far in its budget as this run is here, along a straight line through the best's losses around there."""
+    middle = (first + last) / 2
+    progress = mine.progress_at(middle)
+    changes, variances = [], []
+    for curve in theirs:
+        shift = curve.tokens_at(progress) - middle
+        if abs(shift) > FARTHEST_SHIFT * 1e6 * curve.tokens_m[-1]:
+            return None
+        around = curve.bounds[(curve.bounds >= first + min(shift, 0)) & (curve.bounds <= last + max(shift, 0))]
+        if len(around) < 5:
+            return None
+        x, y = (around[1:] + around[:-1]) / 2, np.diff(curve.sum_at(around)) / np.diff(around)
+        slope = float(np.polyfit(x - x.mean(), y, 1)[0])
+        rest = detrended(x, y)
+        variance = float(rest @ rest) / (len(x) - 2) / float(np.sum((x - x.mean()) ** 2))
+        changes.append(slope * shift)
+        variances.append(variance * shift**2)
+    return float(np.mean(changes)), math.sqrt(sum(variances)) / len(variances)
 
 
-def rolling_median(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred; the ends are mirrored."""
-    half = width // 2
-    padded = np.pad(values, half, mode="reflect")
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=-1)
+def is_repeated(curve: Curve, tokens: float) -> bool:
+    epoch = np.interp(tokens, 1e6 * curve.tokens_m, curve.epoch)
+    return bool(epoch > 1)
 
 
-def find_spikes(step: np.ndarray, loss: np.ndarray) -> list[dict]:
-    """Losses far above the median around them, after the first 5 % of the steps; neighbours are one spike. The bar is
-    six robust standard deviations and at least 3 % of the loss, so that a quiet curve has none."""
-    if len(loss) < 60:
-        return []
-    median = rolling_median(loss, 41)
-    rest, skip = loss - median, max(10, len(loss) // 20)
-    scale = 1.4826 * float(np.median(np.abs(rest[skip:])))
-    high = [i for i in np.flatnonzero(rest > np.maximum(6 * scale, 0.03 * np.abs(median))) if i >= skip]
-    spikes: list[dict] = []
-    for i in high:
-        if spikes and step[i] - spikes[-1]["until"] <= 5:
-            spikes[-1]["until"] = float(step[i])
-            spikes[-1]["height"] = max(spikes[-1]["height"], float(rest[i]))
-        else:
-            spikes.append({"step": float(step[i]), "until": float(step[i]), "height": float(rest[i])})
-    return spikes
+def compute_rate_changes(this: Run, best: Run) -> list[str]:
+    """Rates and schedules that differ by more than 1 % at a quarter, a half or nine tenths of the budget, and the
+    batch: from the logs, so that no list of names is kept."""
+    keys = sorted({k for r in this.records[:1] + best.records[:1] for k in r if k.startswith("lr/")})
+    found = []
+    for key in (*SCHEDULE_KEYS, *keys):
+        for share in (0.25, 0.5, 0.9):
+            a, b = value_at(best, key, share), value_at(this, key, share)
+            if a is not None and b is not None and abs(b - a) > 0.01 * max(abs(a), abs(b)) + 1e-12:
+                found.append(f"{key.removeprefix('train/')} {a:.3g} -> {b:.3g} at {share:.0%}")
+                break
+    batches = [float(np.median(np.diff(compute_tokens(r), prepend=0.0))) for r in (best, this)]
+    if abs(batches[0] - batches[1]) > 0.5:
+        found.insert(0, f"batch {batches[0]:.0f} -> {batches[1]:.0f} tokens")
+    return found
 
 
-def compute_gradient_trend(run: Run) -> dict | None:
-    norm = run.series("train/grad_norm")
-    if np.isfinite(norm).sum() < 20:
-        return None
-    norm = norm[np.isfinite(norm)]
-    early, late = (float(np.median(norm[int(a * len(norm)) : int(b * len(norm))])) for a, b in ((0.1, 0.3), (0.8, 1.0)))
-    return {"early": early, "late": late, "max": float(norm[len(norm) // 20 :].max())}
+def value_at(run: Run, key: str, share: float) -> float | None:
+    """The metric at this share of the budget, between the steps around it; None where the run had ended."""
+    return number(np.interp(share, run.series("train/progress"), run.series(key), right=math.nan).item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Compute: machine, layers, history
+# Compute: training against validation, speed against learning
 # ---------------------------------------------------------------------------------------------------------------------
 
+GAP_SHARE = 0.05  # of the score: training text of the first epoch and validation text differ in difficulty by 1 to 2 %
 
-def compute_machine(run: Run, this: Entry, entries: list[Entry]) -> dict:
-    """Step times and what stands out in them, against the same program's earlier runs where there are any."""
+
+def compute_gap(run: Run, others: list[Run]) -> dict | None:
+    """Training loss over the last twentieth of the tokens and validation loss, both in bpb, and what lies between."""
+    mine = training_and_gap(run)
+    if mine is None:
+        return None
+    theirs = [pair for r in others if (pair := training_and_gap(r))]
+    best = np.mean(theirs, axis=0).tolist() if theirs else None
+    epochs = number(run.records[-1].get("train/epoch"))
+    is_repeated = epochs is not None and epochs > 1
+    is_wide = mine[1] > GAP_SHARE * (mine[0] + mine[1])
+    is_wider = best is None or mine[1] > best[1]
+    return {"training_bpb": mine[0], "gap": mine[1], "best_gap": best[1] if best else None,
+            "best_training_bpb": best[0] if best else None, "epochs": epochs,
+            "is_overfitting": is_repeated and is_wide, "is_wider": is_wider}
+
+
+def training_and_gap(run: Run) -> tuple[float, float] | None:
+    curve, val = compute_curve(run), number(run.summary.get("val_bpb"))
+    if curve is None or val is None or curve.bpb_per_nat is None or not run.evaluation:
+        return None
+    end = curve.bounds[-1]
+    training = curve.bpb_per_nat * curve.mean_between(0.95 * end, end)
+    return training, val - training
+
+
+def compute_attribution(
+    this: Entry, entries: list[Entry], paired: dict | None, difference: float | None
+) -> dict | None:
+    """How much of the difference in score is speed (other tokens in the same time) and how much is the rest.
+
+    Speed is priced by pairs alone: runs of one program that trained on other token counts, hampered ones too, tell
+    what a doubling of the tokens is worth. Without such pairs nothing here separates the two, and it is said."""
+    if paired is None or difference is None or "total_tokens_m" not in paired:
+        return None
+    mine, theirs = paired["total_tokens_m"]
+    ratio = mine / theirs
+    result = {"token_ratio": ratio, "speed_bpb": None}
+    if abs(ratio - 1) < SAME_TOKENS:
+        return result
+    price = compute_token_price(comparable(entries, this))
+    if price is None:
+        return result
+    value, error, num_pairs = price
+    speed = value * math.log(ratio)
+    speed_error = error * abs(math.log(ratio))
+    return result | {"speed_bpb": speed, "speed_error": speed_error, "learning_bpb": difference - speed,
+                     "num_pairs": num_pairs}
+
+
+def compute_token_price(entries: list[Entry]) -> tuple[float, float, int] | None:
+    """Change of val_bpb for e times the tokens, its standard error, and from how many runs beyond the first of their
+    programs: regression within groups of the same program, hampered runs included (they are such pairs)."""
+    sigma = compute_noise(entries).sigma
+    groups: dict[tuple, list[tuple[float, float]]] = {}
+    for e in entries:
+        tokens_m = e.record.get("tokens_m")
+        if e.val_bpb is not None and not e.record.get("invalid") and tokens_m and e.status != "invalid":
+            groups.setdefault(e.group, []).append((math.log(tokens_m), e.val_bpb))
+    spread, product, num_pairs = 0.0, 0.0, 0
+    for points in groups.values():
+        x, y = np.array(points).T
+        spread += float(np.sum((x - x.mean()) ** 2))
+        product += float(np.sum((x - x.mean()) * (y - y.mean())))
+        num_pairs += len(points) - 1
+    # Runs that differ by the clock's jitter alone price nothing: 3 % apart is the least that says more than noise.
+    if not num_pairs or sigma is None or spread < 0.5 * 0.03**2:
+        return None
+    return product / spread, sigma / math.sqrt(spread), num_pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compute: machine. Did it hold the run back?
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Step times of one program on an idle GPU agree within 1 to 2 %: twice that is no accident.
+SLOWER_SAME = 0.04
+# Other programs with the same FLOPs, shapes and kernels differ by what their new code costs: within a tenth it may be
+# the code, and beyond, a second witness must agree; at a half more, none is needed.
+SLOWER_ALIKE, SLOWER_ALONE = 0.10, 0.50
+STALLED_SHARE = 0.03  # of the budget, in steps that took twice the median: worth two sigma of the score
+SLOW_START = 3.0  # times the usual: 36 s with an empty compiler's cache and 16 s with a full one are no witness
+OTHER_GPU_MB, HIGH_LOAD = 1024.0, 0.5  # memory that another process needs to do any work; load above the usual, a core
+WORK_KEYS = ("flops_per_token", "num_params_M", "total_batch_size", "device_batch_size", "width", "window_sizes")
+NUM_PEERS = 15  # the newest: a machine's speed drifts
+
+
+def compute_pace(run: Run) -> dict:
+    """What the machine did to this run, for its record: compared with other runs' to tell whether it was held back."""
     steps_ms = run.series("perf/step_time_ms")
     steps_ms = steps_ms[np.isfinite(steps_ms)]
-    settled = steps_ms[10:] if len(steps_ms) > 50 else steps_ms[1:] if len(steps_ms) > 2 else steps_ms
-    s, warnings, machine = run.summary, [], {}
-    if len(settled):
+    settled = steps_ms[10:] if len(steps_ms) > 50 else steps_ms[1:]
+    s, pace = run.summary, {}
+    if len(settled) > 2:
         median = float(np.median(settled))
         stalls = settled[settled > 2 * median]
-        machine = {
-            "median_ms": median,
-            "p95_ms": float(np.percentile(settled, 95)),
-            "stalls": len(stalls),
-            "stalled_s": float((stalls - median).sum() / 1e3),
-        }
-    if len(settled) >= 30:
-        machine["drift"], slow = compute_drift(settled)
-        if slow:
-            warnings.append(slow)
-    same = [e.record["step_ms"] for e in entries
-            if e.name != this.name and e.is_valid and e.group == this.group and e.record.get("step_ms")]
-    if same and len(settled):
-        machine["usual_ms"] = float(np.median(same))
-        ratio = machine["median_ms"] / machine["usual_ms"] - 1
-        if abs(ratio) > STEP_TIME_TOLERANCE:
-            why = "a second job on the GPU, throttling, or a slow loader" if ratio > 0 else "those were hampered"
-            warnings.append(f"steps took {1 + ratio:.2f} times what they took in earlier runs of this program: {why}; "
-                            f"write invalid in the row of a score that suffered ({RESULTS}), or it widens the noise")
-    total, trained = number(s.get("total_seconds")), number(s.get("training_seconds"))
-    machine |= {
-        "mfu_percent": number(s.get("mfu_percent")),
-        "outside_training": 1 - trained / total if total and trained is not None else None,
+        pace = {"stalls": len(stalls), "stalled_s": float((stalls - median).sum() / 1e3),
+                "p95_ms": float(np.percentile(settled, 95))}
+    other_mb = [v for r in run.records if (v := number(r.get("gpu/other_mb"))) is not None]
+    loads = [v for r in run.records if (v := number(r.get("machine/load"))) is not None]
+    return pace | {
         "startup_s": number(s.get("startup_seconds")),
         "eval_s": number(s.get("eval_seconds")),
         "stats_s": number(s.get("stats_seconds")),
-        "first_loss": this.record.get("first_loss"),
-        "first_loss_twins": [[e.name, e.record["first_loss"]] for e in entries if e.name != this.name
-                             and e.record.get("first_loss") is not None and this.record.get("program_and_seed")
-                             and e.record.get("program_and_seed") == this.record.get("program_and_seed")][-3:],
-        "epochs": number(run.records[-1].get("train/epoch")) if run.records else None,
+        "other_gpu_mb": max(other_mb, default=number(s.get("other_gpu_mb"))),
+        "load": float(np.median(loads)) if loads else None,
+        "unclocked_s": compute_unclocked_s(run),
     }
-    if unclocked := compute_unclocked(run):
-        warnings.append(unclocked)
-    return machine | {"warnings": warnings}
 
 
-def compute_drift(steps_ms: np.ndarray) -> tuple[float, str | None]:
-    """Step time of the last fifth against the first fifth, and a sentence if some stretch was slow for long."""
-    fifth = max(3, len(steps_ms) // 5)
-    drift = float(np.median(steps_ms[-fifth:]) / np.median(steps_ms[:fifth]) - 1)
-    local = rolling_median(steps_ms, max(5, len(steps_ms) // 20) | 1)
-    usual = float(np.percentile(local, 10))
-    slow = local > (1 + 2 * STEP_TIME_TOLERANCE) * usual
-    if slow.mean() < 0.03:
-        return drift, None
-    extra = float(np.median(local[slow]) / usual - 1)
-    return drift, f"{slow.mean():.0%} of the steps were {extra:.0%} slower than the rest: throttling or a second job"
-
-
-def compute_unclocked(run: Run) -> str | None:
-    """A sentence if far more wall time passed between first and last step than the budget clock counted."""
+def compute_unclocked_s(run: Run) -> float | None:
+    """Seconds between first and last step that neither the budget clock nor the looks at the layers account for."""
     wall, clock = run.series("time/unix_s"), run.series("time/training_s")
     if len(wall) < 3 or not np.isfinite([wall[0], wall[-1], clock[0], clock[-1]]).all():
         return None
-    passed, counted = float(wall[-1] - wall[0]), float(clock[-1] - clock[0])
     paused = number(run.summary.get("stats_seconds")) or 0.0
-    if not run.summary or passed - paused <= 1.1 * counted + 2:
+    return float(wall[-1] - wall[0]) - float(clock[-1] - clock[0]) - paused
+
+
+def does_same_work(a: Entry, b: Entry) -> bool:
+    """The same FLOPs a token, shapes, batch, kernels and GPU, as far as both say."""
+    ours, theirs = a.record.get("config", {}), b.record.get("config", {})
+    if ours.get("flops_per_token") is None or not is_comparable(a, b):
+        return a.group == b.group
+    is_same = all(ours.get(key) == theirs.get(key) for key in WORK_KEYS)
+    return is_same and all(a.record.get(key) == b.record.get(key) for key in KERNEL_KEYS)
+
+
+def compute_machine(this: Entry, earlier: list[Entry]) -> dict:
+    """Step time against earlier runs that did the same work, and `hampered`: the reasons why the machine, not the
+    program, held this run back. By one rule whatever the score. Only earlier runs are asked, so the answer stays.
+
+    Where a second run of the very same program is as slow, with no witness against the machine, it is the program."""
+    own, record = this.record.get("pace") or {}, this.record
+    step_ms = record.get("step_ms")
+    timed = [e for e in earlier if e.record.get("step_ms") and does_same_work(this, e)]
+    peers = [e for e in timed if e.is_valid][-NUM_PEERS:]
+    machine = own | {"step_ms": step_ms, "usual_ms": None, "ratio": None, "hampered": []}
+    witnesses = compute_witnesses(own, peers)
+    if step_ms is None or not record.get("is_finished"):
+        return machine
+    if stalled := compute_stalls(own, record):
+        machine["hampered"].append(stalled)
+    if not peers:
+        return machine
+    same = [e for e in timed if e.group == this.group]
+    usual_ms = float(np.median([e.record["step_ms"] for e in same or peers if e.is_valid] or [math.nan]))
+    if not math.isfinite(usual_ms):
+        usual_ms = float(np.median([e.record["step_ms"] for e in peers]))
+    machine |= {"usual_ms": usual_ms, "ratio": step_ms / usual_ms}
+    slower = step_ms / usual_ms - 1
+    is_confirmed = any(abs(e.record["step_ms"] / step_ms - 1) < SLOWER_SAME for e in same)
+    bar = SLOWER_SAME if any(e.is_valid for e in same) else SLOWER_ALIKE
+    is_slow = slower > bar and (bar == SLOWER_SAME or witnesses or slower > SLOWER_ALONE)
+    if is_slow and (witnesses or not is_confirmed):
+        what = "this program" if bar == SLOWER_SAME else "the same work"
+        told = "; ".join([f"steps took {1 + slower:.2f} times what {what} took before ({step_ms:.1f} ms, usually "
+                          f"{usual_ms:.1f})", *witnesses])
+        machine["hampered"].append(told)
+    return machine
+
+
+def compute_stalls(own: dict, record: dict) -> str | None:
+    stalled_s, trained_s = own.get("stalled_s"), record.get("training_s")
+    if not stalled_s or not trained_s or stalled_s < STALLED_SHARE * trained_s:
         return None
-    return f"{passed:.0f} s passed between first and last step, the clock counted {counted:.0f} s"
+    return f"{own['stalls']} step(s) took more than twice the median: {stalled_s:.1f} of {trained_s:.0f} s lost"
 
 
-def compute_layers(run: Run) -> list[str]:
-    """Sentences on what stands out in the last layer statistics, most serious first; empty if nothing does."""
+def compute_witnesses(own: dict, peers: list[Entry]) -> list[str]:
+    """What else than the step time speaks against the machine."""
+    def usual(key: str) -> float | None:
+        known = [v for e in peers if (v := (e.record.get("pace") or {}).get(key)) is not None]
+        return float(np.median(known)) if known else None
+
+    found = []
+    if (own.get("other_gpu_mb") or 0.0) > OTHER_GPU_MB:
+        found.append(f"another process held {own['other_gpu_mb']:.0f} MB of this GPU")
+    before, now = usual("startup_s"), own.get("startup_s")
+    if before and now and now > SLOW_START * before:
+        found.append(f"start-up took {now:.0f} s, usually {before:.0f}")
+    before, now = usual("load"), own.get("load")
+    if before is not None and now is not None and now > before + HIGH_LOAD:
+        found.append(f"load {now:.1f} a core, usually {before:.1f}")
+    return found
+
+
+def compute_best_pace(this: Entry, best: list[Entry]) -> float | None:
+    """By how much this run's steps are faster than the best's although the work is the same: then it is the machine
+    that has changed, and a gain is not the program's. None where they agree, or do other work."""
+    alike = [e.record["step_ms"] for e in best if e.record.get("step_ms") and does_same_work(this, e)]
+    ours = this.record.get("step_ms")
+    if not alike or not ours or min(alike) / ours - 1 < SLOWER_ALIKE:
+        return None
+    return min(alike) / ours - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compute: layers, history, all of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compute_layers(run: Run, best: Run | None) -> list[str]:
+    """Sentences on what stands out in the last layer statistics, most serious first, each with what the best shows
+    under the same heading."""
+    mine = find_layers(run)
+    theirs = find_layers(best) if best else {}
+    lines = []
+    for what, text in mine.items():
+        other = theirs.get(what)
+        compared = ""
+        if best:
+            compared = f"; best: {other}" if other else "; unremarkable in the best"
+        lines.append(f"{what}: {text}{compared}")
+    lines += [f"{what}: in the best ({text}), not here" for what, text in theirs.items() if what not in mine]
+    return lines
+
+
+def find_layers(run: Run) -> dict[str, str]:
     with_layers, with_params = run.records_with("layers/names"), run.records_with("params/names")
-    found: list[str] = []
+    found: dict[str, str] = {}
     if with_layers:
         # From a quarter of the run on: output projections start at zero and grow a lot before as a matter of course.
-        found += compute_activations(with_layers[len(with_layers) // 4], with_layers[-1])
+        found |= find_activations(with_layers[len(with_layers) // 4], with_layers[-1])
     if with_params:
-        found += compute_updates(with_params[len(with_params) // 2], with_params[-1], set(run.scalars))
+        found |= find_updates(with_params[len(with_params) // 2], with_params[-1], set(run.scalars))
     last = next((r for r in reversed(run.records) if number(r.get("logits/max_abs")) is not None), None)
     if last and (number(last.get("logits/max_prob")) or 0) > 0.9:
-        found.append(f"logits saturate: largest {last['logits/max_abs']:.1f}, mean top probability "
-                     f"{last['logits/max_prob']:.2f}")
-    return found + compute_scalars(run)
+        found["logits saturate"] = f"largest {last['logits/max_abs']:.1f}, mean top probability " \
+                                   f"{last['logits/max_prob']:.2f}"
+    return found | find_scalars(run)
 
 
 def named_values(record: dict, names: str, key: str) -> dict[str, float]:
@@ -1615,22 +1911,22 @@ def named_values(record: dict, names: str, key: str) -> dict[str, float]:
     return {str(name): v for name, value in pairs if (v := number(value)) is not None}
 
 
-def compute_activations(first: dict, last: dict) -> list[str]:
-    found = []
+def find_activations(first: dict, last: dict) -> dict[str, str]:
+    found = {}
     for key, bar, what in (("layers/dead", 0.02, "dead input units"), ("layers/input_zeros", 0.99, "inputs at zero"),
                            ("layers/zeros", 0.5, "outputs at zero")):
         high = {n: v for n, v in named_values(last, "layers/names", key).items() if v > bar}
         if high:
-            found.append(f"{what}: " + list_worst(high, lambda v: f"{v:.0%}"))
+            found[what] = list_worst(high, lambda v: f"{v:.0%}")
     before, after = (named_values(r, "layers/names", "layers/rms") for r in (first, last))
     growth = {n: after[n] / before[n] for n in after if before.get(n, 0) > 0}
     if high := {n: v for n, v in growth.items() if v > 10}:
-        found.append("activations grew: " + list_worst(high, lambda v: f"x{v:.0f}"))
+        found["activations grew"] = list_worst(high, lambda v: f"x{v:.0f}")
     if low := {n: v for n, v in growth.items() if v < 0.1}:
-        found.append("activations vanish: " + list_worst(low, lambda v: f"x{v:.2g}", highest=False))
+        found["activations vanish"] = list_worst(low, lambda v: f"x{v:.2g}", highest=False)
     names = [str(n) for n in last["layers/names"]]
     if missing := [n for n in names if n not in after]:
-        found.append(f"no finite activation statistics: {', '.join(missing[:4])}")
+        found["no finite activation statistics"] = ", ".join(missing[:4])
     return found
 
 
@@ -1639,36 +1935,39 @@ def update_ratios(record: dict) -> dict[str, float]:
     return {n: update[n] / weight[n] for n in update if weight.get(n, 0) > 0 and update[n] > 0}
 
 
-def compute_updates(middle: dict, last: dict, scalars: set[str]) -> list[str]:
+def find_updates(middle: dict, last: dict, scalars: set[str]) -> dict[str, str]:
     """Update sizes out of line in the middle of the run, where the learning rate is high, and idle parameters at its
     end. The residual scalars are left out: they are large and move slowly by design."""
-    found, ratios = [], {n: v for n, v in update_ratios(middle).items() if n not in scalars}
+    found, ratios = {}, {n: v for n, v in update_ratios(middle).items() if n not in scalars}
     if len(ratios) >= 4:
         median = float(np.median(list(ratios.values())))
         # AdamW and Muon groups differ by a factor of ten as a matter of course.
         if high := {n: v / median for n, v in ratios.items() if v > 30 * median}:
-            found.append(f"update/weight far above the median {median:.1e}: " + list_worst(high, lambda v: f"x{v:.0f}"))
+            found["update/weight far above the median"] = list_worst(high, lambda v: f"x{v:.0f}")
         if low := {n: v / median for n, v in ratios.items() if v < median / 30}:
-            found.append(f"update/weight far below the median {median:.1e}: "
-                         + list_worst(low, lambda v: f"x{v:.1g}", highest=False))
+            found["update/weight far below the median"] = list_worst(low, lambda v: f"x{v:.1g}", highest=False)
     if idle := [n for n, v in named_values(last, "params/names", "params/grad_rms").items() if v == 0]:
-        found.append(f"no gradient reaches {len(idle)} parameter(s): {', '.join(idle[:4])}")
+        found["no gradient reaches"] = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
     return found
 
 
-def compute_scalars(run: Run) -> list[str]:
-    found = []
+def find_scalars(run: Run) -> dict[str, str]:
+    """Residual scalars: start, half-way and end by their median, and the range over the layers at the end. The start is
+    the configuration's where it has it (x0_lambda_init for x0_lambdas): the first look is after the first step."""
+    found = {}
     for name, logged in run.scalars.items():
-        values = [number(v) for v in logged[-1]]
-        known = [v for v in values if v is not None]
-        low, high = min(known, default=0.0), max(known, default=0.0)
-        early = [v for x in logged[0] if (v := number(x)) is not None]
-        before, after = (float(np.median(v)) if v else 0.0 for v in (early, known))
-        if before and not 1 / 3 < after / before < 3:
-            found.append(f"{name} moved: median {before:.3g} at first, {after:.3g} at the end")
-        if high - low > 0.5 * max(abs(high), abs(low)):
-            found.append(f"{name}: {low:.3g} (layer {values.index(low)}) to {high:.3g} "
-                         f"(layer {values.index(high)})" + (", of both signs" if low < 0 < high else ""))
+        known = [numbers(values) for values in (logged[0], logged[len(logged) // 2], logged[-1])]
+        if any(not np.isfinite(values).any() for values in known):
+            continue
+        start = number(run.summary.get(f"{name.removesuffix('s')}_init"))
+        first, middle, last = (float(np.nanmedian(values)) for values in known)
+        start = first if start is None else start
+        low, high = float(np.nanmin(known[2])), float(np.nanmax(known[2]))
+        is_moved = start == 0 or not 1 / 3 < last / start < 3
+        if is_moved or high - low > 0.5 * max(abs(high), abs(low)):
+            at = int(np.nanargmin(known[2])), int(np.nanargmax(known[2]))
+            found[name] = (f"median {start:.3g} at the start, {middle:.3g} half-way, {last:.3g} at the end; "
+                           f"{low:.3g} (layer {at[0]}) to {high:.3g} (layer {at[1]})")
     return found
 
 
@@ -1679,152 +1978,234 @@ def list_worst(values: dict[str, float], form: Callable[[float], str], highest: 
 
 
 def compute_history(entries: list[Entry]) -> dict:
-    """Counts, lineage of kept programs (mean over replicates), gain per hour, and ideas since the best was found.
+    """Counts, lineage of kept programs (mean over replicates), gain, GPU share, and ideas since the best was found.
 
-    An idea is a program with a valid score, from its first run on: neither a replicate nor a crash tells of another."""
-    best, groups, lineage, seen = compute_best(entries), compute_groups(entries), [], set()
-    for e in entries:
+    An idea is a program with a score that counts, from its first run on: neither a replicate nor a crash nor a
+    hampered run tells of another."""
+    alike = comparable(entries)
+    best, groups, lineage, seen = compute_best(alike), compute_groups(alike), [], set()
+    for e in alike:
         if e.status == "keep" and e.is_valid and e.group not in seen:
             seen.add(e.group)
             lineage.append([e.name, mean_bpb(groups[e.group]), e.description])
     hours = sum(e.record.get("total_s") or e.record.get("training_s") or 0.0 for e in entries) / 3600
-    counts = {status: sum(e.status == status for e in entries) for status in STATUSES}
     gain = lineage[0][1] - best.mean if lineage and best else None
+    optimism = compute_optimism(best, alike, compute_noise(alike)) if gain else 0.0
     since = len(groups) - 1 - list(groups).index(best.group) if best else None
     starts = [t for e in entries if (t := e.record.get("started_unix"))]
     return {
         "num_runs": len(entries),
-        "counts": counts,
+        "counts": {status: sum(e.status == status for e in entries) for status in STATUSES},
         "lineage": lineage,
         "hit_rate": (len(lineage) - 1) / (len(groups) - 1) if len(groups) > 1 and lineage else None,
         "hours": hours,
         "first_start_unix": min(starts, default=None),
-        "gain": gain,
-        "gain_per_hour": gain / hours if gain is not None and hours > 0 else None,
+        "gain": None if gain is None else gain - optimism,
+        "optimism": optimism,
+        "gain_per_hour": (gain - optimism) / hours if gain is not None and hours > 0 else None,
         "ideas_since_best": since,
-        "is_plateau": best is not None and since >= PLATEAU_IDEAS,
+        "runs_since_best_was_run": runs_since(alike, best),
         "last": [[e.name, e.val_bpb, e.status, e.description] for e in entries[-5:]],
+        "idle_s": compute_idle(entries).get(entries[-1].name) if entries else None,
+        "gpu_share": compute_gpu_share(entries),
     }
+
+
+def runs_since(entries: list[Entry], best: Best | None) -> int | None:
+    if best is None:
+        return None
+    newest = max(i for i, e in enumerate(entries) if e.name in best.names)
+    return len(entries) - 1 - newest
+
+
+def compute_optimism(best: Best, entries: list[Entry], noise: Noise) -> float:
+    """By how much the best's mean reads too low because it is the lowest of many noisy ones: sigma / sqrt(n) times the
+    expected maximum of k standard normals, k being the programs within two errors of it, any of which could have been
+    the one. Replicates of the best shrink it."""
+    if noise.sigma is None:
+        return 0.0
+    error = noise.sigma / math.sqrt(best.num_seeds)
+    means = [mean_bpb(group) for group in compute_groups(entries).values()]
+    num_near = sum(mean < best.mean + 2 * error for mean in means)
+    # Blom (1958): the expected maximum of k standard normals is near the quantile of (k - 0.375) / (k + 0.25).
+    return error * NormalDist().inv_cdf((num_near - 0.375) / (num_near + 0.25)) if num_near > 1 else 0.0
 
 
 def compute_near_misses(entries: list[Entry], limit: int = 5) -> list[Entry]:
     """Discarded or pending programs run once whose score is within the noise of the best: they deserve a rerun."""
+    entries = comparable(entries)
     best, noise, groups = compute_best(entries), compute_noise(entries), compute_groups(entries)
-    if best is None:
+    if best is None or noise.sigma is None:
         return []
-    bar = best.mean + GAIN_ERRORS * noise.sigma * math.sqrt(1 + 1 / len(best.names))
+    bar = best.mean + GAIN_ERRORS * noise.sigma * math.sqrt(1 + 1 / best.num_seeds)
     near = [e for e in entries if e.is_valid and e.status in ("discard", "pending") and e.group != best.group
             and len(groups[e.group]) == 1 and e.val_bpb <= bar]
     return sorted(near, key=lambda e: e.val_bpb)[:limit]
 
 
-def compute_stats(run: Run, this: Entry, entries: list[Entry], best_run: Run | None,
-                  curves: dict[str, Curve | None]) -> dict:
-    """Everything the analysis says about one run, as numbers. A part that fails says so and leaves the others alone:
-    the program may have become anything, and the night must not end over a surprise in its metrics."""
-    by_name = {e.name: e for e in entries}
-    stats: dict = {"record": this.record, "status": this.status, "description": this.description,
-                   "verdict": compute_verdict(this, entries)}
-    if this.status == "crash":
-        stats["crash"] = compute_crash(run)
-    this_curve, best_curve = curves["this"], curves["best"]
-    best_entry = by_name.get(best_run.name) if best_run else None
-    difference = stats["verdict"].get("difference")
-    parts: dict[str, Callable[[], object]] = {
-        "changes": lambda: compute_changes(this, run.train_py, best_entry, best_run and best_run.train_py, entries),
-        "why": lambda: compute_attribution(this_curve, best_curve, difference)
-        if this_curve and best_curve and difference is not None else None,
-        "cost": lambda: compute_cost(run, best_run),
-        "trajectory": lambda: compute_trajectory(this_curve, best_curve, curves["previous"]) if this_curve else None,
-        "convergence": lambda: compute_convergence(run, this_curve) if this_curve else None,
-        "machine": lambda: compute_machine(run, this, entries),
-        "layers": lambda: compute_layers(run),
-        "history": lambda: compute_history(entries)
-        | ({"is_plateau": False} if stats["verdict"]["kind"] == "new best" else {}),
-    }
-    failed = {}
-    for key, part in parts.items():
+def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[Run]) -> dict:
+    """Everything the analysis says about one run, as numbers. `entries` end with this one; `best_runs` are the best's
+    replicates, the first its own. A part that fails says so and leaves the others alone: the program may have become
+    anything, and the night must not end over a surprise in its metrics."""
+    failed: dict[str, str] = {}
+
+    def attempt(key: str, part: Callable[[], object]) -> object:
         try:
-            stats[key] = part()
+            return part()
         except Exception as e:  # see above
-            stats[key], failed[key] = None, f"{type(e).__name__}: {e}"
-    return plain(stats | {"failed": failed})
+            failed[key] = f"{type(e).__name__}: {e}"
+            return None
+
+    earlier = [e for e in entries if e.name != this.name]
+    best_run = best_runs[0] if best_runs else None
+    best = next((e for e in earlier if best_run and e.name == best_run.name), None)
+    machine = attempt("machine", lambda: compute_machine(this, earlier))
+    this = replace(this, record=this.record | {"hampered": machine["hampered"] if machine else []})
+    entries = [*earlier, this]
+    best_text = best_run.train_py if best_run else None
+    changes = attempt("changes", lambda: compute_changes(this, run.train_py, best, best_text, entries))
+    paired = attempt("paired", lambda: compute_paired(run, best_runs))
+    crash = compute_crash(run) if this.status == "crash" else None
+    facts = {
+        "adds_code": bool(changes and changes["lines_added"] > changes["lines_removed"] + FREE_LINES),
+        "is_killed": bool(crash and crash["is_killed"]),
+    }
+    verdict = compute_verdict(this, entries, facts)
+    if paired and paired["windows"] and changes and is_unchanged(run, best_run, paired, changes, verdict):
+        verdict = compute_verdict(this, entries, facts | {"is_unchanged": True})
+    replicates = [e for e in earlier if e.name in {r.name for r in best_runs}]
+    verdict["best_is_slower"] = compute_best_pace(this, replicates)
+    own = None if this.val_bpb is None or verdict["best_mean"] is None else this.val_bpb - verdict["best_mean"]
+    return plain({
+        "record": this.record,
+        "status": this.status,
+        "description": this.description,
+        "verdict": verdict,
+        "crash": crash,
+        "changes": changes,
+        "paired": paired,
+        "gap": attempt("gap", lambda: compute_gap(run, best_runs)),
+        "why": attempt("why", lambda: compute_attribution(this, entries, paired, own)),
+        "cost": {"this": compute_costs([run]), "best": compute_costs(best_runs)},
+        "machine": machine,
+        "layers": attempt("layers", lambda: compute_layers(run, best_run)),
+        "prediction": attempt("prediction", lambda: render_prediction(this, own, verdict.get("standard_error"))),
+        "history": attempt("history", lambda: compute_history(entries)),
+        "failed": failed,
+    })
 
 
-# Label, key in the summary, format: what a run costs, side by side with the best.
+FREE_LINES = 3  # a program that is longer by no more than these has not become more complex
+# One program and seed, run twice on an H100: the losses of the first ten steps agreed within 3e-4 of themselves; any
+# other rate, start or seed made a tenth.
+ROUNDING = 1e-3
+
+
+def is_unchanged(run: Run, best: Run, paired: dict, changes: dict, verdict: dict) -> bool:
+    """Whether the edit changed nothing that can be seen: the same resolved configuration, rates and first ten losses
+    but for rounding, and no difference beyond the noise in any window nor in the score (averaged weights would show
+    only there)."""
+    ours, theirs = (r.series("train/loss")[:10] for r in (run, best))
+    if changes["config"] or not changes["is_config_known"] or paired.get("rates") or len(ours) != len(theirs):
+        return False
+    error = verdict.get("standard_error") or 0.0
+    is_same = bool(np.allclose(ours, theirs, rtol=ROUNDING, atol=0.0))
+    differences = [w["difference"] for w in paired["windows"]] + [verdict.get("difference") or 0.0]
+    return is_same and max(map(abs, differences)) < max(GAIN_ERRORS * error, ROUNDING)
+
+
+# Label, key in the summary, format, unit: what a run costs, side by side with the best.
 COSTS = (
     ("parameters", "num_params_M", ".1f", " M"),
-    ("FLOPs per token", "flops_per_token", ".3g", ""),
-    ("tokens", "total_tokens_M", ".1f", " M"),
+    ("FLOPs a token", "flops_per_token", ".3g", ""),
+    ("tokens", "total_tokens_M", ".4g", " M"),
     ("steps", "num_steps", ".0f", ""),
     ("memory", "peak_vram_mb", ".0f", " MB"),
     ("MFU", "mfu_percent", ".1f", " %"),
 )
 
 
-def cost_cells(run: Run) -> list[tuple[str, str | None]]:
-    """Label and value of everything a run costs, None where it is not known."""
-    known = [(label, number(run.summary.get(key)), form, unit) for label, key, form, unit in COSTS]
-    known.append(("step, median", run.step_ms, ".1f", " ms"))
-    return [(label, None if value is None else show(value, form, unit)) for label, value, form, unit in known]
-
-
-def compute_cost(run: Run, best_run: Run | None) -> list[list]:
-    """Rows of label, this run's value, the best's, as far as known."""
-    theirs = dict(cost_cells(best_run)) if best_run else {}
-    return [[label, mine, theirs.get(label)] for label, mine in cost_cells(run) if mine is not None]
+def compute_costs(runs: list[Run]) -> dict[str, str]:
+    """Label to what these runs cost in the mean, and, where it was profiled, where a step's time goes."""
+    rows = [(label, [number(run.summary.get(key)) for run in runs], form, unit) for label, key, form, unit in COSTS]
+    rows.append(("step, median", [run.step_ms for run in runs], ".1f", " ms"))
+    profiles = [run.summary.get("profile") or {} for run in runs]
+    for kind in {kind: None for profile in profiles for kind in profile if kind != "step"}:
+        label = "GPU idle" if kind == "idle" else f"{kind} kernels"
+        rows.append((label, [number(profile.get(kind)) for profile in profiles], ".2f", " ms a step"))
+    known = [(label, [v for v in values if v is not None], form, unit) for label, values, form, unit in rows]
+    return {label: f"{np.mean(values):{form}}{unit}" for label, values, form, unit in known if values}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Render: analysis.md, status, compare, report.md
+# Render: analysis.md and compare
 # ---------------------------------------------------------------------------------------------------------------------
+
+ADVICE = {
+    "keep": "Keep it: `uv run analyze.py keep`.",
+    "discard": "Discard it: `uv run analyze.py discard`.",
+    "rerun": "The idea was not tested: train the same commit once more.",
+    "wait": "Wait until the machine is quiet, then train the same commit again.",
+}
 
 
 def render_verdict(stats: dict) -> list[str]:
     v = stats["verdict"]
-    kind, noise, best = v["kind"], v["noise"], render_best(v)
-    score, lines = show(v["val_bpb"]), []
-    versus = f"val_bpb {score}, best so far {best}" if v["best"] else f"val_bpb {score}"
-    if v.get("difference") is not None:
-        versus += f", difference {v['difference']:+.6f} bpb = {v['standard_errors']:+.1f} standard errors"
-    if kind == "crash":
-        lines.append(f"**CRASHED**: {clip(stats['crash']['reason'], 200)}. Best so far: {best}.")
-    elif kind == "invalid":
-        lines.append(f"**INVALID**, not a result: val_bpb {score} does not count. Best so far: {best}.")
-        lines += [f"- {clip(reason, 200)}" for reason in v["invalid"][:5]]
-    elif kind == "baseline":
-        lines.append(
-            f"**BASELINE**: {versus}. There is nothing to compare with yet. Keep it; run it once more for the noise."
-        )
-    elif kind == "replicate":
-        lines.append(f"**REPLICATE** of the best, no new idea: {versus}.")
-        lines.append(f"{1 + len(v['replicates'])} runs of this program: mean {v['mean']:.6f}, "
-                     f"standard deviation {v['spread']:.6f}.")
-        if v["dethroned_by"]:
-            lines.append("With this mean it is the best no more: that is {} at {:.6f}.".format(*v["dethroned_by"]))
-    elif kind == "new best":
-        lines.append(f"**NEW BEST**: {versus}.")
-    elif kind == "not better":
-        lines.append(f"**NOT BETTER**: {versus}.")
-    else:
-        advice = ("A gain inside the noise: run it again before building on it." if v["difference"] < 0
-                  else "No measurable difference: prefer the simpler program.")
-        runs = f"about {v['runs_to_tell']}" if v["runs_to_tell"] and v["runs_to_tell"] <= 20 else "more than 20"
-        advice += f" So small a difference takes {runs} runs of each to tell."
-        lines.append(f"**WITHIN NOISE**: {versus}. {advice}")
-    if v["replicates"] and kind in ("new best", "not better", "within noise"):
-        lines.append(f"The difference is that of the mean of {1 + len(v['replicates'])} runs of this program, "
-                     f"{v['mean']:.6f} (also {', '.join(v['replicates'][:4])}).")
-    if v["same_as"]:
-        lines.append(f"Counted as a replicate: {v['same_as']}.")
+    kind = v["kind"]
+    lines = [f"**{kind.upper()}**: {render_comparison(stats)}. {ADVICE[v['advice']]}"]
+    lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
+    lines += render_kind(v)
+    lines += [stats["prediction"]] if stats["prediction"] else []
+    if slower := v.get("best_is_slower"):
+        lines.append(f"Mind: the machine is faster now: the same work took the best {slower:.0%} longer a step. Run "
+                     "the best again (`uv run analyze.py rerun`) before you believe a gain.")
     if v["best"] and not v["best_is_kept"]:
         lines.append(f"Nothing is kept yet: {v['best']}, the first valid run, stands in as the best.")
-    bar = f"; a difference counts from {GAIN_ERRORS:.0f} standard errors"
-    bar += f", here {GAIN_ERRORS * v['standard_error']:.6f} bpb" if v.get("standard_error") else ""
-    lines.append(f"Noise between identical runs: sigma {noise['sigma']:.6f} bpb ({noise['source']}){bar}.")
+    if kind not in ("crash", "stopped", "invalid"):
+        lines.append(f"Noise between seeds of one program: {v['noise']['text']}.")
     remarks = [*stats["record"].get("notes", []), *stats["record"].get("damage", [])]
-    remarks += (stats.get("machine") or {}).get("warnings", [])
+    unclocked_s = (stats.get("machine") or {}).get("unclocked_s")
+    if unclocked_s and unclocked_s > 0.1 * (stats["record"].get("training_s") or 0.0) + 2:
+        remarks.append(f"{unclocked_s:.0f} s passed between the first step and the last that the clock did not count")
     return lines + [f"Mind: {clip(remark, 220)}." for remark in remarks[:5]]
+
+
+def render_comparison(stats: dict) -> str:
+    v = stats["verdict"]
+    if v["kind"] == "crash":
+        return clip((stats["crash"] or {}).get("reason") or "by hand", 200) + f". Best so far: {render_best(v)}"
+    if v["kind"] in ("stopped", "invalid", "hampered"):
+        return f"val_bpb {show(v['val_bpb'])} is no result. Best so far: {render_best(v)}"
+    text = f"val_bpb {show(v['val_bpb'])}, best so far {render_best(v)}"
+    if v.get("difference") is None:
+        return text
+    text += f", difference {v['difference']:+.6f}"
+    if v["standard_error"]:
+        text += f" ± {v['standard_error']:.6f} bpb = {v['standard_errors']:+.1f} standard errors"
+    return text
+
+
+def render_kind(v: dict) -> list[str]:
+    """What the kind of the verdict means for the decision."""
+    kind, lines = v["kind"], []
+    if kind == "baseline":
+        lines.append("Nothing to compare with yet. Run it once more (`uv run analyze.py rerun`) for the noise.")
+    elif kind == "unproven":
+        lines.append("Better by the rule for keeping, not by that for claiming: kept, it may be no gain.")
+    elif kind == "unchanged":
+        lines.append(f"The edit changed nothing: configuration and losses are those of {v['best']}. It counts as "
+                     "another run of that program, not as an idea.")
+    elif kind == "replicate":
+        lines.append(f"Another run of the best's program, no new idea: mean of {1 + len(v['replicates'])} runs "
+                     f"{v['mean']:.6f}.")
+        if v["standard_errors"] is not None and abs(v["standard_errors"]) > 3:
+            lines.append("It lies outside the noise of the others: look for a cause before you trust it.")
+        if v["dethroned_by"]:
+            lines.append("With this mean it is the best no more: that is {} at {:.6f}.".format(*v["dethroned_by"]))
+    if v["replicates"] and kind in ("new best", "not better", "unproven"):
+        lines.append(f"The difference is that of the mean of {1 + len(v['replicates'])} runs of this program, "
+                     f"{v['mean']:.6f} (also {', '.join(v['replicates'][:4])}).")
+    return lines
 
 
 def render_best(verdict: dict) -> str:
@@ -1840,9 +2221,62 @@ def render_crash(crash: dict) -> list[str]:
              + (f", {crash['elapsed_s']:.0f} s after the start" if crash["elapsed_s"] is not None else "") + "."]
     if crash["exception"]:
         lines.append(f"Exception: {clip(crash['exception'], 300)}")
+    lines += [f"- {clip(frame, 200)}" for frame in crash["frames"]]
     if crash["cause"]:
         lines.append(f"Looks like: {crash['cause']}. What usually helps: {crash['help']}.")
-    return [*lines, *crash["frames"]]
+    return lines
+
+
+def render_paired(paired: dict) -> list[str]:
+    """The table of windows, the summary, and what limits both."""
+    if not paired["windows"]:
+        return [f"No pairing with {paired['against'][0]}: {paired['note']}."]
+    names = ", ".join(paired["against"][:3])
+    lines = [f"This run minus {names}: training loss on the same text, bpb, ± one standard error of the text.",
+             "| budget | M tokens | at equal tokens | at equal progress |", "|---|---|---|---|"]
+    for w in paired["windows"]:
+        mark = " *" if w["is_repeat"] else ""
+        moved = "-" if w["at_progress"] is None else f"{w['at_progress']:+.5f} ± {w['at_progress_error']:.5f}"
+        lines.append(f"| {w['progress']:.0%}{mark} | {w['to_m']:.4g} | {w['difference']:+.5f} ± {w['error']:.5f} "
+                     f"| {moved} |")
+    if summary := paired["summary"]:
+        lines.append(f"From {summary['from_m']:.4g} M tokens on, at equal progress: **{summary['at_progress']:+.5f} ± "
+                     f"{summary['at_progress_error']:.5f} bpb**; another seed moves this as it moves the score.")
+    if any(w["is_repeat"] for w in paired["windows"]):
+        lines.append("* a later epoch: text seen before, no measure of learning.")
+    if paired["rates"]:
+        lines.append(f"Rates differ ({clip('; '.join(paired['rates'][:4]), 200)}): before the warm-down the difference "
+                     "misleads; believe the windows at equal progress within it.")
+    if paired["note"]:
+        lines.append(f"Mind: {paired['note']}.")
+    return lines
+
+
+def render_learning(stats: dict) -> list[str]:
+    gap, why, lines = stats["gap"], stats["why"], []
+    if gap:
+        best = "" if gap["best_gap"] is None else f" (best {gap['best_training_bpb']:.4f} and {gap['best_gap']:+.4f})"
+        ends = f"{gap['training_bpb']:.4f} bpb, validation {gap['gap']:+.4f} to it"
+        lines.append(f"Training loss at the end {ends}{best}.")
+        if gap["is_overfitting"]:
+            lines.append(f"**Over-fitting**: epoch {gap['epochs']:.0f}, and validation is left behind"
+                         f"{', more than by the best' if gap['is_wider'] else ''}: more steps need not help.")
+        elif gap["epochs"] and gap["epochs"] > 1:
+            lines.append(f"The data were repeated: epoch {gap['epochs']:.0f} at the end.")
+    if why:
+        lines.append(render_why(why))
+    return lines
+
+
+def render_why(why: dict) -> str:
+    ratio = f"{why['token_ratio'] - 1:+.1%} tokens"
+    if abs(why["token_ratio"] - 1) < SAME_TOKENS:
+        return f"Speed: {ratio}, the same; the difference is learning, or noise."
+    if why["speed_bpb"] is None:
+        return (f"Speed: {ratio}. No program was run at two token counts, so what tokens are worth is unknown: the "
+                "score cannot tell speed from learning; the curve at equal tokens and equal rates is learning.")
+    return (f"Speed: {ratio}, worth {why['speed_bpb']:+.5f} ± {why['speed_error']:.5f} bpb by {why['num_pairs']} "
+            f"pair(s) of runs of one program; the rest, {why['learning_bpb']:+.5f}, is learning and noise.")
 
 
 def render_changes(changes: dict) -> list[str]:
@@ -1858,115 +2292,34 @@ def render_changes(changes: dict) -> list[str]:
         lines.append("Resolved configuration: unknown.")
     elif not config:
         lines.append("Resolved configuration: the same, every key.")
-    for key, (before, after) in list(config.items())[:7]:
-        lines.append(f"- `{key}`: {clip(json.dumps(before), 60)} -> {clip(json.dumps(after), 60)}")
-    if len(config) > 7:
-        lines.append(f"- and {len(config) - 7} more: {clip(', '.join(list(config)[7:]), 120)}")
-    told = {key: f"`{key}` {clip(str(a), 70)} -> {clip(str(b), 70)}" for key, (a, b) in changes["machine"].items()}
-    for is_kernel, what in enumerate(("another machine, scores may not compare", "other kernels, so another speed")):
-        if which := "; ".join(text for key, text in told.items() if (key in KERNEL_KEYS) == is_kernel):
-            lines.append(f"- {what}: {which}")
-    for what, key in (
-        ("This very program was", "same_program"),
-        ("This configuration, with other code, was", "same_config"),
-    ):
+    for key, (before, after) in list(config.items())[:6]:
+        lines.append(f"- `{key}`: {clip(json.dumps(before), 50)} -> {clip(json.dumps(after), 50)}")
+    if len(config) > 6:
+        lines.append(f"- and {len(config) - 6} more: {clip(', '.join(list(config)[6:]), 100)}")
+    for key, (before, after) in changes["machine"].items():
+        lines.append(f"- `{key}`: {clip(str(before), 60)} -> {clip(str(after), 60)}")
+    for what, key in (("This very program", "same_program"), ("This configuration with other code", "same_config")):
         if changes[key]:
             tried = ", ".join(f"{n} ({show(v)}, {s})" for n, s, v in changes[key][-3:])
-            lines.append(f"{what} tried before: {tried}.")
+            lines.append(f"{what} was tried before: {tried}.")
     return lines
 
 
-def render_why(why: dict | None, cost: list[list] | None, difference: float | None) -> list[str]:
-    lines = []
-    if why and why["speed_bpb"] is not None:
-        low, high = why["speed_range"]
-        speed = f"{why['speed_bpb']:+.5f} ({low:+.5f} to {high:+.5f})" if why["speed_bpb"] else "0 (equal tokens)"
-        lines.append(f"Of {difference:+.5f} bpb, an estimate: speed {speed}, "
-                     f"learning and noise {why['learning_bpb']:+.5f}.")
-    if why:
-        ratio = f"{why['token_ratio'] - 1:+.1%} tokens" if why["token_ratio"] else "tokens unknown"
-        lines.append(f"Basis: {ratio}; {why['basis']}.")
-        if why["equal_tokens_difference_nats"] is not None:
-            lines.append(f"Training loss at equal tokens ({why['equal_tokens_m']:.1f} M, before either warm-down): "
-                         f"{why['equal_tokens_difference_nats']:+.4f} nats.")
-    cells = [f"{label} {mine}" + (f" (best {theirs})" if theirs else "") for label, mine, theirs in cost or []]
-    return lines + ["; ".join(cells[i : i + 3]) + "." for i in range(0, len(cells), 3)]
-
-
-def render_trajectory(trajectory: dict) -> list[str]:
-    def cell(value: float | None, form: str = ".4f") -> str:
-        return "-" if value is None else f"{value:{form}}"
-
-    def difference(a: float | None, b: float | None) -> str:
-        return "-" if a is None or b is None else f"{a - b:+.4f}"
-
-    best, previous = trajectory["best"], trajectory["previous"]
-    lines = [f"Smoothed loss by time, then by tokens. best {best or '-'}, previous {previous or '-'}",
-             "| budget | this | best | diff | previous | diff | M tokens | this | diff to best |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for r in trajectory["rows"]:
-        by_time = [cell(r["this"]), cell(r["best"]), difference(r["this"], r["best"]), cell(r["previous"])]
-        by_time.append(difference(r["this"], r["previous"]))
-        by_tokens = [cell(r["tokens_m"], ".2f"), cell(r["this_by_tokens"])]
-        by_tokens.append(difference(r["this_by_tokens"], r["best_by_tokens"]))
-        lines.append(f"| {r['budget']:.0%} | " + " | ".join(by_time + by_tokens) + " |")
-    if best:
-        part = trajectory["part"]
-        lines.append(f"By time, they part for good at {part['budget']:.0%} of the budget: from there this run is "
-                     f"{'above (worse)' if part['sign'] > 0 else 'below (better)'}." if part
-                     else "By time, they do not part for good: the difference keeps inside its own wobble.")
+def render_cost(stats: dict) -> list[str]:
+    mine, theirs = stats["cost"]["this"], stats["cost"]["best"]
+    cells = []
+    for label, value in mine.items():
+        cells.append(f"{label} {value}" + (f" (best {theirs[label]})" if label in theirs else ""))
+    lines = ["; ".join(cells[i : i + 4]) + "." for i in range(0, len(cells), 4)]
+    m = stats["machine"] or {}
+    if m.get("p95_ms"):
+        usual = f", usually {m['usual_ms']:.1f}" if m["usual_ms"] else ""
+        lines.append(f"Step {m['step_ms']:.1f} ms{usual}, 95th percentile {m['p95_ms']:.1f}; {m['stalls']} stall(s), "
+                     f"{m['stalled_s']:.1f} s lost; start-up {show(m['startup_s'], '.0f', ' s')}, evaluation "
+                     f"{show(m['eval_s'], '.0f', ' s')}.")
+    if (m.get("other_gpu_mb") or 0.0) > OTHER_GPU_MB:
+        lines.append(f"Another process held {m['other_gpu_mb']:.0f} MB of this GPU.")
     return lines
-
-
-def render_convergence(c: dict) -> list[str]:
-    lines = []
-    if c["slope_per_percent"] is not None:
-        lines.append(f"Slope over the last 10 %: {c['slope_per_percent']:+.5f} +/- {c['slope_error']:.5f} nats per 1 % "
-                     f"of the budget: {c['trend']}.")
-    else:
-        lines.append("Slope at the end: unknown, too few steps.")
-    if c["warmdown_nats"] is not None:
-        lines.append(
-            f"The warm-down brought {c['warmdown_nats']:+.4f} nats beyond the continuation of full learning rate."
-        )
-    if c["ten_percent_more_bpb"]:
-        gain, low, high = c["ten_percent_more_bpb"]
-        lines.append(f"10 % more tokens would bring about {gain:+.5f} bpb ({low:+.5f} to {high:+.5f}).")
-    else:
-        lines.append("No continuation: no fit at full learning rate deserves one.")
-    spikes = c["spikes"]
-    if spikes:
-        worst = max(spikes, key=lambda s: s["height"])
-        where = ", ".join(f"{s['step']:.0f}" for s in spikes[:6])
-        lines.append(
-            f"{len(spikes)} spike(s) at step {where}; the highest +{worst['height']:.2f} at {worst['step']:.0f}."
-        )
-    if g := c["grad_norm"]:
-        lines.append(f"Gradient norm {g['early']:.3g} early, {g['late']:.3g} late ({g['late'] / g['early'] - 1:+.0%}), "
-                     f"largest {g['max']:.3g}." if g["early"] else f"Gradient norm late {g['late']:.3g}.")
-    return lines
-
-
-def render_machine(m: dict) -> list[str]:
-    lines = []
-    if "median_ms" in m:
-        usual = f", usual for this program {m['usual_ms']:.1f}" if "usual_ms" in m else ""
-        drift = f", drift {m['drift']:+.1%}" if m.get("drift") is not None else ""
-        lines.append(f"Step {m['median_ms']:.1f} ms median{usual}, {m['p95_ms']:.1f} ms 95th percentile{drift}; "
-                     f"{m['stalls']} stall(s), {m['stalled_s']:.1f} s lost; MFU {show(m['mfu_percent'], '.1f', ' %')}.")
-    if m["outside_training"] is not None:
-        spans = (("start-up", "startup_s"), ("evaluation", "eval_s"), ("statistics", "stats_s"))
-        told = ", ".join(f"{what} {show(m[key], '.0f', ' s')}" for what, key in spans)
-        lines.append(f"Outside training: {m['outside_training']:.0%} of the wall time ({told}).")
-    if m["first_loss"] is not None:
-        twins = [
-            f"{'same' if loss == m['first_loss'] else f'{loss:.6f}'} in {name}" for name, loss in m["first_loss_twins"]
-        ]
-        lines.append(f"Step-0 loss {m['first_loss']:.6f}, a fingerprint of the compiled kernels"
-                     + (f": {', '.join(twins)}." if twins else "."))
-    if m["epochs"] and m["epochs"] > 1:
-        lines.append(f"The data were repeated: epoch {m['epochs']:.0f} at the end.")
-    return [*lines, *(f"- {w}." for w in m["warnings"])] or ["Unknown: no step times."]
 
 
 def render_counts(h: dict) -> str:
@@ -1975,55 +2328,53 @@ def render_counts(h: dict) -> str:
 
 
 def render_history(h: dict) -> list[str]:
-    lines = [f"{render_counts(h)}, {h['hours']:.1f} h; hit rate {show(h['hit_rate'], '.0%')}, "
-             f"gain per hour {show(h['gain_per_hour'], '.5f')} bpb."]
-    if h["is_plateau"]:
-        lines.append(f"Plateau: {h['ideas_since_best']} ideas since the best was found. Change direction.")
-    lines += [f"- {name} {show(val)} {status}: {clip(text, 60)}" for name, val, status, text in h["last"]]
-    chain = [f"{name} {val:.6f}" for name, val, _ in h["lineage"]]
-    if chain:
-        shown = chain if len(chain) <= 6 else [chain[0], f"({len(chain) - 6} more)", *chain[-5:]]
-        lines.append("Kept: " + " -> ".join(shown))
-    return lines
+    idle = "" if h["idle_s"] is None else f"; the GPU had nothing to do for {h['idle_s']:.0f} s before this run"
+    share = "" if h["gpu_share"] is None else f", at work {h['gpu_share']:.0%} of the time so far"
+    lines = [f"{render_counts(h)}{idle}{share}."]
+    if h["gain"]:
+        lines.append(f"Gain since the first kept run: {h['gain'] + h['optimism']:.6f} bpb as scored, {h['gain']:.6f} "
+                     "after allowing for the lowest of many noisy scores reading too low.")
+    if h["ideas_since_best"]:
+        lines.append(f"{h['ideas_since_best']} idea(s) since the best was found.")
+    if h["runs_since_best_was_run"] is not None and h["runs_since_best_was_run"] >= RERUN_EVERY:
+        lines.append(f"The best was last run {h['runs_since_best_was_run']} runs ago: `uv run analyze.py rerun`.")
+    return lines + [f"- {name} {show(val)} {status}: {clip(text, 60)}" for name, val, status, text in h["last"][-3:]]
 
 
 def render_analysis(stats: dict, pictures: list[str]) -> str:
-    """The page for the agent, without its notes: at most PAGE_LINES and PAGE_BYTES."""
+    """The page for the agent, without its notes: at most PAGE_LINES and PAGE_BYTES, ordered by what decides."""
     name = stats["record"]["name"]
-    difference = stats["verdict"].get("difference")
-    sections: list[tuple[str, Callable[[], list[str]]]] = [("Verdict", lambda: render_verdict(stats))]
-    if stats.get("crash"):
-        sections.append(("Crash", lambda: render_crash(stats["crash"])))
-    if stats["changes"]:
-        sections.append(("What changed", lambda: render_changes(stats["changes"])))
-    if stats["why"] or stats["cost"]:
-        sections.append(("Why", lambda: render_why(stats["why"], stats["cost"], difference)))
-    for key, title, render in (("trajectory", "Trajectory", render_trajectory),
-                               ("convergence", "Convergence", render_convergence),
-                               ("machine", "Machine", render_machine)):
-        if stats[key]:
-            sections.append((title, lambda key=key, render=render: render(stats[key])))
-    if stats["layers"]:
-        sections.append(("Layers", lambda: [f"- {clip(line, 180)}" for line in stats["layers"][:8]]))
-    if stats["history"]:
-        sections.append(("History", lambda: render_history(stats["history"])))
+    changes = stats["changes"]
+    sections = [("Verdict", render_verdict(stats))]
+    if stats["crash"]:
+        sections.append(("Crash", render_crash(stats["crash"])))
+    if stats["paired"]:
+        sections.append(("Paired curve", render_paired(stats["paired"])))
+    sections.append(("Learning and speed", render_learning(stats)))
+    sections.append(("What changed", render_changes(changes) if changes else []))
+    sections.append(("Layers", [f"- {clip(line, 200)}" for line in (stats["layers"] or [])[:6]]))
+    sections.append(("Cost", render_cost(stats)))
+    sections.append(("History", render_history(stats["history"]) if stats["history"] else []))
     failed = [f"- not computed: {part}: {clip(why, 160)}" for part, why in stats["failed"].items()]
-    data = [f"Pictures: {', '.join(pictures) or 'none'}; across runs ../progress.png. Numbers: stats.json.",
-            f'Data: `from analyze import load_run, load_runs; run = load_run("{name}"); run.metrics["train/loss"]`.',
-            *failed]
-    pages = [(title, render()) for title, render in sections] + [("Data", data)]
-    return fit_page(f"# {name}: {clip(stats['description'], 100)}", pages)
+    sections.append(("Data", [
+        f"Pictures: {', '.join(pictures) or 'none'}; across runs ../progress.png. Numbers: stats.json. "
+        f'`from analyze import load_run; load_run("{name}").metrics` is a table, one row a step.',
+        *failed]))
+    title = f"# {name}: {clip(stats['description'], 100)}"
+    return fit_page(title, [(heading, lines) for heading, lines in sections if lines])
 
 
 def fit_page(title: str, sections: list[tuple[str, list[str]]]) -> str:
-    """Title and sections as Markdown; what does not fit is cut from the end of the longest section but the verdict."""
+    """Title and sections as Markdown; what does not fit is cut from the end of the last section that can spare a line:
+    the page is ordered by what decides."""
     sections = [(heading, [clip(printable(line), 400) for line in lines]) for heading, lines in sections]
+    room = PAGE_BYTES - len(NOTES_HEADING) - 60
     while True:
         text = "\n\n".join([title, *("\n".join([f"## {heading}", *lines]) for heading, lines in sections)]) + "\n"
-        if len(text.encode()) <= PAGE_BYTES - 100 and text.count("\n") <= PAGE_LINES - 2:
+        if len(text.encode()) <= room and text.count("\n") <= PAGE_LINES - 2:
             return text
-        longest = max(sections[1:], key=lambda section: len("\n".join(section[1])))[1]
-        del longest[-2 if longest[-1] == "```" else -1]
+        spare = [lines for _, lines in sections[1:] if len(lines) > 3]
+        (spare[-1] if spare else sections[-1][1] if sections[-1][1] else sections[0][1]).pop()
 
 
 def write_analysis(folder: Path, text: str) -> None:
@@ -2033,6 +2384,31 @@ def write_analysis(folder: Path, text: str) -> None:
     write_atomic(folder / ANALYSIS, f"{text}\n{NOTES_HEADING}{notes if heading else chr(10)}")
 
 
+def render_compare(runs: list[Run], entries: list[Entry]) -> str:
+    """A Markdown table: scores and costs, configuration keys that differ, and the paired curve of each run against the
+    first."""
+    by_name = {e.name: e for e in entries}
+    configs = [configuration(run.summary) for run in runs]
+    own = [by_name.get(run.name) for run in runs]
+    rows = [["status", *(e.status if e else "no row" for e in own)],
+            ["val_bpb", *(show(e.val_bpb if e else None) for e in own)]]
+    costs = [compute_costs([run]) for run in runs]
+    for label in {label: None for cost in costs for label in cost}:
+        rows.append([label, *(cost.get(label) or "unknown" for cost in costs)])
+    for key in {k: None for config in configs for k in config}:
+        values = [json.dumps(config.get(key)) if key in config else "-" for config in configs]
+        if len(set(values)) > 1:
+            rows.append([f"`{key}`", *(clip(v, 40) for v in values)])
+    titles = ["", *(run.name for run in runs)]
+    table = [titles, ["---"] * len(titles), *rows]
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines += ["", *(f"{e.name}: {clip(e.description, 100)}" for e in own if e)]
+    for run in runs[1:]:
+        if paired := compute_paired(run, runs[:1]):
+            lines += ["", f"## {run.name} against {runs[0].name}", *render_paired(paired)]
+    return "\n".join(lines) + "\n"
+
+
 def render_current_best(entries: list[Entry]) -> str:
     best, noise = compute_best(entries), compute_noise(entries)
     if best is None or not best.is_kept:
@@ -2040,7 +2416,7 @@ def render_current_best(entries: list[Entry]) -> str:
     e = next(e for e in entries if e.name == best.name)
     runs = f"mean of {len(best.names)} runs ({', '.join(best.names[:6])})" if len(best.names) > 1 else "one run"
     return (f"- {best.name}: val_bpb {best.mean:.6f}, {runs}\n- its change: {e.description}\n"
-            f"- noise between identical runs: sigma {noise.sigma:.6f} bpb ({noise.source})")
+            f"- noise between seeds of one program: {describe_noise(noise)}")
 
 
 def replace_best_section(text: str | None, content: str) -> str:
@@ -2061,30 +2437,6 @@ def replace_best_section(text: str | None, content: str) -> str:
     heading = found[0] if found[0].endswith("\n") else found[0] + newline
     kept = BEST_LINES.sub("", text[found.end() : end])
     return text[: found.start()] + heading + section.split("\n", 1)[1] + kept + text[end:]
-
-
-def render_compare(runs: list[Run], entries: list[Entry]) -> str:
-    """A Markdown table: scores and costs, configuration keys that differ, smoothed loss by share of the budget."""
-    by_name = {e.name: e for e in entries}
-    curves = [compute_curve(run) for run in runs]
-    configs = [configuration(run.summary) for run in runs]
-    own = [by_name.get(run.name) for run in runs]
-    rows = [["status", *(e.status if e else "no row" for e in own)],
-            ["val_bpb", *(show(e.val_bpb if e else None) for e in own)]]
-    for cells in zip(*(cost_cells(run) for run in runs), strict=True):
-        rows.append([cells[0][0], *(value or "unknown" for _, value in cells)])
-    for key in {k: None for config in configs for k in config}:
-        values = [json.dumps(config.get(key)) if key in config else "-" for config in configs]
-        if len(set(values)) > 1:
-            rows.append([f"`{key}`", *(clip(v, 40) for v in values)])
-    for f in TRAJECTORY:
-        rows.append(
-            [f"loss at {f:.0%} of the budget", *(show(c.at_time(f), ".4f") if c else "unknown" for c in curves)]
-        )
-    titles = ["", *(run.name for run in runs)]
-    table = [titles, ["---"] * len(titles), *rows]
-    told = [f"{e.name}: {clip(e.description, 100)}" for e in own if e]
-    return "\n".join(["| " + " | ".join(row) + " |" for row in table] + ["", *told]) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2845,15 +3197,9 @@ def write_run_pages(archive: Path, name: str) -> None:
         return
     before = book.entries[: book.entries.index(this)]
     run = load_folder(archive / name, name)
-    best = compute_best(before)
-    previous = next(
-        (e.name for e in reversed(before) if e.val_bpb is not None and (not best or e.name != best.name)), None
-    )
-    best_run, previous_run = (
-        load_folder(archive / n, n) if n else None for n in (best.name if best else None, previous)
-    )
-    curves = compute_curves(run, best_run, previous_run)
-    stats = compute_stats(run, this, [*before, this], best_run, curves)
+    best_runs = [load_folder(archive / n, n) for n in best_names(compute_best(before, this))]
+    best_run = best_runs[0] if best_runs else None
+    stats = compute_stats(run, this, [*before, this], best_runs)
     diff = diff_lines(best_run.train_py, run.train_py, best_run.name) if best_run else []
     write_atomic(archive / name / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
     pictures, failed = write_pictures(run, best_run, stats.get("paired"))
@@ -2861,6 +3207,14 @@ def write_run_pages(archive: Path, name: str) -> None:
     stats["record"]["name"] = name
     write_analysis(archive / name, render_analysis(stats, pictures))
     write_json(archive / name / STATS, stats)  # last: a run whose statistics stand has all its pages
+
+
+def best_names(best: Best | None) -> list[str]:
+    """The runs to compare with: the best's own and its newest replicates, five at most, which is enough for a mean."""
+    if best is None:
+        return []
+    others = [n for n in best.names if n != best.name]
+    return [best.name, *others[-4:]]
 
 
 def update_insights(archive: Path, content: str) -> None:
@@ -2881,7 +3235,7 @@ def update_insights(archive: Path, content: str) -> None:
             if path.read_bytes() != data:
                 continue
             os.replace(temporary, path)
-            for pause_s in (0.0, 0.02):  # an append that was under way lands in the old file
+            for pause_s in (0.0, 0.05, 0.2):  # an append that was under way lands in the old file
                 time.sleep(pause_s)
                 if late := old.read():
                     with open(path, "ab") as f:
@@ -3003,7 +3357,7 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "elsewhere": [describe_running(run) for run in find_running(book, folder)],
         "pending": [e.name for e in book.entries if e.status == "pending"],
         "unfiled": unfiled + book.unbooked,
-        **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "is_plateau", "gain")},
+        **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "gain")},
         "queue": list_items(read_text(archive / QUEUE)),
         "claims": list_items((insights or "").partition("## Claims")[2]),
         "doubts": check_insights(insights, book.entries),
@@ -3029,7 +3383,7 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
         return []
     share = trained_s / budget_s
     line = f"{share:.0%} of the budget, {max(budget_s - trained_s, 0):.0f} s left before the score"
-    paired = globals().get("compute_paired", lambda *_: None)(run, [load_folder(archive / best.name, best.name)])
+    paired = compute_paired(run, [load_folder(archive / best.name, best.name)])
     if not paired or not paired["windows"]:
         return [line]
     last = paired["windows"][-1]
@@ -3077,8 +3431,6 @@ def render_status(s: dict) -> str:
     ]
     if s["unfiled"]:
         lines.append(f"not filed yet, run `uv run analyze.py`: {', '.join(s['unfiled'][:10])}")
-    if s["is_plateau"]:
-        lines.append(f"plateau: {s['ideas_since_best']} ideas since the best was found; change direction")
     if s["rerun"]:
         lines.append(f"within noise of the best, run once: {', '.join(s['rerun'])}")
     lines += [f"problem: {p}" for p in s["problems"][:5]]
