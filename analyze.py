@@ -949,7 +949,7 @@ def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | 
         "modules": {name: sha256(normal(str(text))) for name, text in modules.items()},
         "program": program_hash(run.train_py, modules=modules),
         "program_and_seed": program_hash(run.train_py, hide_seed=False, modules=modules),
-        "seed": s.get("seed"),
+        "seed": number(s.get("seed")),
         "seed_offset": number(run.first_of("seed_offset")),
         **compute_comparable(run),
         **{key: s.get(key) for key in MACHINE_KEYS},
@@ -1268,7 +1268,7 @@ def compute_flaw(this: Entry, facts: dict) -> dict | None:
     record = this.record
     if record.get("stopped"):
         return {"kind": "stopped", "advice": "discard"}
-    if this.status == "crash" or this.val_bpb is None:
+    if this.status == "crash" or (this.val_bpb is None and not record.get("invalid")):
         return {"kind": "crash", "advice": "rerun" if facts.get("is_killed") else "discard"}
     if record.get("invalid") or this.status == "invalid":
         reasons = record.get("invalid") or ["called invalid by hand"]
@@ -2135,7 +2135,7 @@ def render_verdict(stats: dict) -> list[str]:
 def render_comparison(stats: dict) -> str:
     v = stats["verdict"]
     if v["kind"] == "crash":
-        return clip(stats["crash"]["reason"], 200) + f". Best so far: {render_best(v)}"
+        return clip((stats["crash"] or {}).get("reason") or "by hand", 200) + f". Best so far: {render_best(v)}"
     if v["kind"] in ("stopped", "invalid", "hampered"):
         return f"val_bpb {show(v['val_bpb'])}. Best so far: {render_best(v)}"
     text = f"val_bpb {show(v['val_bpb'])}, best so far {render_best(v)}"
@@ -3151,7 +3151,7 @@ def write_run_pages(archive: Path, name: str) -> None:
     stats = compute_stats(run, this, [*before, this], best_runs)
     diff = diff_lines(best_run.train_py, run.train_py, best_run.name) if best_run else []
     write_atomic(archive / name / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
-    pictures, failed = write_pictures(run, best_run, stats["paired"])
+    pictures, failed = write_pictures(run, best_run, stats.get("paired"))
     stats["failed"] |= failed
     stats["record"]["name"] = name
     write_analysis(archive / name, render_analysis(stats, pictures))
@@ -3184,7 +3184,7 @@ def update_insights(archive: Path, content: str) -> None:
             if path.read_bytes() != data:
                 continue
             os.replace(temporary, path)
-            for pause_s in (0.0, 0.02):  # an append that was under way lands in the old file
+            for pause_s in (0.0, 0.05, 0.2):  # an append that was under way lands in the old file
                 time.sleep(pause_s)
                 if late := old.read():
                     with open(path, "ab") as f:
@@ -3329,7 +3329,7 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
         return []
     share = trained_s / budget_s
     line = f"{share:.0%} of the budget, {max(budget_s - trained_s, 0):.0f} s left before the score"
-    paired = globals().get("compute_paired", lambda *_: None)(run, [load_folder(archive / best.name, best.name)])
+    paired = compute_paired(run, [load_folder(archive / best.name, best.name)])
     if not paired or not paired["windows"]:
         return [line]
     last = paired["windows"][-1]
