@@ -163,9 +163,13 @@ def bench_parts() -> None:
 
     import prepare
 
-    def rotate_halves(x, cos, sin):
-        (x1, x2), cos, sin = x.chunk(2, -1), cos.chunk(2, -1)[0], sin.chunk(2, -1)[0]
-        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1)
+    attend_window = prepare.window_attention
+
+    def turn_apart(q, k, v, cos, sin, *, window):
+        return attend_window(prepare.turn(q, cos, sin), prepare.turn(k, cos, sin), v, window=window)
+
+    def project_apart(x, *linears):
+        return [linear(x) for linear in linears]
 
     def compile_whole(model):
         model.forward = torch.compile(model.forward, dynamic=False)
@@ -174,7 +178,8 @@ def bench_parts() -> None:
         "FlexAttention for the windows": [(prepare, "can_attend_window", lambda *sizes: False)],
         "plain MLP": [(train, "relu2_mlp", lambda x, c_in, c_out: c_out(c_in(x).relu().square()))],
         "plain soft cap and loss": [(prepare, "MAX_FUSED_VOCAB", 0)],
-        "rotary position embedding by halves": [(train, "rotate", rotate_halves)],
+        "norm and rotation apart from attention": [(prepare, "window_attention", turn_apart)],
+        "queries and keys by two products": [(train, "project", project_apart)],
         "all layers in one graph": [(train, "compile_parts", compile_whole)],
     }
     variants = {"as it is": []} | parts | {"all of these": [change for changes in parts.values() for change in changes]}

@@ -1,7 +1,6 @@
 """train.py: the model against plain mathematics, the optimizer, the schedules, and real runs of a few seconds."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -60,7 +59,6 @@ def sdpa_of(backend):
 GPU_ATTENTIONS = {
     "cudnn": (sdpa_of(SDPBackend.CUDNN_ATTENTION), 512),
     "flash": (sdpa_of(SDPBackend.FLASH_ATTENTION), 512),
-    "varlen": (partial(prepare._flash_window, window=100), 100),
     "chosen full": (None, 512),
     "chosen window": (None, 100),
     "chosen odd": (None, 100),  # no kernel of ours takes heads of 32
