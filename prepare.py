@@ -1559,20 +1559,21 @@ def make_attention(window: int, seq_len: int, head_dim: int, device: torch.devic
     be set around the model.
     """
     if device.type != "cuda":
-        return "masked sdpa", functools.partial(_turned, functools.partial(_masked_sdpa, window=window))
-    if window >= seq_len - 1:
-        name = sdpa_order()[0].name.lower().removesuffix("_attention")
-        return f"{name} full", functools.partial(_turned, functools.partial(_sdpa, is_causal=True))
-    # The same with a window of 1024: our kernel 4.2 ms, FlexAttention 5.4, FlashAttention-2 6.2.
-    if can_attend_window(seq_len, head_dim, device):
+        name, attend = "masked sdpa", functools.partial(_masked_sdpa, window=window)
+    elif window >= seq_len - 1:
+        name = f"{sdpa_order()[0].name.lower().removesuffix('_attention')} full"
+        attend = functools.partial(_sdpa, is_causal=True)
+    elif can_attend_window(seq_len, head_dim, device):
+        # With a window of 1024: this 4.2 ms, FlexAttention 5.4, FlashAttention-2 6.2.
         return "kernel window", functools.partial(window_attention, window=window)
-    from torch.nn.attention.flex_attention import create_block_mask
+    else:
+        from torch.nn.attention.flex_attention import create_block_mask
 
-    block_mask = create_block_mask(
-        lambda b, h, q, k: (q >= k) & (q - k <= window), None, None, seq_len, seq_len, device=device
-    )
-    flex = functools.partial(_flex, block_mask=block_mask, window=window)
-    return "flex window", functools.partial(_turned, flex)
+        block_mask = create_block_mask(
+            lambda b, h, q, k: (q >= k) & (q - k <= window), None, None, seq_len, seq_len, device=device
+        )
+        name, attend = "flex window", functools.partial(_flex, block_mask=block_mask, window=window)
+    return name, functools.partial(_turned, attend)
 
 
 def _turned(attend: Callable, q, k, v, cos=None, sin=None) -> Tensor:
