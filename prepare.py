@@ -1124,6 +1124,362 @@ def _rounded(values: list[float]) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Measurement
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Peak dense bf16 rates in TFLOP/s, from the vendor's data sheets, by the name torch gives.
+PEAK_BF16_TFLOPS = {
+    r"(H100 80GB HBM3|H100 SXM.*|H200|H800|GH200.*)": 989.5,
+    r"H100 PCIe": 756.0,
+    r"(H100|H200) NVL": 835.5,
+    r"A100.*": 312.0,
+    r"B200": 2250.0,
+    r"GB200": 2500.0,
+    r"L40S": 362.05,
+    r"L4": 121.0,
+    r"(RTX )?A6000": 154.8,
+    r"RTX 6000 Ada Generation": 364.2,
+    r"RTX PRO 6000 Blackwell (Workstation|Server) Edition": 503.8,
+    r"GeForce RTX 3090": 71.0,
+    r"GeForce RTX 4090": 165.2,
+    r"GeForce RTX 5090": 209.5,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of dense bf16; None for a device that is not in the table: no MFU is better than a wrong one."""
+    name = device_name.removeprefix("NVIDIA ").strip()
+    if "MIG" in name:  # a slice of a GPU
+        return None
+    return next((tflops * 1e12 for pattern, tflops in PEAK_BF16_TFLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+class Clock:
+    """The clock of the budget. It runs from `start`, stands still inside `paused`, and is read once a step.
+
+    `end_step` marks the end of a step in the GPU's queue and `read_step` waits for that mark, so that work queued in
+    between keeps the GPU busy while Python reads, logs and decides.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.is_cuda = device, device.type == "cuda"
+        self.seconds = 0.0  # of training, up to the last step read
+        self.step_seconds = 0.0  # of the last step read
+        self.paused_seconds = 0.0
+        self._pause_in_step = 0.0
+        self._last = self._marked = 0.0
+        self._host = None
+        self._event = torch.cuda.Event() if self.is_cuda else None
+
+    def start(self) -> None:
+        self._synchronize()
+        self._last = time.perf_counter()
+
+    def end_step(self, values: list[torch.Tensor]) -> None:
+        """Queue the mark, and a copy of 0-d tensors for `read_step`."""
+        stacked = torch.stack([value.detach().float() for value in values])
+        if not self.is_cuda:
+            self._host, self._marked = stacked, time.perf_counter()
+            return
+        if self._host is None or self._host.shape != stacked.shape:
+            self._host = torch.empty(stacked.shape, pin_memory=True)
+        self._host.copy_(stacked, non_blocking=True)
+        self._event.record()
+
+    def read_step(self) -> list[float]:
+        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the values."""
+        if self.is_cuda:
+            self._event.synchronize()
+            self._marked = time.perf_counter()
+        self.step_seconds = self._marked - self._last - self._pause_in_step
+        self.seconds += self.step_seconds
+        self._last, self._pause_in_step = self._marked, 0.0
+        return self._host.tolist()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that is not training: between steps' work and their `end_step`."""
+        self._synchronize()
+        begin = time.perf_counter()
+        yield
+        self._synchronize()
+        seconds = time.perf_counter() - begin
+        self._pause_in_step += seconds
+        self.paused_seconds += seconds
+
+    def _synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The record of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _archive_dir() -> Path:
+    return Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
+
+
+def _run_id(start_file: Path) -> str | None:
+    try:
+        start = json.loads(start_file.read_text())
+    except (OSError, ValueError):
+        return None
+    return start.get("run_id") if isinstance(start, dict) else None
+
+
+def set_aside_earlier_run() -> None:
+    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py files them; files that
+    the archive already holds are deleted. A crash of the coming run can then never show an old score."""
+    present = [Path(name) for name in (METRICS_FILE, EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, START_FILE)]
+    present = [path for path in present if path.exists()]
+    if not present:
+        return
+    run_id = _run_id(Path(START_FILE)) or "unknown-" + secrets.token_hex(4)  # an upstream train.py has no start file
+    if any(_run_id(path) == run_id for path in _archive_dir().glob(f"*/{START_FILE}")):
+        for path in present:
+            path.unlink()
+        return
+    if Path(SUMMARY_FILE).exists():
+        Path(CHECKPOINT_FILE).unlink(missing_ok=True)  # it was only needed until the run was scored
+    folder = _archive_dir() / "unfiled" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in present:  # the start file last: while it is here, another call finishes the move
+        if path.exists():
+            shutil.move(path, folder / path.name)
+
+
+def process_age_s() -> float:
+    """Seconds since this process started, its imports included; 0 where the system does not tell (Linux does)."""
+    try:
+        started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Run:
+    """One training run's files and figures, from its identity to its score. A context manager.
+
+    An exception inside it ends the process with one line that says why: `crash:` and exit code 1 for a failed
+    experiment, `error:` and 2 where the machine or the data is at fault. With `is_new` false, the files of the run
+    that is here stay, to be scored again.
+    """
+
+    def __init__(self, script: Path, is_new: bool = True):
+        age_s = process_age_s()  # start-up begins with the process, not with the end of its imports
+        self.begin_unix, self.begin = time.time() - age_s, time.perf_counter() - age_s
+        self.script, self.is_new = script, is_new
+        self.is_terminal, self.last_shown = sys.stdout.isatty(), 0.0
+        self.metrics, self.clock, self.start_record = None, None, None
+        self.step, self.loss, self.loss_average = -1, math.nan, 0.0
+        source = script.read_bytes()
+        status = _git("status", "--porcelain", "--untracked-files=no")
+        self.identity = {
+            "run_id": time.strftime("%Y%m%d-%H%M%S-", time.localtime(self.begin_unix)) + secrets.token_hex(2),
+            "git_commit": _git("rev-parse", "HEAD"),
+            "git_dirty": None if status is None else bool(status),
+            "train_sha256": hashlib.sha256(source).hexdigest(),
+            "prepare_sha256": PREPARE_SHA256,
+        }
+        self._source = source.decode()
+        own_operators = self.identity["train_sha256"] if "torch.library" in self._source else ""
+        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + own_operators
+
+    def __enter__(self) -> "Run":
+        try:
+            if self.is_new:
+                self._begin()
+        except BaseException as e:
+            self._report(e)
+        return self
+
+    def _begin(self) -> None:
+        print(f"run {self.identity['run_id']}", flush=True)
+        if "AUTORESEARCH_TIME_BUDGET" in os.environ and not DEMO:
+            raise SetupError("AUTORESEARCH_TIME_BUDGET is for the demo alone (scores compare at one budget): unset it")
+        set_aside_earlier_run()
+        fingerprint = None
+        with contextlib.suppress(SetupError):  # the run itself will say that there is no data
+            fingerprint = load_manifest()["fingerprint"]
+        self.start_record = self.identity | {
+            "started_unix": self.begin_unix,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "train_py": self._source,
+            "data_fingerprint": fingerprint,
+        }
+        write_atomic(Path(START_FILE), finite_json(self.start_record, indent=2) + "\n")
+        self.metrics = open(METRICS_FILE, "a")  # noqa: SIM115 (closed by __exit__)
+
+    def start_training(self, clock: Clock, step_tokens: int, facts: dict) -> None:
+        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the summary."""
+        gpu_name = torch.cuda.get_device_name(clock.device) if clock.is_cuda else None
+        self.clock, self.step_tokens, self.peak_flops = clock, step_tokens, peak_flops(gpu_name or "")
+        self.facts = facts | {
+            "max_seq_len": MAX_SEQ_LEN,
+            "time_budget": TIME_BUDGET,
+            "gpu_name": gpu_name,
+            "torch_version": str(torch.__version__),
+            "data_fingerprint": load_manifest()["fingerprint"],
+            "demo": DEMO,
+        }
+        clock.start()
+        self.startup_seconds = time.perf_counter() - self.begin
+        print(f"gpu: {gpu_name}\nstartup_seconds: {self.startup_seconds:.1f}", flush=True)
+
+    def _mfu_percent(self, tokens_per_second: float) -> float | None:
+        return 100 * self.facts["flops_per_token"] * tokens_per_second / self.peak_flops if self.peak_flops else None
+
+    def log_step(self, step: int, loss: float, more: dict) -> None:
+        """Append the step that the clock has just read to METRICS_FILE, one flushed line, and show it: live on a
+        terminal, every few seconds in a file. Raises FloatingPointError on a loss that is NaN or has exploded."""
+        self.step, self.loss, seconds = step, loss, self.clock.step_seconds
+        self.loss_average = 0.9 * self.loss_average + 0.1 * loss
+        tokens_per_second = self.step_tokens / seconds
+        record = {
+            "step": step,
+            "train/loss": loss,
+            "train/loss_smooth": self.loss_average / (1 - 0.9 ** (step + 1)),
+            "train/tokens": (step + 1) * self.step_tokens,
+            "perf/step_time_ms": 1000 * seconds,
+            "perf/tokens_per_sec": tokens_per_second,
+            "perf/mfu_percent": self._mfu_percent(tokens_per_second),
+            "time/unix_s": time.time(),
+            "time/training_s": self.clock.seconds,
+        } | more
+        self.metrics.write(finite_json(record) + "\n")
+        self.metrics.flush()
+        if self.is_terminal or time.monotonic() - self.last_shown >= 5.0:
+            self.last_shown = time.monotonic()
+            line = step_line(record)
+            print(f"\r{line}\x1b[K" if self.is_terminal else line, end="" if self.is_terminal else "\n", flush=True)
+        if not loss <= 100:
+            raise FloatingPointError("the loss is NaN" if math.isnan(loss) else "the loss exploded")
+
+    def end_training(self) -> dict:
+        """All of the summary that is known before the score."""
+        num_tokens = (self.step + 1) * self.step_tokens
+        is_cuda = self.clock.is_cuda
+        return {
+            **self.identity,
+            **self.facts,
+            "training_seconds": self.clock.seconds,
+            "startup_seconds": self.startup_seconds,
+            "stats_seconds": self.clock.paused_seconds,
+            "total_seconds": time.perf_counter() - self.begin,
+            "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if is_cuda else None,
+            "mfu_percent": self._mfu_percent(num_tokens / self.clock.seconds),
+            "total_tokens_M": num_tokens / 1e6,
+            "num_steps": self.step + 1,
+        }
+
+    def save_checkpoint(self, model: torch.nn.Module, summary: dict) -> None:
+        """Weights and the summary so far, so that a failed evaluation never costs the run."""
+        temporary = Path(f"{CHECKPOINT_FILE}.tmp")
+        torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
+        os.replace(temporary, CHECKPOINT_FILE)
+
+    def load_checkpoint(self, model: torch.nn.Module) -> dict:
+        """Put the checkpoint's weights into `model`; returns its summary so far. Raises SetupError where there is none,
+        or where another script than this one wrote it."""
+        if not Path(CHECKPOINT_FILE).exists():
+            raise SetupError(f"no {CHECKPOINT_FILE} here: there is nothing to score")
+        stored = torch.load(CHECKPOINT_FILE, map_location=get_device(), weights_only=True)
+        summary = json.loads(stored["summary"])
+        if summary["train_sha256"] != self.identity["train_sha256"]:
+            raise SetupError(f"{CHECKPOINT_FILE} was written by another {self.script.name}: check that one out first")
+        model.load_state_dict(stored["model"])
+        return summary
+
+    def finish(self, summary: dict, val_bpb: float, eval_seconds: float) -> None:
+        """Write SUMMARY_FILE and print the closing block. Raises FloatingPointError on a score that is no number."""
+        if not math.isfinite(val_bpb):
+            raise FloatingPointError("val_bpb is not a number")
+        # Of a run that is scored later, the time in between is no part.
+        total = time.perf_counter() - self.begin if self.is_new else summary["total_seconds"] + eval_seconds
+        summary = {"val_bpb": val_bpb, **summary, "eval_seconds": eval_seconds, "total_seconds": total}
+        write_atomic(Path(SUMMARY_FILE), finite_json(summary, indent=2) + "\n")
+        print(closing_block(summary), flush=True)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.metrics:
+            self.metrics.close()
+        if error is not None:
+            self._report(error)
+
+    def _report(self, error: BaseException) -> None:
+        """Say in one line why the run ended, in the log and in START_FILE, and exit."""
+        if isinstance(error, SystemExit):
+            raise error
+        where = f"at step {self.step}, loss {self.loss:.4f}" if self.step >= 0 else "before the first step"
+        print(end="\n" if self.is_terminal else "", flush=True)
+        is_disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_setup = isinstance(error, SetupError | KeyboardInterrupt) or is_disk_full
+        if is_setup:
+            ended = f"error: {str(error) or f'interrupted {where}'}"
+        else:
+            ended = f"crash: {_reason(error)} {where}"
+            if not isinstance(error, FloatingPointError):
+                traceback.print_exception(error)
+        print(ended, file=sys.stderr, flush=True)
+        if self.start_record:
+            with contextlib.suppress(OSError):
+                write_atomic(Path(START_FILE), finite_json(self.start_record | {"ended": ended}, indent=2) + "\n")
+        raise SystemExit(2 if is_setup else 1) from None
+
+
+def _reason(error: BaseException) -> str:
+    """One line for an exception; for memory, with what else is on the GPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        free, total = torch.cuda.mem_get_info()
+        ours = torch.cuda.memory_reserved()
+        ours, others, total = (n / 2**30 for n in (ours, max(total - free - ours, 0), total))
+        return f"out of GPU memory ({ours:.1f} of {total:.1f} GiB ours, {others:.1f} GiB other processes')"
+    text = str(error).strip() or "no message"
+    inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # what torch.compile's page of explanation is about
+    first = inside[1] if inside else text.splitlines()[0]
+    return str(error) if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {first[:300]}"
+
+
+def step_line(record: dict) -> str:
+    left_s, mfu = max(TIME_BUDGET - record["time/training_s"], 0), record["perf/mfu_percent"]
+    return (
+        f"step {record['step']:5d} | {100 * record['time/training_s'] / TIME_BUDGET:5.1f}% | "
+        f"loss {record['train/loss_smooth']:.4f} | lr x{record['train/lr_multiplier']:.2f} | "
+        f"{record['perf/step_time_ms']:.0f} ms | {record['perf/tokens_per_sec'] / 1e6:.3f}M tok/s | "
+        f"mfu {'unknown' if mfu is None else f'{mfu:.1f}%'} | epoch {record['train/epoch']} | {left_s:.0f} s left"
+    )
+
+
+def closing_block(summary: dict) -> str:
+    """The block that scripts grep: `^val_bpb:` and the rest."""
+    formats = {
+        "val_bpb": ".6f",
+        "training_seconds": ".1f",
+        "total_seconds": ".1f",
+        "peak_vram_mb": ".1f",
+        "mfu_percent": ".2f",
+        "total_tokens_M": ".1f",
+        "num_steps": "d",
+        "num_params_M": ".1f",
+        "depth": "d",
+    }
+    values = {key: summary.get(key) for key in formats}
+    shown = {key: "unknown" if value is None else format(value, formats[key]) for key, value in values.items()}
+    return "\n".join(["---", *(f"{key + ':':<17} {value}" for key, value in shown.items())])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Kernels (for Hopper GPUs: plain mathematics with fewer trips to memory)
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1611,362 +1967,6 @@ def sdpa_order() -> list[SDPBackend]:
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0)
     return [SDPBackend.CUDNN_ATTENTION, *order] if is_cudnn_first else order
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurement
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Peak dense bf16 rates in TFLOP/s, from the vendor's data sheets, by the name torch gives.
-PEAK_BF16_TFLOPS = {
-    r"(H100 80GB HBM3|H100 SXM.*|H200|H800|GH200.*)": 989.5,
-    r"H100 PCIe": 756.0,
-    r"(H100|H200) NVL": 835.5,
-    r"A100.*": 312.0,
-    r"B200": 2250.0,
-    r"GB200": 2500.0,
-    r"L40S": 362.05,
-    r"L4": 121.0,
-    r"(RTX )?A6000": 154.8,
-    r"RTX 6000 Ada Generation": 364.2,
-    r"RTX PRO 6000 Blackwell (Workstation|Server) Edition": 503.8,
-    r"GeForce RTX 3090": 71.0,
-    r"GeForce RTX 4090": 165.2,
-    r"GeForce RTX 5090": 209.5,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense bf16; None for a device that is not in the table: no MFU is better than a wrong one."""
-    name = device_name.removeprefix("NVIDIA ").strip()
-    if "MIG" in name:  # a slice of a GPU
-        return None
-    return next((tflops * 1e12 for pattern, tflops in PEAK_BF16_TFLOPS.items() if re.fullmatch(pattern, name)), None)
-
-
-class Clock:
-    """The clock of the budget. It runs from `start`, stands still inside `paused`, and is read once a step.
-
-    `end_step` marks the end of a step in the GPU's queue and `read_step` waits for that mark, so that work queued in
-    between keeps the GPU busy while Python reads, logs and decides.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self.is_cuda = device, device.type == "cuda"
-        self.seconds = 0.0  # of training, up to the last step read
-        self.step_seconds = 0.0  # of the last step read
-        self.paused_seconds = 0.0
-        self._pause_in_step = 0.0
-        self._last = self._marked = 0.0
-        self._host = None
-        self._event = torch.cuda.Event() if self.is_cuda else None
-
-    def start(self) -> None:
-        self._synchronize()
-        self._last = time.perf_counter()
-
-    def end_step(self, values: list[torch.Tensor]) -> None:
-        """Queue the mark, and a copy of 0-d tensors for `read_step`."""
-        stacked = torch.stack([value.detach().float() for value in values])
-        if not self.is_cuda:
-            self._host, self._marked = stacked, time.perf_counter()
-            return
-        if self._host is None or self._host.shape != stacked.shape:
-            self._host = torch.empty(stacked.shape, pin_memory=True)
-        self._host.copy_(stacked, non_blocking=True)
-        self._event.record()
-
-    def read_step(self) -> list[float]:
-        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the values."""
-        if self.is_cuda:
-            self._event.synchronize()
-            self._marked = time.perf_counter()
-        self.step_seconds = self._marked - self._last - self._pause_in_step
-        self.seconds += self.step_seconds
-        self._last, self._pause_in_step = self._marked, 0.0
-        return self._host.tolist()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do something that is not training: between steps' work and their `end_step`."""
-        self._synchronize()
-        begin = time.perf_counter()
-        yield
-        self._synchronize()
-        seconds = time.perf_counter() - begin
-        self._pause_in_step += seconds
-        self.paused_seconds += seconds
-
-    def _synchronize(self) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize(self.device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The record of a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _git(*args: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *args], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _archive_dir() -> Path:
-    return Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
-
-
-def _run_id(start_file: Path) -> str | None:
-    try:
-        start = json.loads(start_file.read_text())
-    except (OSError, ValueError):
-        return None
-    return start.get("run_id") if isinstance(start, dict) else None
-
-
-def set_aside_earlier_run() -> None:
-    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py files them; files that
-    the archive already holds are deleted. A crash of the coming run can then never show an old score."""
-    present = [Path(name) for name in (METRICS_FILE, EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, START_FILE)]
-    present = [path for path in present if path.exists()]
-    if not present:
-        return
-    run_id = _run_id(Path(START_FILE)) or "unknown-" + secrets.token_hex(4)  # an upstream train.py has no start file
-    if any(_run_id(path) == run_id for path in _archive_dir().glob(f"*/{START_FILE}")):
-        for path in present:
-            path.unlink()
-        return
-    if Path(SUMMARY_FILE).exists():
-        Path(CHECKPOINT_FILE).unlink(missing_ok=True)  # it was only needed until the run was scored
-    folder = _archive_dir() / "unfiled" / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in present:  # the start file last: while it is here, another call finishes the move
-        if path.exists():
-            shutil.move(path, folder / path.name)
-
-
-def process_age_s() -> float:
-    """Seconds since this process started, its imports included; 0 where the system does not tell (Linux does)."""
-    try:
-        started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
-
-
-class Run:
-    """One training run's files and figures, from its identity to its score. A context manager.
-
-    An exception inside it ends the process with one line that says why: `crash:` and exit code 1 for a failed
-    experiment, `error:` and 2 where the machine or the data is at fault. With `is_new` false, the files of the run
-    that is here stay, to be scored again.
-    """
-
-    def __init__(self, script: Path, is_new: bool = True):
-        age_s = process_age_s()  # start-up begins with the process, not with the end of its imports
-        self.begin_unix, self.begin = time.time() - age_s, time.perf_counter() - age_s
-        self.script, self.is_new = script, is_new
-        self.is_terminal, self.last_shown = sys.stdout.isatty(), 0.0
-        self.metrics, self.clock, self.start_record = None, None, None
-        self.step, self.loss, self.loss_average = -1, math.nan, 0.0
-        source = script.read_bytes()
-        status = _git("status", "--porcelain", "--untracked-files=no")
-        self.identity = {
-            "run_id": time.strftime("%Y%m%d-%H%M%S-", time.localtime(self.begin_unix)) + secrets.token_hex(2),
-            "git_commit": _git("rev-parse", "HEAD"),
-            "git_dirty": None if status is None else bool(status),
-            "train_sha256": hashlib.sha256(source).hexdigest(),
-            "prepare_sha256": PREPARE_SHA256,
-        }
-        self._source = source.decode()
-        own_operators = self.identity["train_sha256"] if "torch.library" in self._source else ""
-        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + own_operators
-
-    def __enter__(self) -> "Run":
-        try:
-            if self.is_new:
-                self._begin()
-        except BaseException as e:
-            self._report(e)
-        return self
-
-    def _begin(self) -> None:
-        print(f"run {self.identity['run_id']}", flush=True)
-        if "AUTORESEARCH_TIME_BUDGET" in os.environ and not DEMO:
-            raise SetupError("AUTORESEARCH_TIME_BUDGET is for the demo alone (scores compare at one budget): unset it")
-        set_aside_earlier_run()
-        fingerprint = None
-        with contextlib.suppress(SetupError):  # the run itself will say that there is no data
-            fingerprint = load_manifest()["fingerprint"]
-        self.start_record = self.identity | {
-            "started_unix": self.begin_unix,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "train_py": self._source,
-            "data_fingerprint": fingerprint,
-        }
-        write_atomic(Path(START_FILE), finite_json(self.start_record, indent=2) + "\n")
-        self.metrics = open(METRICS_FILE, "a")  # noqa: SIM115 (closed by __exit__)
-
-    def start_training(self, clock: Clock, step_tokens: int, facts: dict) -> None:
-        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the summary."""
-        gpu_name = torch.cuda.get_device_name(clock.device) if clock.is_cuda else None
-        self.clock, self.step_tokens, self.peak_flops = clock, step_tokens, peak_flops(gpu_name or "")
-        self.facts = facts | {
-            "max_seq_len": MAX_SEQ_LEN,
-            "time_budget": TIME_BUDGET,
-            "gpu_name": gpu_name,
-            "torch_version": str(torch.__version__),
-            "data_fingerprint": load_manifest()["fingerprint"],
-            "demo": DEMO,
-        }
-        clock.start()
-        self.startup_seconds = time.perf_counter() - self.begin
-        print(f"gpu: {gpu_name}\nstartup_seconds: {self.startup_seconds:.1f}", flush=True)
-
-    def _mfu_percent(self, tokens_per_second: float) -> float | None:
-        return 100 * self.facts["flops_per_token"] * tokens_per_second / self.peak_flops if self.peak_flops else None
-
-    def log_step(self, step: int, loss: float, more: dict) -> None:
-        """Append the step that the clock has just read to METRICS_FILE, one flushed line, and show it: live on a
-        terminal, every few seconds in a file. Raises FloatingPointError on a loss that is NaN or has exploded."""
-        self.step, self.loss, seconds = step, loss, self.clock.step_seconds
-        self.loss_average = 0.9 * self.loss_average + 0.1 * loss
-        tokens_per_second = self.step_tokens / seconds
-        record = {
-            "step": step,
-            "train/loss": loss,
-            "train/loss_smooth": self.loss_average / (1 - 0.9 ** (step + 1)),
-            "train/tokens": (step + 1) * self.step_tokens,
-            "perf/step_time_ms": 1000 * seconds,
-            "perf/tokens_per_sec": tokens_per_second,
-            "perf/mfu_percent": self._mfu_percent(tokens_per_second),
-            "time/unix_s": time.time(),
-            "time/training_s": self.clock.seconds,
-        } | more
-        self.metrics.write(finite_json(record) + "\n")
-        self.metrics.flush()
-        if self.is_terminal or time.monotonic() - self.last_shown >= 5.0:
-            self.last_shown = time.monotonic()
-            line = step_line(record)
-            print(f"\r{line}\x1b[K" if self.is_terminal else line, end="" if self.is_terminal else "\n", flush=True)
-        if not loss <= 100:
-            raise FloatingPointError("the loss is NaN" if math.isnan(loss) else "the loss exploded")
-
-    def end_training(self) -> dict:
-        """All of the summary that is known before the score."""
-        num_tokens = (self.step + 1) * self.step_tokens
-        is_cuda = self.clock.is_cuda
-        return {
-            **self.identity,
-            **self.facts,
-            "training_seconds": self.clock.seconds,
-            "startup_seconds": self.startup_seconds,
-            "stats_seconds": self.clock.paused_seconds,
-            "total_seconds": time.perf_counter() - self.begin,
-            "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if is_cuda else None,
-            "mfu_percent": self._mfu_percent(num_tokens / self.clock.seconds),
-            "total_tokens_M": num_tokens / 1e6,
-            "num_steps": self.step + 1,
-        }
-
-    def save_checkpoint(self, model: torch.nn.Module, summary: dict) -> None:
-        """Weights and the summary so far, so that a failed evaluation never costs the run."""
-        temporary = Path(f"{CHECKPOINT_FILE}.tmp")
-        torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
-        os.replace(temporary, CHECKPOINT_FILE)
-
-    def load_checkpoint(self, model: torch.nn.Module) -> dict:
-        """Put the checkpoint's weights into `model`; returns its summary so far. Raises SetupError where there is none,
-        or where another script than this one wrote it."""
-        if not Path(CHECKPOINT_FILE).exists():
-            raise SetupError(f"no {CHECKPOINT_FILE} here: there is nothing to score")
-        stored = torch.load(CHECKPOINT_FILE, map_location=get_device(), weights_only=True)
-        summary = json.loads(stored["summary"])
-        if summary["train_sha256"] != self.identity["train_sha256"]:
-            raise SetupError(f"{CHECKPOINT_FILE} was written by another {self.script.name}: check that one out first")
-        model.load_state_dict(stored["model"])
-        return summary
-
-    def finish(self, summary: dict, val_bpb: float, eval_seconds: float) -> None:
-        """Write SUMMARY_FILE and print the closing block. Raises FloatingPointError on a score that is no number."""
-        if not math.isfinite(val_bpb):
-            raise FloatingPointError("val_bpb is not a number")
-        # Of a run that is scored later, the time in between is no part.
-        total = time.perf_counter() - self.begin if self.is_new else summary["total_seconds"] + eval_seconds
-        summary = {"val_bpb": val_bpb, **summary, "eval_seconds": eval_seconds, "total_seconds": total}
-        write_atomic(Path(SUMMARY_FILE), finite_json(summary, indent=2) + "\n")
-        print(closing_block(summary), flush=True)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self.metrics:
-            self.metrics.close()
-        if error is not None:
-            self._report(error)
-
-    def _report(self, error: BaseException) -> None:
-        """Say in one line why the run ended, in the log and in START_FILE, and exit."""
-        if isinstance(error, SystemExit):
-            raise error
-        where = f"at step {self.step}, loss {self.loss:.4f}" if self.step >= 0 else "before the first step"
-        print(end="\n" if self.is_terminal else "", flush=True)
-        is_disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        is_setup = isinstance(error, SetupError | KeyboardInterrupt) or is_disk_full
-        if is_setup:
-            ended = f"error: {str(error) or f'interrupted {where}'}"
-        else:
-            ended = f"crash: {_reason(error)} {where}"
-            if not isinstance(error, FloatingPointError):
-                traceback.print_exception(error)
-        print(ended, file=sys.stderr, flush=True)
-        if self.start_record:
-            with contextlib.suppress(OSError):
-                write_atomic(Path(START_FILE), finite_json(self.start_record | {"ended": ended}, indent=2) + "\n")
-        raise SystemExit(2 if is_setup else 1) from None
-
-
-def _reason(error: BaseException) -> str:
-    """One line for an exception; for memory, with what else is on the GPU."""
-    if isinstance(error, torch.OutOfMemoryError):
-        free, total = torch.cuda.mem_get_info()
-        ours = torch.cuda.memory_reserved()
-        ours, others, total = (n / 2**30 for n in (ours, max(total - free - ours, 0), total))
-        return f"out of GPU memory ({ours:.1f} of {total:.1f} GiB ours, {others:.1f} GiB other processes')"
-    text = str(error).strip() or "no message"
-    inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # what torch.compile's page of explanation is about
-    first = inside[1] if inside else text.splitlines()[0]
-    return str(error) if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {first[:300]}"
-
-
-def step_line(record: dict) -> str:
-    left_s, mfu = max(TIME_BUDGET - record["time/training_s"], 0), record["perf/mfu_percent"]
-    return (
-        f"step {record['step']:5d} | {100 * record['time/training_s'] / TIME_BUDGET:5.1f}% | "
-        f"loss {record['train/loss_smooth']:.4f} | lr x{record['train/lr_multiplier']:.2f} | "
-        f"{record['perf/step_time_ms']:.0f} ms | {record['perf/tokens_per_sec'] / 1e6:.3f}M tok/s | "
-        f"mfu {'unknown' if mfu is None else f'{mfu:.1f}%'} | epoch {record['train/epoch']} | {left_s:.0f} s left"
-    )
-
-
-def closing_block(summary: dict) -> str:
-    """The block that scripts grep: `^val_bpb:` and the rest."""
-    formats = {
-        "val_bpb": ".6f",
-        "training_seconds": ".1f",
-        "total_seconds": ".1f",
-        "peak_vram_mb": ".1f",
-        "mfu_percent": ".2f",
-        "total_tokens_M": ".1f",
-        "num_steps": "d",
-        "num_params_M": ".1f",
-        "depth": "d",
-    }
-    values = {key: summary.get(key) for key in formats}
-    shown = {key: "unknown" if value is None else format(value, formats[key]) for key, value in values.items()}
-    return "\n".join(["---", *(f"{key + ':':<17} {value}" for key, value in shown.items())])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
