@@ -1489,10 +1489,10 @@ def closing_block(summary: dict) -> str:
 # shapes, no rows, another GPU. Products take bf16 and add up in fp32, as under autocast; all else
 # is fp32 until it is stored.
 #
-# Attention with a window is FlashAttention-2 (Dao 2023: arXiv:2307.08691). With s = q k^T /
-# sqrt(D), p = softmax(s) and o = p v, forward goes along the keys with a running maximum and sum,
-# and keeps o and l = log sum exp s. Backward takes p = exp(s - l) again, and with delta = sum(do o)
-# over a head's channels
+# Attention with a window is FlashAttention-2 (Dao 2023: arXiv:2307.08691). With p = softmax(s),
+# s = q k^T / sqrt(D), and o = p v, forward goes along the keys with a running maximum and sum, and
+# keeps o and l = log sum exp s. Backward takes p = exp(s - l) again, and with delta = sum(do o) over
+# a head's channels
 #     dv = p^T do,  ds = p (do v^T - delta),  dk = ds^T q / sqrt(D),  dq = ds k / sqrt(D).
 # One kernel goes along the queries for dv and dk and keeps ds, another along the keys for dq: five
 # products instead of seven, for 2 GB of memory. Tiles of 64 x 64 and four warps leave room for two
@@ -1504,11 +1504,11 @@ def closing_block(summary: dict) -> str:
 # registers, and so is its derivative, 2 relu(h) = 2 sqrt(post): that saves five passes over the
 # largest activation.
 #
-# The loss is the cross-entropy of z = c tanh(h / c), h = x W^T. With s = (1 - tanh(h / c)) / 2, z -
-# c = -2 c s lies in [-2c, 0], so that the sum of exponentials needs no maximum, and dz/dh = 4 s (1
-# - s). One kernel reads a row of h and puts in its place what the gradient of h is if that of the
-# loss is 1; what it really is comes in later as a factor a row, on tensors that are (rows, width)
-# instead of (rows, vocab).
+# The loss is the cross-entropy of z = c tanh(h / c), h = x W^T. With s = (1 - tanh(h / c)) / 2,
+# z - c = -2 c s lies in [-2c, 0], so that the sum of exponentials needs no maximum, and
+# dz/dh = 4 s (1 - s). One kernel reads a row of h and puts in its place what the gradient of h is
+# if that of the loss is 1; what it really is comes in later as a factor a row, on tensors that are
+# (rows, width) instead of (rows, vocab).
 
 Tensor = torch.Tensor
 LOG2_E = 1.4426950408889634
@@ -1531,7 +1531,8 @@ def _is_bf16_on_gpu(x: Tensor) -> bool:
 
 def _are_plain(*linears: torch.nn.Module) -> bool:
     """Whether these modules are nothing but products with their weights."""
-    return all(type(linear) is torch.nn.Linear and linear.bias is None for linear in linears)
+    kinds = all(type(linear) is torch.nn.Linear for linear in linears)
+    return kinds and not any(m.bias is not None or m._forward_hooks or m._forward_pre_hooks for m in linears)
 
 
 def _tiles(t: Tensor, rows: int, cols: int) -> object:
@@ -1805,8 +1806,8 @@ _relu2_backward.register_fake(lambda dout, w_out, post: torch.empty_like(post))
 def relu2_mlp(x: Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) -> Tensor:
     """c_out(relu(c_in(x)) ** 2), x: (..., width). Fused where gradients are wanted, x is bf16 on a GPU
     for which `has_kernels`, and widths are multiples of 8, as the copy engine demands."""
-    widths = (c_in.in_features, c_in.out_features, c_out.out_features)
-    fits = _are_plain(c_in, c_out) and all(width % 8 == 0 for width in widths)
+    fits = _are_plain(c_in, c_out)
+    fits = fits and not any(width % 8 for width in (*c_in.weight.shape, *c_out.weight.shape))
     is_wanted = torch.is_grad_enabled() and x.numel() > 0 and _is_bf16_on_gpu(x)
     if not fits or not is_wanted or not has_kernels(x.device):
         return c_out(torch.nn.functional.relu(c_in(x)).square())
@@ -1876,7 +1877,7 @@ def _loss_gradients(ctx, dlosses, _):
 
 
 _head_loss.register_fake(
-    lambda x, weight, targets, cap: (targets.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(weight)))
+    lambda x, weight, *_: (x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(weight)))
 )
 _head_loss.register_autograd(
     _loss_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1])

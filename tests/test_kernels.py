@@ -203,10 +203,17 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+def watched(module):
+    module.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return module
+
+
 MLP_EDITS = {
     "a bias inside": (lambda: (nn.Linear(8, 16), nn.Linear(16, 8, bias=False)), (4, 8)),
     "a bias outside": (lambda: (nn.Linear(8, 16, bias=False), nn.Linear(16, 8)), (4, 8)),
     "a layer of another kind": (lambda: (Doubled(8, 16, bias=False), nn.Linear(16, 8, bias=False)), (4, 8)),
+    "several layers": (lambda: (nn.Sequential(nn.Linear(8, 16)), nn.Linear(16, 8, bias=False)), (4, 8)),
+    "weights made by a hook": (lambda: (watched(nn.Linear(8, 16, bias=False)), nn.Linear(16, 8, bias=False)), (4, 8)),
     "a width that is no multiple of 8": (lambda: (nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)), (4, 8)),
     "no rows": (lambda: (nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)), (0, 8)),
 }
