@@ -127,10 +127,20 @@ def bench_parts() -> None:
 
     import prepare
 
+    attend_window = prepare.window_attention
+
+    def turn_apart(q, k, v, cos, sin, *, window):
+        return attend_window(prepare.turn(q, cos, sin), prepare.turn(k, cos, sin), v, window=window)
+
+    def project_apart(x, *linears):
+        return [linear(x) for linear in linears]
+
     parts = {
         "FlexAttention for the windows": [(prepare, "can_attend_window", lambda *sizes: False)],
         "plain MLP": [(train, "relu2_mlp", lambda x, c_in, c_out: c_out(c_in(x).relu().square()))],
         "plain soft cap and loss": [(prepare, "MAX_FUSED_VOCAB", 0)],
+        "norm and rotation apart from attention": [(prepare, "window_attention", turn_apart)],
+        "queries and keys by two products": [(train, "project", project_apart)],
     }
     variants = {"as it is": []} | parts | {"all of these": [change for changes in parts.values() for change in changes]}
     torch._dynamo.config.recompile_limit = 100  # the variants share code

@@ -131,6 +131,27 @@ def test_attention_of_other_shapes_is_plain(with_kernels, q_shape, k_shape, v_sh
         assert torch.allclose(out.double(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("edit", ["learned", "of another shape"])
+def test_attention_with_tables_that_the_kernel_does_not_cover_is_plain(with_kernels, edit):
+    q, k, v = (torch.randn(1, 64, 2, 64, device=DEVICE) for _ in range(3))
+    tables = [table.float() for table in rotary_tables(64, 64)]
+    expected = plain_attention(q.double(), k.double(), v.double(), tables, 10)
+    for table in tables:
+        table.requires_grad_(edit == "learned")
+    if edit == "of another shape":
+        tables = [table.expand(1, 64, 2, 64) for table in tables]
+    out = prepare.window_attention(q, k, v, *tables, window=10)
+    assert torch.allclose(out.double(), expected, atol=1e-4)
+
+
+def test_tables_that_do_not_rotate_are_refused():
+    cos, sin = rotary_tables(64, 64)
+    prepare._check_rotation(cos, sin)
+    for bad in ((1.1 * cos, 1.1 * sin), (cos, sin.roll(1, -1)), (cos, sin.abs())):
+        with pytest.raises(ValueError, match="no rotation"):
+            prepare._check_rotation(*bad)
+
+
 def test_a_shorter_sequence_than_the_longest_is_attended_to_all_the_same():
     q, k, v = (torch.randn(1, 12, 2, 8) for _ in range(3))
     for window in (5, 16):
@@ -182,10 +203,17 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+def watched(module):
+    module.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return module
+
+
 MLP_EDITS = {
     "a bias inside": (lambda: (nn.Linear(8, 16), nn.Linear(16, 8, bias=False)), (4, 8)),
     "a bias outside": (lambda: (nn.Linear(8, 16, bias=False), nn.Linear(16, 8)), (4, 8)),
     "a layer of another kind": (lambda: (Doubled(8, 16, bias=False), nn.Linear(16, 8, bias=False)), (4, 8)),
+    "several layers": (lambda: (nn.Sequential(nn.Linear(8, 16)), nn.Linear(16, 8, bias=False)), (4, 8)),
+    "weights made by a hook": (lambda: (watched(nn.Linear(8, 16, bias=False)), nn.Linear(16, 8, bias=False)), (4, 8)),
     "a width that is no multiple of 8": (lambda: (nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)), (4, 8)),
     "no rows": (lambda: (nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)), (0, 8)),
 }
@@ -275,6 +303,22 @@ def test_a_loss_that_the_kernel_does_not_cover_is_plain(with_kernels, edit):
         logits = cap * torch.tanh(logits / cap)
     expected = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     assert torch.equal(prepare.softcap_loss(x, head, targets, cap), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same kernels on the CPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(prepare.triton is None, reason="no Triton here")
+def test_in_tritons_interpreter_every_kernel_is_plain_mathematics():
+    script = ROOT / "tests" / "interpreted_kernels.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    *lines, no_token = done.stdout.splitlines() or [""]
+    assert no_token == "no token: [nan, nan]", done.stderr
+    errors = [line.split(": ") for line in lines]
+    assert [name for name, _ in errors] == ["attention"] * 4 + ["attention, turned"] * 4 + ["mlp"] * 4 + ["loss"] * 3
+    assert all(float(error) < 2e-2 for _, error in errors)  # it rounds bf16 toward zero
 
 
 # ---------------------------------------------------------------------------------------------------------------------
