@@ -23,7 +23,7 @@ EXPERIMENTS = [
     (None, None, "keep"),  # the baseline
     (None, None, "keep"),  # `rerun`: the test kills the agent, and the run goes on
     (*CRASH, "discard"),
-    (r"unembedding_lr: float = [\d.]+", "unembedding_lr: float = 0.0", "discard"),  # after CRASH again, which is refused
+    (r"unembedding_lr: float = [\d.]+", "unembedding_lr: float = 0.0", "discard"),  # CRASH again is refused first
     (r"warmdown_ratio: float = [\d.]+", "warmdown_ratio: float = 0.61", None),  # the test kills the agent and the run
     (None, None, "keep"),  # so the idea was not tested: once more
 ]
@@ -90,7 +90,7 @@ class Agent:
         if done == RERUN:
             said = subprocess.check_output([*COMMANDS.split(), "rerun"], text=True)
             command = said.rpartition("next: ")[2].strip()
-            assert command.startswith("AUTORESEARCH_SEED_OFFSET=1 setsid timeout --kill-after=10 600 uv run train.py"), said
+            assert command.startswith("AUTORESEARCH_SEED_OFFSET=1 setsid timeout --kill-after=10 600 uv run"), said
             shell(command)
         else:
             budget = "export AUTORESEARCH_TIME_BUDGET=600; " if done == KILLED else ""  # time enough to be killed in

@@ -207,7 +207,7 @@ def test_the_demo_runs_as_the_readme_says(checkout, demo):
 
 
 def estimated_tokens(text: str) -> int:
-    """About as many tokens as o200k_base makes of it: between 0.97 and 1.15 times, on the pages and scripts counted here.
+    """About as many tokens as o200k_base makes of it: 0.97 to 1.15 times, on the pages and scripts counted here.
     (Its merges have to be downloaded, which a test does not do.)"""
     pieces = re.findall(r" ?[A-Za-z]+|\d{1,3}| ?[^\w\s]+|_+|\s+", text)
     return sum(1 + max(len(piece.strip()) - 1, 0) // (9 if piece.strip().isalpha() else 3) for piece in pieces)
