@@ -1,34 +1,36 @@
 """The fixed ground truth: text, tokenizer, packed batches, the score, and the record of a run.
 
-    uv run prepare.py                      download climbmix, train the tokenizer, encode every token once
-    uv run prepare.py --source PATH        the same with your own files: .parquet, .jsonl, .txt (.gz, .zst)
-    AUTORESEARCH_DEMO=1 uv run prepare.py  a small data set made from the Python installation; no network
+    uv run prepare.py                      download climbmix, train the tokenizer, encode it once
+    uv run prepare.py --source PATH        the same with your own .parquet, .jsonl, .txt (.gz, .zst)
+    AUTORESEARCH_DEMO=1 uv run prepare.py  a small data set made from the Python installation
 
-Called again, it goes on where it was interrupted, adds what is new, makes anew what is damaged. Settings:
-AUTORESEARCH_CACHE (default ~/.cache/autoresearch; the demo uses its folder demo/), HF_ENDPOINT (a mirror),
-AUTORESEARCH_TIME_BUDGET (demo only). In the cache: data/ (shards), tokenizer/tokenizer.json, manifest.json
-(what is complete, with checksums), tokens/{train,val}/NAME.bin (uint16) and .npz (where documents begin).
+Called again, it goes on where it was interrupted, adds what is new, makes anew what is damaged.
+Settings: AUTORESEARCH_CACHE (default ~/.cache/autoresearch; the demo uses its folder demo/),
+HF_ENDPOINT (a mirror), AUTORESEARCH_TIME_BUDGET (demo only). In the cache: data/ (shards),
+tokenizer/tokenizer.json, manifest.json (what is complete, with checksums), and
+tokens/{train,val}/NAME.bin (uint16) and .npz (where documents begin).
 
 What train.py imports, for B rows of T tokens:
 
-    MAX_SEQ_LEN, DEMO, SEED_OFFSET    tokens of context; whether this is the demo; to be added to the seed
+    MAX_SEQ_LEN, DEMO, SEED_OFFSET    tokens of context; whether this is the demo; to add to the seed
     Tokenizer.from_directory()        .encode(text or list), .decode(ids), .get_vocab_size()
     get_device()                      the GPU; in the demo the CPU will do
-    make_dataloader(tokenizer, B, T, "train")    endless (x, y, epoch): int64 (B, T), y is one ahead of x
-    evaluate_bpb(model, tokenizer, B)            the score, bits per byte, from nats of each validation
-                                      target, model(x, y, reduction="none"), checked with logits, model(x)
+    make_dataloader(tokenizer, B, T, "train")  endless (x, y, epoch): int64 (B, T), y one ahead of x
+    evaluate_bpb(model, tokenizer, B) the score, bits per byte, from nats of each validation target,
+                                      model(x, y, reduction="none"), checked with logits, model(x)
     rehearse_evaluation(model, x, y)  scores one batch: ValueError for a model that cannot be scored
-    Run, end_children()               a run's files, clock and log; kills the processes it has started
-    layer_stats(model, x, y), copy_weights(model), parameter_stats(model, before)    for any model
-    measure_step(gradients, update, num_micro_steps, device)    ms of a step by kind of kernel
-    make_attention(window, T, head_dim, device)    (name, attend(q, k, v, cos=None, sin=None)): causal, over
-                                      the query and the `window` positions before it; q (B, T, H, head_dim),
-                                      k, v (B, T, KV, head_dim); with rotary tables, of q and k normed, turned
+    Run, end_children()               a run's files, clock and log; kills processes it has started
+    layer_stats(model, x, y), copy_weights(model), parameter_stats(model, before)  for any model
+    measure_step(gradients, update, num_micro_steps, device)  ms of a step by kind of kernel
+    make_attention(window, T, head_dim, device)  (name, attend(q, k, v, cos=None, sin=None)): causal,
+                                      over the query and the `window` positions before it; q (B, T, H,
+                                      head_dim), k, v (B, T, KV, head_dim); with rotary tables, of q
+                                      and k normed and turned
     sdpa_order(), kernels_used        for sdpa_kernel; names of the kernels below that took part
     project(x, *linears)              [linear(x) for linear in linears], as one product
     relu2_mlp(x, c_in, c_out)         c_out(relu(c_in(x)) ** 2) of two linear layers
     softcap(logits, cap)              cap * tanh(logits / cap); the logits where cap is None
-    softcap_loss(x, head, targets, cap)    nats (N,) of targets (N,) under softcap(head(x), cap); 0 for -1
+    softcap_loss(x, head, targets, cap)  nats (N,) of targets (N,) under softcap(head(x), cap); 0 for -1
 """
 
 import argparse
@@ -218,15 +220,19 @@ def shard_url(name: str) -> str:
 
 
 def open_session() -> object:
-    """A requests session that asks again by itself wherever no answer begins, or the server says that it is busy."""
+    """A requests session that asks again by itself where no answer begins or the server is busy."""
     import requests
     from urllib3 import Retry
 
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would announce every attempt
-    pauses = {"backoff_max": DOWNLOAD_PAUSE_MAX_S, "retry_after_max": DOWNLOAD_PAUSE_MAX_S}
-    busy = (408, 425, 429, 500, 502, 503, 504)
-    # No connection at all: the network is missing, or the address wrong.
-    retry = Retry(DOWNLOAD_ATTEMPTS - 1, connect=2, backoff_factor=DOWNLOAD_PAUSE_S, status_forcelist=busy, **pauses)
+    retry = Retry(
+        DOWNLOAD_ATTEMPTS - 1,
+        connect=2,  # no connection at all: the network is missing, or the address wrong
+        status_forcelist=(408, 425, 429, 500, 502, 503, 504),
+        backoff_factor=DOWNLOAD_PAUSE_S,
+        backoff_max=DOWNLOAD_PAUSE_MAX_S,
+        retry_after_max=DOWNLOAD_PAUSE_MAX_S,
+    )
     session = requests.Session()
     session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
     session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
@@ -245,8 +251,8 @@ def fetch_part(session, part: Path, tag_path: Path) -> None:
         if r.status_code == 416 or (r.status_code == 206 and new_tag != tag):
             raise SetupError("what was here is not the beginning of the server's file")
         r.raise_for_status()
-        tag_path.write_text(new_tag)
         with open(part, "ab" if r.status_code == 206 else "wb") as f:
+            tag_path.write_text(new_tag)  # only once nothing of another file is left
             for chunk in r.iter_content(1 << 16):  # a dying connection loses less than one of these
                 f.write(chunk)
 
@@ -287,8 +293,9 @@ def download_shards(names: list[str], folder: Path, workers: int) -> None:
     try:
         futures = {name: pool.submit(download_shard, name, folder) for name in names}
         while (state := wait(futures.values(), timeout=5)).not_done:
-            mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-            print(f"download: {len(state.done)} of {len(names)} shards, {mb:.0f} MB", flush=True)
+            with contextlib.suppress(FileNotFoundError):  # a part that was renamed meanwhile
+                mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+                print(f"download: {len(state.done)} of {len(names)} shards, {mb:.0f} MB", flush=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C a thread may wait for a silent server
     failed = {name: future.exception() for name, future in futures.items() if future.exception()}
@@ -469,7 +476,7 @@ def encode_pieces(enc: tiktoken.Encoding, text: str) -> list[np.ndarray]:
 
 
 class Tokenizer:
-    """Byte-level BPE: trained by rustbpe, run by tiktoken, stored as plain JSON. Special ids follow the merges."""
+    """Byte-level BPE: trained by rustbpe, run by tiktoken, stored as JSON. Special ids come last."""
 
     def __init__(self, tokens: list[bytes], pattern: str = SPLIT_PATTERN, special: Iterable[str] = SPECIAL_TOKENS):
         self.pattern = pattern
@@ -539,7 +546,7 @@ def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
 # Encoding (every token once, at preparation) and the manifest (which data this is, and that it is whole)
 # -------------------------------------------------------------------------------------------------
 
-REMEDY = f"run `{PREPARE_COMMAND}` first or again (with --source if it was); it makes anew what is missing"
+REMEDY = f"run `{PREPARE_COMMAND}` first or again (with its --source): it mends what is damaged"
 
 
 def checksum(content: object) -> str:
@@ -578,9 +585,11 @@ def load_manifest() -> dict:
     manifest = read_manifest()
     if not manifest.get("is_complete"):
         raise SetupError(f"{CACHE_DIR}: no data that are complete and undamaged; {REMEDY}")
-    missing = [file for name in manifest["shards"] for file in token_files(name) if not file.exists()]
-    if missing:
-        raise SetupError(f"{missing[0]} is missing: {REMEDY}")
+    for name, shard in manifest["shards"].items():
+        for split in SPLITS:
+            tokens = TOKENS_DIR / split / f"{name}.bin"
+            if not tokens.exists() or tokens.stat().st_size != 2 * shard[split]["tokens"]:
+                raise SetupError(f"{tokens} is missing or damaged: {REMEDY}")
     return manifest
 
 
@@ -673,37 +682,39 @@ def new_manifest(source: str, files: dict[str, Path], text_key: str) -> dict:
     return manifest | {"tokenizer_sha256": sha256_file(TOKENIZER_DIR / "tokenizer.json")}
 
 
-def encode_shard(name: str, path: Path, tokenizer: Tokenizer, manifest: dict) -> dict:
-    """Write the shard's token files. Returns what the manifest says about it."""
-    bad: list[str] = []
-    lengths = {split: [] for split in SPLITS}  # tokens of each document
-    group_sizes = {split: [] for split in SPLITS}  # documents of each row group: batches never cross them
-    outputs = [TOKENS_DIR / split / f"{name}.bin" for split in SPLITS]
-    with contextlib.ExitStack() as stack:
-        pool, files = stack.enter_context(ThreadPoolExecutor(os.cpu_count())), []
-        for out in outputs:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            files.append(stack.enter_context(open(f"{out}.tmp", "wb")))
+def encode_split(
+    name: str, path: Path, split: str, tokenizer: Tokenizer, manifest: dict, bad: list[str]
+) -> dict[str, int]:
+    """Write the tokens of those of a shard's documents that belong to a split. Returns their numbers."""
+    out, lengths, group_sizes = TOKENS_DIR / split / f"{name}.bin", [], []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.tmp", "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         for texts in prefetch(read_row_groups(path, bad, manifest["text_key"])):
-            group = {split: [] for split in SPLITS}
-            for text, tokens in zip(texts, pool.map(tokenizer.encode_document, texts), strict=True):
-                group[split_of(name, text, manifest["held_out_below"])].append(tokens)
-            for (split, documents), file in zip(group.items(), files, strict=True):
-                file.writelines(documents)
-                lengths[split] += map(len, documents)
-                group_sizes[split] += [len(documents)] if documents else []
-    for split, out in zip(SPLITS, outputs, strict=True):
-        index, offsets = io.BytesIO(), np.cumsum([0, *lengths[split]], dtype=np.int64)
-        np.savez(index, offsets=offsets, group_sizes=np.array(group_sizes[split], dtype=np.int64))
-        write_atomic(out.with_suffix(".npz"), index.getvalue())
-        replace_synced(f"{out}.tmp", out)
-    shard = {split: {"documents": len(lengths[split]), "tokens": sum(lengths[split])} for split in SPLITS}
-    shard |= {"sha256": sha256_file(path), "files": [*map(sha256_file, token_files(name))]}
-    return shard | {"size": path.stat().st_size, "bad": len(bad), "first_bad": bad[:1]}
+            texts = [text for text in texts if split_of(name, text, manifest["held_out_below"]) == split]
+            documents = list(pool.map(tokenizer.encode_document, texts))
+            file.writelines(documents)
+            lengths += map(len, documents)
+            if documents:
+                group_sizes.append(len(documents))  # the loader's batches never cross them
+    index, offsets = io.BytesIO(), np.cumsum([0, *lengths], dtype=np.int64)
+    np.savez(index, offsets=offsets, group_sizes=np.array(group_sizes, dtype=np.int64))
+    write_atomic(out.with_suffix(".npz"), index.getvalue())
+    replace_synced(f"{out}.tmp", out)
+    return {"documents": len(lengths), "tokens": sum(lengths)}
+
+
+def encode_shard(name: str, path: Path, tokenizer: Tokenizer, manifest: dict) -> dict:
+    """Write the shard's token files, reading it once for each. Returns what the manifest says about it."""
+    bad: list[str] = []
+    shard = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    shard["train"] = encode_split(name, path, "train", tokenizer, manifest, bad)
+    shard["val"] = encode_split(name, path, "val", tokenizer, manifest, [])
+    files = [*map(sha256_file, token_files(name))]
+    return shard | {"files": files, "bad": len(bad), "first_bad": bad[:1]}
 
 
 def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -> dict:
-    """Train the tokenizer if there is none, encode every shard whose tokens are not there. Returns the manifest."""
+    """Train the tokenizer if there is none, encode every shard that is not. Returns the manifest."""
     manifest = read_manifest()
     if manifest:
         check_same_data(manifest, source, files, text_key)
@@ -733,9 +744,10 @@ def pack_rows(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Pack documents, from endless (documents, epoch), into rows without padding. Yields ((num_rows,
     row_len) of the documents' dtype, epoch)."""
-    # The longest buffered document that fits comes next (the earliest among equals); if none fits, the beginning
-    # of the shortest, whose rest is dropped. Upstream scans its buffer for it. Here that is a sorted list of integers,
-    # length above, countdown of arrival below, and a bisection finds the same: the last key of a length came first.
+    # The longest buffered document that fits comes next (the earliest among equals); if none fits,
+    # the beginning of the shortest, whose rest is dropped. Upstream scans its buffer for it. Here that
+    # is a sorted list of integers, length above, countdown of arrival below, and a bisection finds the
+    # same: the last key of a length came first.
     bits = 44
     latest = (1 << bits) - 1  # arrival counts down from here
     keys: list[int] = []
@@ -2393,7 +2405,7 @@ def main() -> int:
     except (SetupError, OSError) as e:
         is_busy = isinstance(e, BlockingIOError)
         reason = f"another prepare.py is at work on {CACHE_DIR}; wait for it to finish" if is_busy else e
-        print("error:", *str(reason).split(), file=sys.stderr)
+        print("error:", *str(reason).splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         sys.stdout.flush()
