@@ -12,7 +12,7 @@ tokens/{train,val}/NAME.bin (uint16) and .npz (where documents begin).
 
 What train.py imports, for B rows of T tokens:
 
-    MAX_SEQ_LEN, DEMO, SEED_OFFSET    tokens of context; whether this is the demo; to add to the seed
+    MAX_SEQ_LEN, DEMO, SEED_OFFSET    tokens of context; whether it is the demo; to add to the seed
     Tokenizer.from_directory()        .encode(text or list), .decode(ids), .get_vocab_size()
     get_device()                      the GPU; in the demo the CPU will do
     make_dataloader(tokenizer, B, T, "train")  endless (x, y, epoch): int64 (B, T), y one ahead of x
@@ -22,7 +22,7 @@ What train.py imports, for B rows of T tokens:
     Run, end_children()               a run's files, clock and log; kills processes it has started
     layer_stats(model, x, y), copy_weights(model), parameter_stats(model, before)  for any model
     measure_step(gradients, update, num_micro_steps, device)  ms of a step by kind of kernel
-    make_attention(window, T, head_dim, device)  (name, attend(q, k, v, cos=None, sin=None)): causal,
+    make_attention(window, T, head_dim, device)  (name, attend(q, k, v, cos=None, sin=None)), causal
                                       over the query and the `window` positions before it; q (B, T, H,
                                       head_dim), k, v (B, T, KV, head_dim); with rotary tables, of q
                                       and k normed and turned
@@ -442,7 +442,7 @@ def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Itera
 
 
 def document_hash(text: str) -> int:
-    """64 bits that depend on the text alone: a document falls on the same side wherever it stands."""
+    """64 bits of the text alone: a document falls on the same side wherever it stands."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -465,7 +465,7 @@ def write_demo_text(path: Path) -> None:
 
 
 def encode_pieces(enc: tiktoken.Encoding, text: str) -> list[np.ndarray]:
-    """The tokens of a text; where it overflows the pattern (a million blanks in a row), of its halves."""
+    """The tokens of a text; of its halves where it overflows the pattern (a million blanks)."""
     try:
         return [enc.encode_to_numpy(text, disallowed_special=())]  # others panic where this raises ValueError
     except ValueError:
@@ -476,7 +476,7 @@ def encode_pieces(enc: tiktoken.Encoding, text: str) -> list[np.ndarray]:
 
 
 class Tokenizer:
-    """Byte-level BPE: trained by rustbpe, run by tiktoken, stored as JSON. Special ids come last."""
+    """Byte-level BPE, trained by rustbpe, run by tiktoken, kept as JSON. Special ids come last."""
 
     def __init__(self, tokens: list[bytes], pattern: str = SPLIT_PATTERN, special: Iterable[str] = SPECIAL_TOKENS):
         self.pattern = pattern
@@ -554,7 +554,7 @@ def checksum(content: object) -> str:
 
 
 def read_manifest() -> dict:
-    """The manifest; {} where there is none, or where it or the tokenizer is not what was written."""
+    """The manifest; {} where there is none, or it or the tokenizer is not what was written."""
     try:
         manifest = json.loads(MANIFEST_PATH.read_bytes())
         is_whole = manifest.pop("checksum") == checksum(manifest)
@@ -636,7 +636,7 @@ def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_ke
 
 
 def split_of(name: str, text: str, held_out_below: int | None) -> str:
-    """Which split a document belongs to: by shard where there is a validation shard, else by its hash."""
+    """A document's split: by shard where there is a validation shard, else by its hash."""
     is_val = has_val_shard([name]) if held_out_below is None else document_hash(text) < held_out_below
     return "val" if is_val else "train"
 
@@ -685,7 +685,7 @@ def new_manifest(source: str, files: dict[str, Path], text_key: str) -> dict:
 def encode_split(
     name: str, path: Path, split: str, tokenizer: Tokenizer, manifest: dict, bad: list[str]
 ) -> dict[str, int]:
-    """Write the tokens of those of a shard's documents that belong to a split. Returns their numbers."""
+    """Write the tokens of a shard's documents that belong to a split. Returns their numbers."""
     out, lengths, group_sizes = TOKENS_DIR / split / f"{name}.bin", [], []
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.tmp", "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
