@@ -1,34 +1,36 @@
 """The fixed ground truth: text, tokenizer, packed batches, the score, and the record of a run.
 
-    uv run prepare.py                      download climbmix, train the tokenizer, encode every token once
-    uv run prepare.py --source PATH        the same with your own files: .parquet, .jsonl, .txt (.gz, .zst)
-    AUTORESEARCH_DEMO=1 uv run prepare.py  a small data set made from the Python installation; no network
+    uv run prepare.py                      download climbmix, train the tokenizer, encode it once
+    uv run prepare.py --source PATH        the same with your own .parquet, .jsonl, .txt (.gz, .zst)
+    AUTORESEARCH_DEMO=1 uv run prepare.py  a small data set made from the Python installation
 
-Called again, it goes on where it was interrupted, adds what is new, and makes anew what is damaged. Scores
-compare because nobody edits this file. Settings: AUTORESEARCH_CACHE (default ~/.cache/autoresearch; the demo
-uses its folder demo/), HF_ENDPOINT (a mirror), AUTORESEARCH_TIME_BUDGET (demo only). In the cache:
+Called again, it goes on where it was interrupted, adds what is new, makes anew what is damaged.
+Settings: AUTORESEARCH_CACHE (default ~/.cache/autoresearch; the demo uses its folder demo/),
+HF_ENDPOINT (a mirror), AUTORESEARCH_TIME_BUDGET (demo only). In the cache: data/ (shards),
+tokenizer/tokenizer.json, manifest.json (what is complete, with checksums), and
+tokens/{train,val}/NAME.bin (uint16) and .npz (where documents begin).
 
-    data/               downloaded shards, as the upstream project stores them
-    tokenizer/          tokenizer.json
-    tokens/{train,val}/ NAME.bin: uint16 tokens, one document after the other; NAME.npz: where they begin
-    manifest.json       which data this is, with checksums; a shard counts when it is listed here
+What train.py imports, for B rows of T tokens:
 
-What train.py imports, for B rows of T tokens from a vocabulary of V:
-
-    MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE       context in tokens, seconds of training, ...
-    DEMO, SEED_OFFSET                   whether this is the demo; to be added to the seed (replicates)
-    Tokenizer.from_directory()          .encode(text or list), .decode(ids), .get_vocab_size() -> V
-    make_dataloader(tokenizer, B, T, "train")  endless (x, y, epoch): int64 (B, T) on the device, y one ahead
-    evaluate_bpb(model, tokenizer, B)   the score, bits per byte of EVAL_TOKENS validation tokens, from
-                                        model(x, y, reduction="none"): nats of each target; finds peeking
-    get_token_bytes(device)             int32 (V,): bytes of text that each token stands for
-    get_device()                        the GPU; in the demo the CPU will do
-    Run, Clock                          the files that a run leaves in the working folder; the budget's clock
-    layer_stats(model, x, y), copy_weights(model), parameter_stats(model, before)     for any model
-    make_attention(window, T, head_dim, device)  (name, attend(q, k, v)): causal, on (B, T, H, head_dim), over
-                                        the query and the `window` positions before it
-    relu2_mlp(x, c_in, c_out)           c_out(relu(c_in(x)) ** 2) of two bias-free linear layers
-    softcap_loss(x, head, targets, cap)  nats of each target under the logits cap * tanh(head(x) / cap)
+    MAX_SEQ_LEN, DEMO, SEED_OFFSET    tokens of context; whether it is the demo; to add to the seed
+    Tokenizer.from_directory()        .encode(text or list), .decode(ids), .get_vocab_size()
+    get_device()                      the GPU; in the demo the CPU will do
+    make_dataloader(tokenizer, B, T, "train")  endless (x, y, epoch): int64 (B, T), y one ahead of x
+    evaluate_bpb(model, tokenizer, B) the score, bits per byte, from nats of each validation target,
+                                      model(x, y, reduction="none"), checked with logits, model(x)
+    rehearse_evaluation(model, x, y)  scores one batch: ValueError for a model that cannot be scored
+    Run, end_children()               a run's files, clock and log; kills processes it has started
+    layer_stats(model, x, y), copy_weights(model), parameter_stats(model, before)  for any model
+    measure_step(gradients, update, num_micro_steps, device)  ms of a step by kind of kernel
+    make_attention(window, T, head_dim, device)  (name, attend(q, k, v, cos=None, sin=None)), causal
+                                      over the query and the `window` positions before it; q (B, T, H,
+                                      head_dim), k, v (B, T, KV, head_dim); with rotary tables, of q
+                                      and k normed and turned
+    sdpa_order(), kernels_used        for sdpa_kernel; names of the kernels below that took part
+    project(x, *linears)              [linear(x) for linear in linears], as one product
+    relu2_mlp(x, c_in, c_out)         c_out(relu(c_in(x)) ** 2) of two linear layers
+    softcap(logits, cap)              cap * tanh(logits / cap); the logits where cap is None
+    softcap_loss(x, head, targets, cap)  nats (N,) of targets (N,) under softcap(head(x), cap); 0 for -1
 """
 
 import argparse
@@ -56,13 +58,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 import traceback
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
@@ -88,13 +89,13 @@ jit = triton.jit if triton else lambda function: function
 
 
 def read_setting(name: str, parse: Callable, wanted: str) -> object:
-    """An environment variable. Whatever command imports this file ends with one line where `parse` cannot read
-    it: a demo in place of a night, or the reverse, would be noticed in the morning."""
+    """An environment variable, or None. One that `parse` cannot read ends the process in one line: a
+    demo in place of a night would be noticed in the morning."""
     value = os.environ.get(name, "").strip().lower()
     try:
         return parse(value) if value else None
     except (ValueError, KeyError, AssertionError):
-        print(f"error: {name}={value}: give {wanted}", file=sys.stderr)
+        sys.stderr.write(f"error: {name}={value}: give {wanted}\n")
         sys.exit(2)
 
 
@@ -103,7 +104,7 @@ def parse_seconds(value: str) -> float:
     return float(value)
 
 
-SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 DEMO = bool(read_setting("AUTORESEARCH_DEMO", SWITCH.__getitem__, "1 for the demo, 0 or nothing for a real run"))
 DEMO_BUDGET = read_setting("AUTORESEARCH_TIME_BUDGET", parse_seconds, "seconds of training, such as 30")
 SEED_OFFSET = read_setting("AUTORESEARCH_SEED_OFFSET", int, "a whole number, such as 1") or 0
@@ -154,11 +155,14 @@ class SetupError(ValueError):
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write the whole file or nothing: a reader never sees half of it, nor does a power cut leave half."""
+    """Write the whole file or nothing: neither a reader nor a power cut sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as f:
-        f.write(data.encode() if isinstance(data, str) else data)
-        f.flush()
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    replace_synced(temporary, path)
+
+
+def replace_synced(temporary: str | Path, path: Path) -> None:
+    with open(temporary, "rb") as f:
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
@@ -168,15 +172,15 @@ PREPARE_SHA256 = hashlib.sha256(PREPARE_SOURCE).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        digest = hashlib.sha256()
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def finite_json(value: object, indent: int | None = None) -> str:
-    """JSON that any parser reads: NaN and infinity are null, tensors and arrays numbers, what JSON lacks is named."""
+    """JSON that any parser reads: NaN and infinity are null, tensors numbers, what JSON lacks is named."""
 
     def clean(v):
         if isinstance(v, torch.Tensor | np.ndarray | np.generic):
@@ -190,24 +194,14 @@ def finite_json(value: object, indent: int | None = None) -> str:
     return json.dumps(clean(value), indent=indent, allow_nan=False, default=str)
 
 
-class Progress:
-    """A line with amount, rate and time left every five seconds. Thread-safe."""
-
-    def __init__(self, label: str, total_bytes: int):
-        self.label, self.total_mb, self.done_mb = label, total_bytes / 1e6, 0.0
-        self.start = self.shown = time.monotonic()
-        self.lock = threading.Lock()
-
-    def add(self, num_bytes: int) -> None:
-        with self.lock:
-            self.done_mb += num_bytes / 1e6
-            now = time.monotonic()
-            if now - self.shown >= 5:
-                self.shown = now
-                rate = self.done_mb / (now - self.start)
-                left_s = max(self.total_mb - self.done_mb, 0) / rate
-                amount = f"{self.done_mb:.0f} of {self.total_mb:.0f} MB"
-                print(f"{self.label}: {amount}, {rate:.1f} MB/s, {left_s:.0f} s left", flush=True)
+def with_progress(label: str, files: dict[str, Path]) -> Iterator[tuple[str, Path]]:
+    """The files, one after the other; says every five seconds how many are done."""
+    shown = time.monotonic()
+    for number, (name, path) in enumerate(files.items()):
+        if time.monotonic() - shown >= 5:
+            shown = time.monotonic()
+            print(f"{label}: {number} of {len(files)} files", flush=True)
+        yield name, path
 
 
 # -------------------------------------------------------------------------------------------------
@@ -220,25 +214,13 @@ DOWNLOAD_PAUSE_MAX_S = 60  # asks for: a night should not sleep through a server
 DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 
-def shard_name(index: int) -> str:
-    return f"shard_{index:05d}.parquet"
-
-
 def shard_url(name: str) -> str:
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     return f"{endpoint}/datasets/{CLIMBMIX}/resolve/main/{name}"
 
 
-def describe_failure(error: Exception) -> str:
-    """The reason for a failed request, without what requests and urllib3 wrap around it."""
-    if getattr(error, "response", None) is not None:
-        return f"HTTP {error.response.status_code}"
-    cause = error.args[0] if error.args else error
-    return re.sub(r"^.*(Connection|Pool)[^:]*: ", "", str(getattr(cause, "reason", cause)))
-
-
-def open_session() -> Callable:
-    """A `get` that asks again by itself wherever no answer begins, or the server says that it is busy."""
+def open_session() -> object:
+    """A requests session that asks again by itself where no answer begins or the server is busy."""
     import requests
     from urllib3 import Retry
 
@@ -246,99 +228,80 @@ def open_session() -> Callable:
     retry = Retry(
         DOWNLOAD_ATTEMPTS - 1,
         connect=2,  # no connection at all: the network is missing, or the address wrong
+        status_forcelist=(408, 425, 429, 500, 502, 503, 504),
         backoff_factor=DOWNLOAD_PAUSE_S,
         backoff_max=DOWNLOAD_PAUSE_MAX_S,
         retry_after_max=DOWNLOAD_PAUSE_MAX_S,
-        status_forcelist=(408, 425, 429, 500, 502, 503, 504),
-        raise_on_status=False,
     )
     session = requests.Session()
     session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
     session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
-    return functools.partial(session.get, stream=True, timeout=DOWNLOAD_TIMEOUT_S)
+    return session
 
 
-def fetch_part(get: Callable, part: Path, tag_path: Path, progress: Progress) -> None:
-    """Bring `part` to its whole length in one request, or raise. Goes on where it ends if the server still has
-    the same file, by the ETag or the date noted in `tag_path`: another may have the same length."""
+def fetch_part(session, part: Path, tag_path: Path) -> None:
+    """Bring `part` to its whole length in one request, or raise. Goes on where it ends if the server
+    still has the same file, by the ETag or date in `tag_path`: another may have the same length."""
     tag = tag_path.read_text() if tag_path.exists() else ""
-    have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag or None}
-    with get(shard_url(part.stem), headers=headers) as r:
+    if tag and part.exists():
+        headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": tag}
+    with session.get(shard_url(part.stem), headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT_S) as r:
         new_tag = r.headers.get("ETag") or r.headers.get("Last-Modified") or ""
-        is_rest = r.headers.get("Content-Range", "").startswith(f"bytes {have}-") and new_tag in ("", tag)
-        if r.status_code in (206, 416) and not is_rest:
-            part.unlink()
+        if r.status_code == 416 or (r.status_code == 206 and new_tag != tag):
             raise SetupError("what was here is not the beginning of the server's file")
         r.raise_for_status()
         with open(part, "ab" if r.status_code == 206 else "wb") as f:
-            tag_path.write_text(new_tag or tag)
+            tag_path.write_text(new_tag)  # only once nothing of another file is left
             for chunk in r.iter_content(1 << 16):  # a dying connection loses less than one of these
                 f.write(chunk)
-                progress.add(len(chunk))
 
 
-def download_shard(name: str, folder: Path, progress: Progress) -> None:
-    """Download one shard into `folder`, verified, then renamed into place; goes on where a body was cut. Raises
-    SetupError after DOWNLOAD_ATTEMPTS in a row without a new byte, or where another cannot help."""
-    import requests
+def download_shard(name: str, folder: Path) -> None:
+    """Download a shard that is missing or damaged: into a part, which is verified, then renamed. Raises
+    after DOWNLOAD_ATTEMPTS in a row without a new byte, or where another cannot help."""
+    from requests.exceptions import ChunkedEncodingError, ConnectionError
 
-    part, tag_path = folder / f"{name}.part", folder / f"{name}.tag"
-    if not (tag_path.exists() and tag_path.read_text()):
-        part.unlink(missing_ok=True)  # nothing says of which file this is the beginning
-    get, attempt, most = open_session(), 0, 0
+    with contextlib.suppress(SetupError):
+        return check_parquet(folder / name)  # a file that was cut does not open
+    session, part, tag_path = open_session(), folder / f"{name}.part", folder / f"{name}.tag"
+    attempt, most = 0, 0
     while True:
-        is_final = False
         try:
-            fetch_part(get, part, tag_path, progress)
+            fetch_part(session, part, tag_path)
             check_parquet(part)
             os.replace(part, folder / name)
             return tag_path.unlink()
         except SetupError as e:
-            reason = str(e)
-            part.unlink(missing_ok=True)
-        except requests.RequestException as e:
-            reason = describe_failure(e)
-            # A ValueError among them is a malformed URL (HF_ENDPOINT): no server will ever answer it.
-            is_final = isinstance(e, requests.HTTPError | ValueError)
-            is_final |= not most and "MaxRetryError" in repr(e)  # no server was ever reached
+            error = e
+            part.unlink()
+        except (ConnectionError, ChunkedEncodingError) as e:
+            error = e
         size = part.stat().st_size if part.exists() else 0
         attempt, most = (1, size) if size > most else (attempt + 1, most)
-        if is_final or attempt == DOWNLOAD_ATTEMPTS:
-            raise SetupError(reason)
+        is_unreachable = isinstance(error, ConnectionError) and not most
+        if is_unreachable or attempt == DOWNLOAD_ATTEMPTS:
+            raise error
         time.sleep(min(DOWNLOAD_PAUSE_S * 2 ** (attempt - 1), DOWNLOAD_PAUSE_MAX_S))
 
 
 def download_shards(names: list[str], folder: Path, workers: int) -> None:
-    """Download the shards that are missing or damaged, in parallel. Raises SetupError naming every shard still
-    missing. Interrupted at any moment, it leaves only parts, which the next call continues."""
+    """Download shards in parallel. Raises SetupError naming every one still missing. Interrupted at any
+    moment, it leaves only parts, which the next call continues."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = []
-    for name in names:
-        try:
-            check_parquet(folder / name)  # a file that is cut does not open
-        except SetupError:
-            wanted.append(name)
-    if not wanted:
-        return
-    print(f"downloading {len(wanted)} of {len(names)} shards from {shard_url('')}")
-    progress = Progress("download", len(wanted) * 90_000_000)  # climbmix shards are about this long
-    pool, failed = ThreadPoolExecutor(workers), {}
+    pool = ThreadPoolExecutor(workers)
     try:
-        futures = {pool.submit(download_shard, name, folder, progress): name for name in wanted}
-        for future in as_completed(futures):
-            try:
-                future.result()
-            except (SetupError, OSError) as e:
-                failed[futures[future]] = str(e)
+        futures = {name: pool.submit(download_shard, name, folder) for name in names}
+        while (state := wait(futures.values(), timeout=5)).not_done:
+            with contextlib.suppress(FileNotFoundError):  # a part that was renamed meanwhile
+                mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+                print(f"download: {len(state.done)} of {len(names)} shards, {mb:.0f} MB", flush=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C a thread may wait for a silent server
+    failed = {name: future.exception() for name, future in futures.items() if future.exception()}
     if failed:
-        reasons = "; ".join(sorted(set(failed.values())))
         raise SetupError(
-            f"{len(failed)} of {len(names)} shards are missing: {', '.join(sorted(failed))} ({reasons}). What "
+            f"{len(failed)} of {len(names)} shards are missing: {', '.join(failed)} ({failed[min(failed)]}). What "
             f"arrived is kept in {folder}; call again to go on, or bring your own text (--source PATH)"
         )
 
@@ -347,46 +310,37 @@ def download_shards(names: list[str], folder: Path, workers: int) -> None:
 # Sources (any text as row groups of documents)
 # -------------------------------------------------------------------------------------------------
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
-SOURCE_SUFFIXES = (".parquet", *JSONL_SUFFIXES, *TXT_SUFFIXES)
+SOURCE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TXT_SUFFIXES)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-ENCODINGS = {  # by the mark at the beginning of a file; UTF-32's begins with UTF-16's
+ENCODINGS = {  # by the mark at the beginning of a file, UTF-8 without one; UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
-    codecs.BOM_UTF8: "utf-8",
 }
 ROW_GROUP_DOCS = 1024  # documents; for sources that have no row groups of their own
 
 
 def find_source_files(source: Path) -> dict[str, Path]:
-    """{name: path} of every text file at `source`, sorted by name; says what else is there and not used.
-    Raises SetupError where there is no text."""
-    if not source.exists():
-        raise SetupError(f"--source {source}: no such file or folder")
-    files, ignored = {}, {}
-    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
-    for path in filter(Path.is_file, paths):
-        name = path.relative_to(source).as_posix() if source.is_dir() else path.name
+    """{name: path} of every text file at `source`, sorted by name; says what else is there and not used."""
+    folder = source if source.is_dir() else source.parent
+    files, unused = {}, {}
+    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+        name = path.relative_to(folder).as_posix()
         is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-        if is_hidden:
-            ignored.setdefault("hidden", []).append(name)
-        elif name.lower().endswith(SOURCE_SUFFIXES):
+        if path.is_file() and not is_hidden and name.lower().endswith(SOURCE_SUFFIXES):
             files[name] = path
-        else:
-            ignored.setdefault(path.suffix or "without a suffix", []).append(name)
-    kinds = ", ".join(f"{len(names)} {kind} (such as {names[0]})" for kind, names in ignored.items())
+        elif path.is_file():
+            unused.setdefault("hidden" if is_hidden else path.suffix or "without a suffix", []).append(name)
+    kinds = ", ".join(f"{len(names)} {kind} (such as {names[0]})" for kind, names in unused.items())
     if not files:
-        raise SetupError(
-            f"--source {source}: looked for {', '.join(SOURCE_SUFFIXES)} and found {kinds or 'nothing'} (parquet "
-            "with a string column 'text', JSON lines with a key 'text', or plain text)"
-        )
-    if ignored:
-        num_ignored = sum(map(len, ignored.values()))
-        total = num_ignored + len(files)
-        print(f"warning: {num_ignored} of {total} files in {source} are not used: {kinds}", file=sys.stderr)
+        found = kinds or ("nothing" if source.exists() else "no such file or folder")
+        raise SetupError(f"--source {source}: looked for {', '.join(SOURCE_SUFFIXES)} and found {found}")
+    if unused:
+        num_unused = sum(map(len, unused.values()))
+        total = num_unused + len(files)
+        print(f"warning: {num_unused} of {total} files in {source} are not used: {kinds}", file=sys.stderr)
     return files
 
 
@@ -396,141 +350,110 @@ def check_parquet(path: Path, text_key: str = "text") -> None:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
+        schema = pq.read_schema(path)
     except (OSError, pa.ArrowException) as e:
         raise SetupError(f"{path} is not a readable parquet file ({e})") from e
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    kind = schema.field(text_key).type if text_key in schema.names else None
-    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise SetupError(
-            f"{path} has no string column {text_key!r}; its columns: {columns}. --text-key NAME chooses another"
-        )
-
-
-def open_source(path: Path) -> io.BufferedReader:
-    """What the file holds, decompressed. A damaged stream raises OSError."""
-    import pyarrow as pa
-
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    return io.BufferedReader(pa.CompressedInputStream(path, compression)) if compression else open(path, "rb")
+    if text_key not in schema.names or schema.field(text_key).type not in (pa.string(), pa.large_string()):
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise SetupError(f"{path} has no string {text_key!r}, but {columns}. --text-key NAME chooses another")
 
 
 def decode_text(path: Path, data: bytes) -> str:
-    """Text in UTF-8, or in what its byte order mark says, which is dropped. Raises SetupError with the place of
-    what is no text, rather than train on U+FFFD and NUL for the night."""
-    mark = next((mark for mark in ENCODINGS if data.startswith(mark)), b"")
-    encoding = ENCODINGS.get(mark, "utf-8")
-    text, found, place = "", "NUL", data.find(b"\0") if encoding == "utf-8" else -1
+    """Text in UTF-8, or in what its byte order mark says, which is dropped. Raises SetupError with the
+    place of what is no text, rather than train on U+FFFD and NUL for the night."""
+    encoding = next((encoding for mark, encoding in ENCODINGS.items() if data.startswith(mark)), "utf-8")
+    found, place = "NUL", data.find(b"\0") if encoding == "utf-8" else -1
     try:
-        text = data[len(mark) :].decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as e:
-        found, place = f"no {encoding.upper()}", len(mark) + e.start
+        found, place = f"no {encoding.upper()}", e.start
     if place >= 0:
         raise SetupError(
-            f"{path}: byte {place} (line {data.count(bytes([10]), 0, place) + 1}) is {found}. If this is text, convert "
-            "it (`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16LE, or what it is); else leave it out"
+            f"{path}: byte {place} (line {data[:place].count(10) + 1}) is {found}. If this is text, convert it "
+            "(`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16LE, or what it is); else leave it out"
         )
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def split_text(text: str, max_chars: int) -> list[str]:
-    """Cut a plain text at blank lines into documents of up to `max_chars` characters (a longer paragraph is
-    cut hard). Without this a book would be one document, of which packing uses one row."""
-    documents, size = [[]], 0
+    """Cut a plain text at blank lines into documents of up to `max_chars` (a longer paragraph is cut
+    hard). Without this a book would be one document, of which packing uses one row."""
+    documents, size = [], max_chars + 1
     for paragraph in re.split(r"(?<=\n)\s*\n", text):
         for i in range(0, max(len(paragraph), 1), max_chars):
             piece = paragraph[i : i + max_chars]
-            if documents[-1] and size + len(piece) > max_chars:
+            if size + len(piece) > max_chars:
                 documents.append([])
                 size = 0
             documents[-1].append(piece)
             size += len(piece) + 1
-    joined = ["\n".join(document) for document in documents]
-    return [document for document in joined if document.strip()]
+    return [document for document in map("\n".join, documents) if document.strip()]
 
 
 def text_of_line(line: bytes, text_key: str) -> str:
     """The text in a line of JSON. Raises ValueError saying what is there instead."""
     record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"{type(record).__name__}, not an object with a key {text_key!r}")
-    if text_key not in record:
-        keys = ", ".join(record)[:200]
-        raise ValueError(f"no key {text_key!r}; its keys: {keys}. --text-key NAME chooses another")
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is {type(text).__name__}, not a string")
-    return text.encode("utf-8", "replace").decode()  # lone surrogates become "?"
+    record = record if isinstance(record, dict) else {"no key": record}
+    text = record.get(text_key)
+    if isinstance(text, str):
+        return text.encode("utf-8", "replace").decode()  # lone surrogates become "?"
+    found = ", ".join(f"{key} ({type(value).__name__})" for key, value in record.items())
+    raise ValueError(f"no string {text_key!r}, but {found[:200]}. --text-key NAME chooses another")
 
 
-def read_jsonl(path: Path, bad: list[str], text_key: str) -> Iterator[str]:
-    number = 0
-    with open_source(path) as lines:
+def read_jsonl(lines: Iterable[bytes], path: Path, bad: list[str], text_key: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
         try:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    text = text_of_line(line, text_key)
-                except (ValueError, RecursionError) as e:
-                    bad.append(f"{path}:{number}: {e}")
-                    continue
-                yield text
-        except OSError as e:
-            bad.append(f"{path}:{number + 1}: {e}; the rest of the file is not used")
+            if line.strip():
+                yield text_of_line(line, text_key)
+        except (ValueError, RecursionError) as e:
+            bad.append(f"{path}:{number}: {e}")
 
 
 def read_parquet(path: Path, bad: list[str], text_key: str) -> Iterator[list[str]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     check_parquet(path, text_key)
     with pq.ParquetFile(path) as file:
         for i in range(file.num_row_groups):
-            try:
-                texts = file.read_row_group(i, columns=[text_key]).column(text_key).to_pylist()
-            except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
-                raise SetupError(f"{path}: row group {i} is damaged ({e}); replace or remove the file") from e
-            documents = [text for text in texts if text is not None]
-            bad.extend([f"{path}: row group {i}: null text"] * (len(texts) - len(documents)))
-            yield documents
-
-
-def read_txt(path: Path) -> list[str]:
-    try:
-        with open_source(path) as stream:
-            return split_text(decode_text(path, stream.read()), 4 * MAX_SEQ_LEN)
-    except OSError as e:
-        raise SetupError(f"{path} is damaged ({e}); replace or remove the file") from e
+            texts = file.read_row_group(i, columns=[text_key])[text_key].to_pylist()
+            bad.extend([f"{path}: row group {i}: null text"] * texts.count(None))
+            yield [text for text in texts if text is not None]
 
 
 def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Iterator[list[str]]:
-    """Yields row groups of documents in file order; what cannot be used is described in `bad`. Raises SetupError
-    for a file that is damaged or no text."""
-    if path.name.lower().endswith(".parquet"):
-        yield from read_parquet(path, bad, text_key)
-        return
-    is_txt = path.name.lower().endswith(TXT_SUFFIXES)
-    documents = iter(read_txt(path)) if is_txt else read_jsonl(path, bad, text_key)
-    while group := list(itertools.islice(documents, ROW_GROUP_DOCS)):
-        yield group
+    """Row groups of documents in file order; what cannot be used is described in `bad`. Raises
+    SetupError for a file that is damaged or no text."""
+    import pyarrow as pa
+
+    name, compression = path.name.lower(), COMPRESSIONS.get(path.suffix.lower())
+    try:
+        if name.endswith(".parquet"):
+            yield from read_parquet(path, bad, text_key)
+            return
+        with io.BufferedReader(pa.input_stream(str(path), compression), 1 << 20) as stream:
+            documents = read_jsonl(stream, path, bad, text_key)
+            if name.endswith(TXT_SUFFIXES):
+                documents = iter(split_text(decode_text(path, stream.read()), 4 * MAX_SEQ_LEN))
+            while group := list(itertools.islice(documents, ROW_GROUP_DOCS)):
+                yield group
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
+        raise SetupError(f"{path} is damaged ({e}); replace or remove it") from e
 
 
 def document_hash(text: str) -> int:
-    """64 bits that depend on the text alone: the same document falls on the same side wherever it stands."""
+    """64 bits of the text alone: a document falls on the same side wherever it stands."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def write_demo_text(path: Path) -> None:
-    """The source code and documentation of this Python installation as JSON lines, shuffled by their hash: in
-    the order of file names the score depends on the module at which training stops."""
-    library = Path(sysconfig.get_paths()["stdlib"])
+    """The source of this Python's library as JSON lines, shuffled by hash: in the order of file names
+    the score would depend on the module at which training stops."""
+    library, documents = Path(sysconfig.get_paths()["stdlib"]), []
     skipped = {"site-packages", "test", "tests", "__pycache__", "idlelib", "lib2to3"}
-    files = [f for f in sorted(library.rglob("*.py")) if not skipped & set(f.relative_to(library).parts)]
-    documents = []
-    for file in files:
-        documents += split_text(file.read_text("utf-8", errors="replace"), 8 * MAX_SEQ_LEN)
+    for file in sorted(library.rglob("*.py")):
+        if not skipped & set(file.relative_to(library).parts):
+            documents += split_text(file.read_text("utf-8", errors="replace"), 8 * MAX_SEQ_LEN)
     lines = [json.dumps({"text": document}) for document in sorted(documents, key=document_hash)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "\n".join(lines) + "\n")
@@ -541,25 +464,26 @@ def write_demo_text(path: Path) -> None:
 # -------------------------------------------------------------------------------------------------
 
 
-def encode_pieces(encode: Callable, text: str) -> list:
-    """[encode(text)]; of a text that overflows the pattern (a million blanks in a row), that of its halves."""
+def encode_pieces(enc: tiktoken.Encoding, text: str) -> list[np.ndarray]:
+    """The tokens of a text; of its halves where it overflows the pattern (a million blanks)."""
     try:
-        return [encode(text)]
+        return [enc.encode_to_numpy(text, disallowed_special=())]  # others panic where this raises ValueError
     except ValueError:
         if len(text) < 2:
             raise
     half = len(text) // 2
-    return encode_pieces(encode, text[:half]) + encode_pieces(encode, text[half:])
+    return encode_pieces(enc, text[:half]) + encode_pieces(enc, text[half:])
 
 
 class Tokenizer:
-    """Byte-level BPE: trained by rustbpe, run by tiktoken, stored as plain JSON. Special ids follow the merges."""
+    """Byte-level BPE, trained by rustbpe, run by tiktoken, kept as JSON. Special ids come last."""
 
-    def __init__(self, ranks: dict[bytes, int], pattern: str = SPLIT_PATTERN, special: Iterable[str] = SPECIAL_TOKENS):
-        self.pattern, self.ranks = pattern, ranks
-        self.special = {token: len(ranks) + i for i, token in enumerate(special)}
+    def __init__(self, tokens: list[bytes], pattern: str = SPLIT_PATTERN, special: Iterable[str] = SPECIAL_TOKENS):
+        self.pattern = pattern
+        self.ranks = {token: rank for rank, token in enumerate(tokens)}
+        self.special = {token: len(tokens) + i for i, token in enumerate(special)}
         self.enc = tiktoken.Encoding(
-            name="auto-log-research", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
+            "auto-log-research", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special
         )
 
     @classmethod
@@ -567,35 +491,24 @@ class Tokenizer:
         import rustbpe
 
         trainer = rustbpe.Tokenizer()
-        num_merged = vocab_size - len(SPECIAL_TOKENS)
-        trainer.train_from_iterator(iter(documents), num_merged, pattern=SPLIT_PATTERN)
-        return cls({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+        trainer.train_from_iterator(iter(documents), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+        return cls(sorted(ranks, key=ranks.get))
 
     @classmethod
     def from_directory(cls, tokenizer_dir: str | Path | None = None) -> "Tokenizer":
         path = Path(tokenizer_dir or TOKENIZER_DIR) / "tokenizer.json"
         try:
             stored = json.loads(path.read_bytes())
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(stored["tokens"])}
-            return cls(ranks, stored["pattern"], stored["special_tokens"])
-        except FileNotFoundError:
-            raise SetupError(f"no tokenizer at {path}: run `{PREPARE_COMMAND}` first") from None
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise SetupError(f"{path} is damaged ({e}): {REMEDY}") from e
+            return cls([*map(base64.b64decode, stored["tokens"])], stored["pattern"], stored["special_tokens"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise SetupError(f"no tokenizer at {path} ({e}): {REMEDY}") from e
 
     def save(self, tokenizer_dir: Path) -> None:
         tokenizer_dir.mkdir(parents=True, exist_ok=True)
-        tokens = [base64.b64encode(token).decode() for token in sorted(self.ranks, key=self.ranks.get)]
+        tokens = [base64.b64encode(token).decode() for token in self.ranks]
         stored = {"pattern": self.pattern, "special_tokens": list(self.special), "tokens": tokens}
         write_atomic(tokenizer_dir / "tokenizer.json", json.dumps(stored, indent=0))
-
-    def token_bytes(self) -> np.ndarray:
-        """int32 (vocab,): bytes of text that each token stands for, 0 for special tokens. From the raw bytes:
-        decoded to a string first, a token that is no valid UTF-8 by itself would count as U+FFFD's 3 bytes."""
-        lengths = np.zeros(self.get_vocab_size(), dtype=np.int32)
-        for token, rank in self.ranks.items():
-            lengths[rank] = len(token)
-        return lengths
 
     def get_vocab_size(self) -> int:
         return self.enc.n_vocab
@@ -604,45 +517,47 @@ class Tokenizer:
         return self.special[BOS_TOKEN]
 
     def encode(self, text: str | list[str], prepend: int | str | None = None, num_threads: int = 8) -> list:
-        """Token ids of a string, or a list of them for a list; `prepend`: a token id or a special token's name."""
+        """Ids of a string, or a list of them for a list; `prepend`: a token id or a special token's name."""
         if isinstance(text, list):
             with ThreadPoolExecutor(num_threads) as pool:
                 return list(pool.map(lambda one: self.encode(one, prepend), text))
-        # Not encode_ordinary, which panics where this raises ValueError.
-        pieces = encode_pieces(lambda piece: self.enc.encode(piece, disallowed_special=()), text)
-        ids = list(itertools.chain(*pieces))
+        ids = np.concatenate(encode_pieces(self.enc, text)).tolist()
         if prepend is None:
             return ids
         return [self.special[prepend] if isinstance(prepend, str) else prepend, *ids]
 
     def encode_document(self, text: str) -> np.ndarray:
         """uint16 (n,): BOS and the document's tokens. Runs outside Python's lock, so threads help."""
-        pieces = encode_pieces(lambda piece: self.enc.encode_to_numpy(piece, disallowed_special=()), text)
-        return np.concatenate(([self.get_bos_token_id()], *pieces)).astype(np.uint16)
+        return np.concatenate(([self.get_bos_token_id()], *encode_pieces(self.enc, text))).astype(np.uint16)
 
     def decode(self, ids: list[int]) -> str:
         return self.enc.decode(ids)
 
 
 def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
-    """int32 (vocab,): bytes of UTF-8 text that each token stands for; 0 for special tokens."""
-    return torch.from_numpy(Tokenizer.from_directory().token_bytes()).to(device)
+    """int32 (V,): bytes of text that each token stands for, 0 for special ones. Of the raw bytes: as
+    text, a token that is no valid UTF-8 by itself would count as U+FFFD's 3."""
+    tokenizer = Tokenizer.from_directory()
+    lengths = [*map(len, tokenizer.ranks), *[0] * len(tokenizer.special)]
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 # -------------------------------------------------------------------------------------------------
 # Encoding (every token once, at preparation) and the manifest (which data this is, and that it is whole)
 # -------------------------------------------------------------------------------------------------
 
-REMEDY = f"run prepare.py as at first (`{PREPARE_COMMAND}`, with --source if it was), which makes it anew"
+REMEDY = f"run `{PREPARE_COMMAND}` first or again (with its --source): it mends what is damaged"
+
+
+def checksum(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_manifest() -> dict:
-    """The manifest; {} where there is none, or where it or the tokenizer is not what was written."""
+    """The manifest; {} where there is none, or it or the tokenizer is not what was written."""
     try:
         manifest = json.loads(MANIFEST_PATH.read_bytes())
-        checksum = manifest.pop("checksum", None)
-        # Manifests of earlier versions have none.
-        is_whole = checksum in (None, hashlib.sha256(json.dumps(manifest).encode()).hexdigest())
+        is_whole = manifest.pop("checksum") == checksum(manifest)
         is_whole &= manifest["tokenizer_sha256"] == sha256_file(TOKENIZER_DIR / "tokenizer.json")
         return manifest if is_whole else {}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -650,32 +565,26 @@ def read_manifest() -> dict:
 
 
 def save_manifest(manifest: dict, is_complete: bool) -> None:
-    manifest |= {"fingerprint": data_fingerprint(manifest), "is_complete": is_complete}
-    checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    write_atomic(MANIFEST_PATH, json.dumps(manifest | {"checksum": checksum}, indent=1))
+    """Add the fingerprint, 16 hex digits that stand for the data a model sees, and write the manifest."""
+    shards = sorted((name, shard["sha256"]) for name, shard in manifest["shards"].items())
+    content = [manifest["tokenizer_sha256"], manifest["held_out_below"], shards]
+    content += [manifest["text_key"]] if manifest["text_key"] != "text" else []
+    manifest |= {"fingerprint": checksum(content)[:16], "is_complete": is_complete}
+    write_atomic(MANIFEST_PATH, json.dumps(manifest | {"checksum": checksum(manifest)}, indent=1))
     load_manifest.cache_clear()
 
 
-def data_fingerprint(manifest: dict) -> str:
-    """16 hex digits that stand for the data a model sees: tokenizer, shards and how they are split."""
-    shards = sorted((name, shard["sha256"]) for name, shard in manifest["shards"].items())
-    content = [manifest["tokenizer_sha256"], manifest["held_out_below"], shards]
-    if manifest.get("text_key", "text") != "text":
-        content.append(manifest["text_key"])
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+def token_files(name: str) -> list[Path]:
+    return [TOKENS_DIR / split / f"{name}.{kind}" for split in SPLITS for kind in ("bin", "npz")]
 
 
 @functools.cache
 def load_manifest() -> dict:
-    """The manifest of a complete data set, as it was when this process first asked: shards added while a run
-    trains belong to the next run. Raises SetupError where there is none, or where a token file does not have
-    its length; what the files hold is checked as they are read."""
+    """The manifest of a complete data set, as it was when this process first asked: shards added while a
+    run trains belong to the next. What the token files hold is checked as they are read."""
     manifest = read_manifest()
-    if not manifest and MANIFEST_PATH.exists():
-        raise SetupError(f"{MANIFEST_PATH} or the tokenizer is damaged: {REMEDY}")
     if not manifest.get("is_complete"):
-        state = "preparation was interrupted" if manifest else "no data"
-        raise SetupError(f"{CACHE_DIR}: {state}; run `{PREPARE_COMMAND}` first")
+        raise SetupError(f"{CACHE_DIR}: no data that are complete and undamaged; {REMEDY}")
     for name, shard in manifest["shards"].items():
         for split in SPLITS:
             tokens = TOKENS_DIR / split / f"{name}.bin"
@@ -684,20 +593,18 @@ def load_manifest() -> dict:
     return manifest
 
 
-def is_intact(name: str, shard: dict, split: str) -> bool:
-    """Whether a shard's token files are what was written; reads them at 1.2 GB/s. Manifests of earlier versions
-    do not say what was: those shards are encoded once more."""
-    files = [TOKENS_DIR / split / f"{name}.{kind}" for kind in ("bin", "npz")]
-    return all(file.exists() for file in files) and shard[split].get("sha256") == [*map(sha256_file, files)]
+def is_intact(name: str, shard: dict) -> bool:
+    """Whether a shard's token files are what was written; reads them at 1.2 GB/s."""
+    files = token_files(name)
+    return all(file.exists() for file in files) and [*map(sha256_file, files)] == shard.get("files")
 
 
 def read_shard(name: str, split: str) -> tuple[np.ndarray, list[int], list[int]]:
-    """A shard's tokens (uint16), where its documents begin and end, and how many each row group has. Raises
-    SetupError where a file is damaged; a loader's thread spends 25 ms on that for a shard of climbmix."""
-    shard = load_manifest()["shards"][name]
-    path = TOKENS_DIR / split / f"{name}.bin"
-    if not is_intact(name, shard, split):
-        raise SetupError(f"{path} or its .npz is damaged: {REMEDY}")
+    """A shard's tokens (uint16), where its documents begin and end, and how many each row group has.
+    Raises SetupError for a damaged file; that takes the loader's thread 25 ms for a shard of climbmix."""
+    path, shard = TOKENS_DIR / split / f"{name}.bin", load_manifest()["shards"][name]
+    if not is_intact(name, shard):
+        raise SetupError(f"{path} or a file beside it is damaged: {REMEDY}")
     # Small files are read: each map holds a file open, and a folder may have thousands of them.
     is_small = shard[split]["tokens"] < 2**20
     tokens = np.fromfile(path, np.uint16) if is_small else np.asarray(np.memmap(path, np.uint16, mode="r"))
@@ -705,160 +612,122 @@ def read_shard(name: str, split: str) -> tuple[np.ndarray, list[int], list[int]]
         return tokens, index["offsets"].tolist(), index["group_sizes"].tolist()
 
 
+def has_val_shard(names: Iterable[str]) -> bool:
+    return VAL_FILENAME in (Path(name).name for name in names)
+
+
 def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_key: str = "text") -> None:
     """A cache holds one data set, and it may only grow. Raises SetupError naming what differs."""
-    held, is_climbmix = manifest["source"], source == CLIMBMIX
-    found = None
-    if (held == CLIMBMIX) != is_climbmix:
-        found = f"the data of {held}, not {source}"
-    elif manifest.get("text_key", "text") != text_key:
-        found = f"the texts of {manifest['text_key']!r}, not {text_key!r}"
-    elif manifest["held_out_below"] is not None and any(Path(name).name == VAL_FILENAME for name in files):
-        found = f"single documents held out, and {source} now brings {VAL_FILENAME}"
+    held, found = manifest["source"], []
+    if held != source and CLIMBMIX in (held, source):
+        found.append(f"the data of {held}, not {source}")
+    if manifest["text_key"] != text_key:
+        found.append(f"the texts of {manifest['text_key']!r}, not {text_key!r}")
+    if manifest["held_out_below"] is not None and has_val_shard(files):
+        found.append(f"single documents held out, and {source} now brings {VAL_FILENAME}")
     for name, shard in manifest["shards"].items():
-        if found:
-            break
-        if name not in files and not is_climbmix:  # there, tokens are enough
-            found = f"{name} of {held}, which {source} does not have"
+        if name not in files and source != CLIMBMIX:  # there, tokens are enough
+            found.append(f"{name} of {held}, which {source} does not have")
         elif name in files and sha256_file(files[name]) != shard["sha256"]:
-            found = f"another {name} than {files[name]}"
+            found.append(f"another {name} than {files[name]}")
     if found:
         remedy = f"use another cache (AUTORESEARCH_CACHE=FOLDER), or remove {CACHE_DIR} if you no longer need its data"
-        raise SetupError(f"{CACHE_DIR} holds {found}: {remedy}")
+        raise SetupError(f"{CACHE_DIR} holds {found[0]}: {remedy}")
 
 
 def split_of(name: str, text: str, held_out_below: int | None) -> str:
-    """Which split a document belongs to: by shard where there is a validation shard, else by the text's hash."""
-    if held_out_below is None:
-        return "val" if Path(name).name == VAL_FILENAME else "train"
-    return "val" if document_hash(text) < held_out_below else "train"
+    """A document's split: by shard where there is a validation shard, else by its hash."""
+    is_val = has_val_shard([name]) if held_out_below is None else document_hash(text) < held_out_below
+    return "val" if is_val else "train"
+
+
+def read_texts(files: dict[str, Path], bad: list[str], text_key: str) -> Iterator[tuple[str, str]]:
+    """(file, document), one by one."""
+    for name, path in with_progress("reading", files):
+        for texts in read_row_groups(path, bad, text_key):
+            yield from ((name, text) for text in texts)
 
 
 def choose_held_out(source: str, files: dict[str, Path], text_key: str) -> int | None:
-    """The bound below which a document's hash puts it into the validation split; None where a shard is that
-    split. At least one document is held out, the one with the lowest hash, where no hash is below
-    HELD_OUT_SHARE; and at least one is not."""
-    if any(Path(name).name == VAL_FILENAME for name in files):
+    """The bound below which a document's hash puts it into the validation split: at least one document
+    is, and one is not. None where a shard is that split."""
+    if has_val_shard(files):
         return None
-    lowest, highest, bad = 2**64, -1, []
-    for path in files.values():
-        for documents in read_row_groups(path, bad, text_key):
-            hashes = [document_hash(text) for text in documents]
-            lowest, highest = min([lowest, *hashes]), max([highest, *hashes])
-    if lowest >= highest:
-        found = "one document" if lowest == highest else "no document"
-        first_bad = f" ({len(bad)} bad lines, the first: {bad[0]})" if bad else ""
-        raise SetupError(
-            f"{source}: {found} in {len(files)} file(s){first_bad}; at least two different ones are needed, "
-            f"one to hold out. Looked for a string column or key {text_key!r}, or plain text"
-        )
-    return min(max(int(HELD_OUT_SHARE * 2**64), lowest + 1), highest)
+    bad: list[str] = []
+    hashes = {document_hash(text) for _, text in read_texts(files, bad, text_key)}
+    if len(hashes) < 2:
+        reason = f" ({len(bad)} bad lines, the first: {bad[0]})" if bad else ""
+        raise SetupError(f"{source}: {len(hashes)} different documents{reason}; two are needed, one to hold out")
+    return min(max(int(HELD_OUT_SHARE * 2**64), min(hashes) + 1), max(hashes))
 
 
 def read_training_texts(files: dict[str, Path], manifest: dict) -> Iterator[str]:
     """The beginning of each training document, for the tokenizer."""
     num_chars = 0
-    progress = Progress("tokenizer: reading", sum(path.stat().st_size for path in files.values()))
-    for name, path in files.items():
-        for documents in read_row_groups(path, [], manifest["text_key"]):
-            for text in documents:
-                if split_of(name, text, manifest["held_out_below"]) == "train":
-                    yield text[:TOKENIZER_DOC_CHARS]
-                    num_chars += min(len(text), TOKENIZER_DOC_CHARS)
-                    if num_chars >= TOKENIZER_MAX_CHARS:
-                        return
-        progress.add(path.stat().st_size)
+    for name, text in read_texts(files, [], manifest["text_key"]):
+        if num_chars >= TOKENIZER_MAX_CHARS:
+            return
+        if split_of(name, text, manifest["held_out_below"]) == "train":
+            yield text[:TOKENIZER_DOC_CHARS]
+            num_chars += min(len(text), TOKENIZER_DOC_CHARS)
 
 
 def new_manifest(source: str, files: dict[str, Path], text_key: str) -> dict:
     """Choose what is held out and train the tokenizer: a manifest without shards."""
-    manifest = {"source": source, "text_key": text_key, "shards": {}}
-    manifest["held_out_below"] = choose_held_out(source, files, text_key)
-    start = time.monotonic()
+    held_out_below = choose_held_out(source, files, text_key)
+    manifest = {"source": source, "text_key": text_key, "shards": {}, "held_out_below": held_out_below}
     tokenizer = Tokenizer.train(read_training_texts(files, manifest))
     tokenizer.save(TOKENIZER_DIR)
-    print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.monotonic() - start:.1f} s")
+    print(f"tokenizer: {tokenizer.get_vocab_size()} tokens")
     return manifest | {"tokenizer_sha256": sha256_file(TOKENIZER_DIR / "tokenizer.json")}
 
 
-def encode_row_groups(
-    name: str, path: Path, tokenizer: Tokenizer, manifest: dict, bad: list[str]
-) -> Iterator[list[tuple[str, np.ndarray]]]:
-    """Yields each row group as [(split, tokens of a document), ...], in order, encoded by threads ahead of use."""
-
-    def encode(texts: list[str]) -> list[tuple[str, np.ndarray]]:
-        splits = [split_of(name, text, manifest["held_out_below"]) for text in texts]
-        return list(zip(splits, map(tokenizer.encode_document, texts), strict=True))
-
-    def submit(texts: list[str]) -> list:
-        return [pool.submit(encode, texts[i : i + 16]) for i in range(0, len(texts), 16)]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for futures in prefetch(map(submit, read_row_groups(path, bad, manifest["text_key"]))):
-            yield list(itertools.chain(*(future.result() for future in futures)))
+def encode_split(
+    name: str, path: Path, split: str, tokenizer: Tokenizer, manifest: dict, bad: list[str]
+) -> dict[str, int]:
+    """Write the tokens of a shard's documents that belong to a split. Returns their numbers."""
+    out, lengths, group_sizes = TOKENS_DIR / split / f"{name}.bin", [], []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.tmp", "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for texts in prefetch(read_row_groups(path, bad, manifest["text_key"])):
+            texts = [text for text in texts if split_of(name, text, manifest["held_out_below"]) == split]
+            documents = list(pool.map(tokenizer.encode_document, texts))
+            file.writelines(documents)
+            lengths += map(len, documents)
+            if documents:
+                group_sizes.append(len(documents))  # the loader's batches never cross them
+    index, offsets = io.BytesIO(), np.cumsum([0, *lengths], dtype=np.int64)
+    np.savez(index, offsets=offsets, group_sizes=np.array(group_sizes, dtype=np.int64))
+    write_atomic(out.with_suffix(".npz"), index.getvalue())
+    replace_synced(f"{out}.tmp", out)
+    return {"documents": len(lengths), "tokens": sum(lengths)}
 
 
 def encode_shard(name: str, path: Path, tokenizer: Tokenizer, manifest: dict) -> dict:
-    """Write the shard's token files. Returns what the manifest says about it."""
+    """Write the shard's token files, reading it once for each. Returns what the manifest says about it."""
     bad: list[str] = []
-    lengths = {split: [] for split in SPLITS}  # tokens of each document
-    group_sizes = {split: [] for split in SPLITS}  # documents of each row group: batches never cross them
-    outputs = {split: TOKENS_DIR / split / f"{name}.bin" for split in SPLITS}
-    for out in outputs.values():
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context(open(f"{out}.tmp", "wb")) for split, out in outputs.items()}
-        for group in encode_row_groups(name, path, tokenizer, manifest, bad):
-            for split, file in files.items():
-                documents = [tokens for other, tokens in group if other == split]
-                if documents:
-                    file.write(np.concatenate(documents))
-                    lengths[split] += map(len, documents)
-                    group_sizes[split].append(len(documents))
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    shard = {"size": path.stat().st_size, "sha256": sha256_file(path), "bad": len(bad), "first_bad": bad[:1]}
-    for split, out in outputs.items():
-        index, offsets = io.BytesIO(), np.cumsum([0, *lengths[split]], dtype=np.int64)
-        np.savez(index, offsets=offsets, group_sizes=np.array(group_sizes[split], dtype=np.int64))
-        write_atomic(out.with_suffix(".npz"), index.getvalue())
-        os.replace(f"{out}.tmp", out)
-        digests = [sha256_file(out), sha256_file(out.with_suffix(".npz"))]
-        shard[split] = {"documents": len(lengths[split]), "tokens": sum(lengths[split]), "sha256": digests}
-    return shard
-
-
-def shards_to_encode(manifest: dict) -> set[str]:
-    """The shards of a manifest whose token files are damaged, missing or of an earlier version."""
-    shards = manifest.get("shards", {})
-    return {name for name in shards if not all(is_intact(name, shards[name], split) for split in SPLITS)}
+    shard = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+    shard["train"] = encode_split(name, path, "train", tokenizer, manifest, bad)
+    shard["val"] = encode_split(name, path, "val", tokenizer, manifest, [])
+    files = [*map(sha256_file, token_files(name))]
+    return shard | {"files": files, "bad": len(bad), "first_bad": bad[:1]}
 
 
 def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -> dict:
-    """Train the tokenizer if there is none, encode every shard whose tokens are not there. Returns the manifest."""
+    """Train the tokenizer if there is none, encode every shard that is not. Returns the manifest."""
     manifest = read_manifest()
     if manifest:
         check_same_data(manifest, source, files, text_key)
     else:
-        if MANIFEST_PATH.exists():
-            print(f"{MANIFEST_PATH} or the tokenizer is damaged: everything is encoded anew")
         manifest = new_manifest(source, files, text_key)
-    manifest.setdefault("text_key", text_key)
-    damaged = shards_to_encode(manifest)
-    if damaged:
-        print(f"{len(damaged)} shards are encoded anew (damaged, or of an earlier version): {min(damaged)} ...")
-    new = {name: path for name, path in files.items() if name in damaged or name not in manifest["shards"]}
-    if new:
-        tokenizer = Tokenizer.from_directory()
-        progress = Progress("encoding", sum(path.stat().st_size for path in new.values()))
-        for name, path in new.items():
-            # Not complete before the last shard: a run must not start on a data set that is about to change.
-            save_manifest(manifest, is_complete=False)
-            manifest["shards"][name] = encode_shard(name, path, tokenizer, manifest)
-            progress.add(path.stat().st_size)
+    shards, tokenizer = manifest["shards"], Tokenizer.from_directory()
+    new = {name: path for name, path in files.items() if name not in shards or not is_intact(name, shards[name])}
+    for name, path in with_progress("encoding", new):
+        # Not complete before the last shard: a run must not start on a data set that is about to change.
+        save_manifest(manifest, is_complete=False)
+        shards[name] = encode_shard(name, path, tokenizer, manifest)
     for split in SPLITS:
-        if not sum(shard[split]["documents"] for shard in manifest["shards"].values()):
+        if not sum(shard[split]["documents"] for shard in shards.values()):
             MANIFEST_PATH.unlink()  # nothing in it is worth keeping: the corrected source starts anew
             raise SetupError(f"{source}: no usable document for the {split} split in {len(files)} file(s)")
     save_manifest(manifest, is_complete=True)
@@ -873,15 +742,12 @@ def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -
 def pack_rows(
     batches: Iterable[tuple[list[np.ndarray], int]], num_rows: int, row_len: int, buffer_size: int = 1000
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Pack documents into rows without padding. Yields ((num_rows, row_len) of the documents' dtype, epoch).
-
-    `batches` yields (documents, epoch), endlessly. A row is filled with the longest buffered document that fits (the
-    earliest among equals); if none fits, with the beginning of the shortest, whose rest is dropped. The buffer is
-    topped up to `buffer_size` documents before every choice.
-
-    Upstream scans its whole buffer for each choice. Here the buffer is a sorted list of integers, length above,
-    countdown of arrival below, so that a bisection finds the same document: the last key of a length is its earliest.
-    """
+    """Pack documents, from endless (documents, epoch), into rows without padding. Yields ((num_rows,
+    row_len) of the documents' dtype, epoch)."""
+    # The longest buffered document that fits comes next (the earliest among equals); if none fits,
+    # the beginning of the shortest, whose rest is dropped. Upstream scans its buffer for it. Here that
+    # is a sorted list of integers, length above, countdown of arrival below, and a bisection finds the
+    # same: the last key of a length came first.
     bits = 44
     latest = (1 << bits) - 1  # arrival counts down from here
     keys: list[int] = []
@@ -903,13 +769,9 @@ def pack_rows(
                 if i == 0:
                     i = bisect_right(keys, keys[0] | latest)
                 key = keys.pop(i - 1)
-                document = waiting.pop(key)
-                length = key >> bits
-                if length > space:
-                    pieces.append(document[:space])
-                    break
+                document = waiting.pop(key)[:space]
                 pieces.append(document)
-                space -= length
+                space -= len(document)
         yield np.concatenate(pieces).reshape(num_rows, row_len), epoch
 
 
@@ -2487,79 +2349,63 @@ def sdpa_order() -> list[SDPBackend]:
 # -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def cache_lock() -> Iterator[None]:
-    """One preparation at a time; the lock goes with the process, however it ends."""
-    CACHE_DIR.mkdir(parents=True, exist_ok=True)
-    with open(CACHE_DIR / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SetupError(f"another prepare.py is at work on {CACHE_DIR}; wait for it to finish") from None
-        yield
-
-
 def prepare(source: Path | None, num_shards: int, download_workers: int, text_key: str = "text") -> dict:
     """Bring the cache up to date. Returns its manifest."""
     if source is not None:
-        name = str(source.expanduser().resolve())
-        return encode_source(name, find_source_files(source.expanduser()), text_key)
+        source = source.expanduser()
+        return encode_source(str(source.resolve()), find_source_files(source), text_key)
     if DEMO:
         path = DATA_DIR / "python-library.jsonl"
         if not path.exists():
             write_demo_text(path)
-            MANIFEST_PATH.unlink(missing_ok=True)  # of a text that is gone
         return encode_source(str(path), {path.name: path})
-    manifest = read_manifest()
+    manifest, numbers = read_manifest(), range(MAX_SHARD if num_shards == -1 else num_shards)
     if manifest:
         check_same_data(manifest, CLIMBMIX, {})  # before anything is downloaded
-    damaged, held = shards_to_encode(manifest), set(manifest.get("shards", {}))
-    wanted = {*map(shard_name, range(MAX_SHARD if num_shards == -1 else num_shards)), VAL_FILENAME}
-    download_shards(sorted(wanted - held | damaged), DATA_DIR, download_workers)
+    shards = manifest.get("shards", {})
+    held = {name for name in shards if is_intact(name, shards[name])}
+    wanted = {*shards, *(f"shard_{i:05d}.parquet" for i in numbers), VAL_FILENAME}
+    download_shards(sorted(wanted - held), DATA_DIR, download_workers)
     # Shards beyond the wanted ones are used too, as upstream uses whatever its folder holds.
     return encode_source(CLIMBMIX, {path.name: path for path in sorted(DATA_DIR.glob("shard_*.parquet"))})
 
 
-def describe_bad_lines(manifest: dict) -> str | None:
-    """How many lines were left out, of how many in their files; None where all were used."""
-    shards = [shard for shard in manifest["shards"].values() if shard["bad"]]
-    if not shards:
-        return None
-    num_bad = sum(shard["bad"] for shard in shards)
-    num_lines = num_bad + sum(shard[split]["documents"] for shard in shards for split in SPLITS)
-    return f"{num_bad:,} of {num_lines:,} lines were left out; the first: {shards[0]['first_bad'][0]}"
-
-
-def describe_short_validation(manifest: dict) -> str | None:
-    """That the score repeats itself, and how much text it would take not to; None where it does not."""
-    num_tokens = sum(shard["val"]["tokens"] for shard in manifest["shards"].values())
-    times = EVAL_TOKENS / num_tokens
-    if times <= 1:
-        return None
-    mb = sum(shard["size"] for shard in manifest["shards"].values()) / 1e6
-    return (
-        f"{EVAL_TOKENS:,} validation tokens are scored, and there are {num_tokens:,}: each counts about {times:.0f} "
-        f"times, and small differences mean little. Wanted: {times:.0f} times as much text (now {mb:.3g} MB)"
-    )
+def find_warnings(manifest: dict) -> Iterator[str]:
+    """What was left out of the text, and how often the score repeats itself."""
+    shards = manifest["shards"].values()
+    bad = [shard for shard in shards if shard["bad"]]
+    if bad:
+        num_bad = sum(shard["bad"] for shard in bad)
+        num_lines = num_bad + sum(shard[split]["documents"] for shard in bad for split in SPLITS)
+        yield f"{num_bad:,} of {num_lines:,} lines were left out; the first: {bad[0]['first_bad'][0]}"
+    num_tokens = sum(shard["val"]["tokens"] for shard in shards)
+    times, mb = EVAL_TOKENS / num_tokens, sum(shard["size"] for shard in shards) / 1e6
+    if times > 1:
+        yield (
+            f"{EVAL_TOKENS:,} validation tokens are scored, and there are {num_tokens:,}: each counts about "
+            f"{times:.0f} times, and small differences mean little. Wanted: {times:.0f} times as much text "
+            f"(now {mb:.3g} MB)"
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch or bring text, train the tokenizer, encode every token once.")
     parser.add_argument("--source", type=Path, help=f"your own text: a file or folder of {', '.join(SOURCE_SUFFIXES)}")
-    parser.add_argument("--text-key", help="key or column that holds the text of your own files (default: text)")
+    parser.add_argument("--text-key", default="text", help="key or column that holds the text of your own files")
     parser.add_argument("--num-shards", type=int, default=10, help="climbmix training shards to download; -1 for all")
     parser.add_argument("--download-workers", type=int, default=8, help="shards downloaded at the same time")
     args = parser.parse_args()
     if not (args.num_shards == -1 or 1 <= args.num_shards <= MAX_SHARD) or args.download_workers < 1:
         parser.error(f"--num-shards takes -1 or 1 to {MAX_SHARD}, --download-workers at least 1")
-    if args.text_key and args.source is None:
-        parser.error("--text-key goes with --source")
     try:
-        with cache_lock():
-            manifest = prepare(args.source, args.num_shards, args.download_workers, args.text_key or "text")
-            warnings = [describe_bad_lines(manifest), describe_short_validation(manifest)]
+        CACHE_DIR.mkdir(parents=True, exist_ok=True)
+        with open(CACHE_DIR / ".lock", "w") as lock:  # goes with the process, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            manifest = prepare(args.source, args.num_shards, args.download_workers, args.text_key)
     except (SetupError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        is_busy = isinstance(e, BlockingIOError)
+        reason = f"another prepare.py is at work on {CACHE_DIR}; wait for it to finish" if is_busy else e
+        print("error:", *str(reason).splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         sys.stdout.flush()
@@ -2568,7 +2414,7 @@ def main() -> int:
     print(f"ready: {CACHE_DIR} holds {manifest['source']}, fingerprint {manifest['fingerprint']}")
     totals = {split: sum(shard[split]["tokens"] for shard in manifest["shards"].values()) for split in SPLITS}
     print(f"       {totals['train']:,} training tokens, {totals['val']:,} validation tokens")
-    for warning in filter(None, warnings):
+    for warning in find_warnings(manifest):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
 

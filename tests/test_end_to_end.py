@@ -246,7 +246,7 @@ def test_missing_data_is_an_error_of_the_environment(tmp_path):
     code, log = train(workspace(tmp_path), tmp_path / "empty")
     assert code == 2
     assert log.splitlines()[-1].startswith(f"error: {tmp_path}/empty/demo: no data")
-    assert log.splitlines()[-1].endswith("run `AUTORESEARCH_DEMO=1 uv run prepare.py` first")
+    assert "run `AUTORESEARCH_DEMO=1 uv run prepare.py` first" in log.splitlines()[-1]
 
 
 def test_without_a_gpu_the_demo_is_pointed_out(cache, tmp_path):

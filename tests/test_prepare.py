@@ -404,7 +404,7 @@ def test_the_measurement_is_its_code_not_its_comments():
             '"""Bits per byte on the validation split', '"""The score. Bits per byte on the validation split'
         ),
         source.replace("def evaluate_bpb(", "# A comment.\ndef evaluate_bpb("),
-        source.replace("class Progress:", "class Progress:\n    x = 1\n"),
+        source.replace("def with_progress(", "x = 1\n\n\ndef with_progress("),
         source.replace("self.paused_seconds = 0.0\n", "self.paused_seconds =   0.0\n"),
     ]
     other = [
