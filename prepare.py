@@ -784,20 +784,19 @@ _num_val_loaders = 0  # made outside the evaluation: who has seen the validation
 
 
 def get_device() -> torch.device:
-    """The GPU; in the demo the CPU will do. Raises SetupError where there is neither."""
+    """The GPU; in the demo the CPU will do."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if DEMO:
         return torch.device("cpu")
+    reason = "it does not start"
     try:
         torch.cuda.init()
-        reason = "it does not start"
     except (RuntimeError, AssertionError) as e:
         reason = str(e).strip().splitlines()[0]
-    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no GPU"
     raise SetupError(
-        f"no CUDA GPU found: {reason} (torch {torch.__version__} is built for {built_for}; CUDA 13 needs driver 580 or "
-        "newer). To try everything on the CPU in small, set AUTORESEARCH_DEMO=1: "
+        f"no CUDA GPU found: {reason} (torch {torch.__version__} is built for CUDA {torch.version.cuda}; CUDA 13 "
+        "needs driver 580 or newer). To try everything on the CPU in small: "
         "`AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py`"
     )
 
@@ -833,9 +832,8 @@ def prefetch(items: Iterable, depth: int = 4) -> Iterator:
 
 
 def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """What `make_dataloader` gives. Rows are packed and copied to pinned memory in a thread. Each
-    batch has a pinned buffer of its own: torch's host allocator hands one out again only after the
-    copies queued from it have finished."""
+    """What `make_dataloader` gives. Rows are packed in a thread. Each batch has a pinned buffer of its own:
+    torch hands one out again only after the copies queued from it have finished."""
     device = get_device()
 
     def host_batches() -> Iterator[tuple[torch.Tensor, int]]:
@@ -844,22 +842,16 @@ def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, tor
             host.numpy()[:] = rows
             yield host, epoch
 
-    batches = prefetch(host_batches())
-    try:
+    with contextlib.closing(prefetch(host_batches())) as batches:
         for host, epoch in batches:
             rows = host.to(device, non_blocking=True)
             yield rows[:, :-1].long(), rows[:, 1:].long(), epoch
-    finally:
-        batches.close()
 
 
-def make_dataloader(
-    tokenizer: Tokenizer, B: int, T: int, split: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Endless (x, y, epoch): int64 (B, T) on the training device, y is x shifted by one, epoch
-    counts from 1."""
+def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str) -> Iterator[tuple]:
+    """Endless (x, y, epoch): int64 (B, T) on the training device, y is x shifted by one, epoch counts from 1."""
     global _num_val_loaders
-    assert split in ("train", "val"), split
+    assert split in SPLITS, split
     current_run()
     _num_val_loaders += split == "val"
     return load_batches(B, T, split)
@@ -878,43 +870,45 @@ MEAN_TOLERANCE = 0.002  # nats, on average, where roundings cancel (2e-4); a los
 _num_evaluations = 0  # in this process: a second call could mean that the first one's score was picked over
 
 
-def _token_losses(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
-    """(B, T) losses in nats, computed `rows` rows at a time, and the number of rows that fitted
-    into memory.
+def token_scorer(model: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function of (x, y) that gives (B, T) losses in nats, out of memory with fewer rows at a time.
+    With gradients enabled: compiling another graph would take longer than the whole evaluation."""
+    rows = sys.maxsize
 
-    Called with gradients enabled: a compiled model then runs the graph it was trained with, where
-    compiling another would take longer than the whole evaluation.
-    """
-    while True:
-        try:
-            pairs = zip(x.split(rows), y.split(rows), strict=True)
-            parts = [model(a, b, reduction="none").detach().view(-1) for a, b in pairs]
-            return torch.cat(parts).view(y.shape), rows
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                raise
-        rows = (rows + 1) // 2
-        torch.cuda.empty_cache()
-        print(f"evaluation: out of GPU memory; going on with {rows} rows at a time", flush=True)
+    def losses_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        nonlocal rows
+        while True:
+            rows = min(rows, len(x))
+            try:
+                pairs = zip(x.split(rows), y.split(rows), strict=True)
+                parts = [model(a, b, reduction="none").detach().view(-1) for a, b in pairs]
+                return torch.cat(parts).view(y.shape)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+            rows = (rows + 1) // 2
+            torch.cuda.empty_cache()
+            print(f"evaluation: out of GPU memory; going on with {rows} rows at a time", flush=True)
+
+    return losses_of
 
 
-def _seeded(call: Callable, device: torch.device) -> torch.Tensor:
-    """`call()` from one and the same random state, which is put back: noise then answers alike
-    each time."""
+def _seeded(call: Callable, *inputs: torch.Tensor) -> object:
+    """`call(*inputs)` from one and the same random state, which is put back: noise answers alike each time."""
+    device = inputs[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        return call()
+        return call(*inputs)
 
 
 def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> str:
-    """What is wrong where `model(x, y, reduction="none")` is not the cross-entropy of the logits
-    of `model(x)`, which cannot see the targets; "" where it is. Both run outside the compiled
-    graph, on a few rows."""
+    """What is wrong where `model(x, y, reduction="none")` is not the cross-entropy of the logits of
+    `model(x)`, which cannot see the targets; "" where it is. On a few rows, outside the compiled graph."""
     x, y = x[:LOGIT_ROWS], y[:LOGIT_ROWS]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        losses = _seeded(lambda: model(x, y, reduction="none"), x.device).flatten().float()
+        losses = _seeded(functools.partial(model, reduction="none"), x, y).flatten().float()
         try:
-            logits = _first_tensor(_seeded(lambda: model(x), x.device))
+            logits = _first_tensor(_seeded(model, x))
         except TypeError:  # it wants its targets
             logits = None
     if logits is None or logits.shape[:-1] != y.shape:
@@ -930,84 +924,67 @@ def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) 
 
 
 def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size: int) -> tuple[bool | None, str]:
-    """Whether a model predicts from the past alone. `losses_of(x, y)` gives (B, T) losses in nats.
+    """Whether a model predicts from the past alone, and what was found; None where nothing can be said.
 
-    Each row's tokens are exchanged from a cut on: the losses before it must stay the same. Half of
-    the cuts are multiples of 16, where a model that works in blocks would look ahead, the others
-    anywhere; small batches take more passes for as many. Returns (is_causal, what was found);
-    is_causal is None where two calls on the same batch differ, so that nothing can be said.
+    Each row's tokens are exchanged from a cut on: the losses before it, (B, T) nats from `losses_of(x, y)`,
+    must stay the same. Every second cut is a multiple of 16, where a model that works in blocks would look
+    ahead, the others are anywhere.
     """
-    B, T = x.shape
+    (B, T), random = x.shape, torch.Generator().manual_seed(0)
     losses = losses_of(x, y)
-    if not (losses - losses_of(x, y)).abs().max() <= CAUSAL_TOLERANCE:
+
+    def is_same(a: torch.Tensor) -> torch.Tensor:
+        return (a - losses).abs() <= CAUSAL_TOLERANCE
+
+    if not is_same(losses_of(x, y)).all():
         return None, "the model's losses on one batch differ from call to call (or are NaN)"
-    random = torch.Generator().manual_seed(0)
-    num_passes = -(-NUM_CUTS // B)
+    num_passes = -(-NUM_CUTS // B)  # small batches take more of them
     cuts = torch.randint(1, T, (num_passes * B,), generator=random)
-    borders = torch.arange(16, T, 16)[torch.randperm((T - 1) // 16, generator=random)]
-    if len(borders):
-        half = (len(cuts) + 1) // 2
-        cuts[:half] = borders.repeat(half // len(borders) + 1)[:half]
+    if T > 16:
+        cuts[::2] = 16 * torch.randint(1, (T - 1) // 16 + 1, cuts[::2].shape, generator=random)
     for cut in cuts.view(num_passes, B, 1):
         is_before = (torch.arange(T) < cut).to(x.device)
         shift = torch.randint(1, vocab_size, (B, T), generator=random).to(x.device)
         changed = losses_of(torch.where(is_before, x, (x + shift) % vocab_size), y)
+        if (is_same(changed) | ~is_before).all():
+            continue
+        other_row = torch.cat(((x[:1] + 1) % vocab_size, x[1:]))
+        if not is_same(losses_of(other_row, y))[1:].all():
+            return False, "the rows of a batch affect each other: other tokens in one row change losses in the others"
         difference = ((changed - losses).abs() * is_before).max().item()
-        if not difference <= CAUSAL_TOLERANCE:
-            break
-    else:
-        return True, ""
-    exchanged = torch.cat(((x[:1] + 1) % vocab_size, x[1:]))
-    if B > 1 and not (losses_of(exchanged, y) - losses)[1:].abs().max() <= CAUSAL_TOLERANCE:
-        return False, "the rows of a batch affect each other: other tokens in one row change the losses of the others"
-    return False, f"changing later tokens changes earlier losses by up to {difference:.3g} nats"
+        return False, f"changing later tokens changes earlier losses by up to {difference:.3g} nats"
+    return True, ""
 
 
-def _sum_losses(
-    model: torch.nn.Module, batches: Iterator[tuple], num_rows: int, token_bytes: torch.Tensor, rows: int
-) -> tuple[float, int, int]:
-    """(nats, bytes, the last epoch) of the targets that stand for text, in exactly `num_rows`
-    rows."""
+def _sum_losses(losses_of: Callable, batches: Iterator[tuple], token_bytes: torch.Tensor) -> tuple[float, int, int]:
+    """(nats, bytes, the last epoch) of those among the next EVAL_TOKENS targets that stand for text."""
     nats = torch.zeros((), dtype=torch.float64, device=token_bytes.device)
     num_bytes = torch.zeros((), dtype=torch.int64, device=token_bytes.device)
+    num_rows = EVAL_TOKENS // MAX_SEQ_LEN
     for x, y, epoch in batches:
-        losses, rows = _token_losses(model, x, y, rows)
         lengths = token_bytes[y]
-        nats += losses.double().masked_fill(lengths == 0, 0.0)[:num_rows].sum()
+        nats += losses_of(x, y).double().masked_fill(lengths == 0, 0.0)[:num_rows].sum()
         num_bytes += lengths[:num_rows].sum()
         num_rows -= len(x)
         if num_rows <= 0:
             return nats.item(), num_bytes.item(), epoch
 
 
-def _score_audit(
-    model: torch.nn.Module, batches: Iterator[tuple], token_bytes: torch.Tensor, rows: int
-) -> float | None:
-    """Bits per byte of as much text after what was scored, which no search has seen; None where
-    there is less."""
+def _audit_bpb(losses_of: Callable, batches: Iterator[tuple], token_bytes: torch.Tensor) -> float | None:
+    """Bits per byte of as much text again, which no search has seen; None where there is less."""
     if sum(shard["val"]["tokens"] for shard in load_manifest()["shards"].values()) < 2 * EVAL_TOKENS:
         return None
-    first = next(batches)
-    if first[2] > 1:  # the text begins again
-        return None
-    batches, num_rows = itertools.chain([first], batches), EVAL_TOKENS // MAX_SEQ_LEN
-    nats, num_bytes, epoch = _sum_losses(model, batches, num_rows, token_bytes, rows)
-    return None if epoch > 1 else nats / (math.log(2) * num_bytes)
+    nats, num_bytes, epoch = _sum_losses(losses_of, batches, token_bytes)
+    return nats / (math.log(2) * num_bytes) if epoch == 1 else None
 
 
-def _faults(run: "Run | None", is_causal: bool | None, finding: str, disagreement: str) -> list[str]:
-    """What makes a score worthless, a sentence each."""
-    test = "LOOKS AHEAD" if is_causal is False else "causality could not be tested"
-    faults = {
-        disagreement: disagreement,
-        f"{test}: {finding}": not is_causal,
-        "constants of prepare.py were changed by the program": (
-            (MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE) != FIXED
-        ),
-        "the validation split was loaded outside the evaluation": _num_val_loaders,
-    }
-    faults = [fault for fault, is_so in faults.items() if is_so]
-    # The last step may reach beyond the budget, by as much as fifty of the baseline's steps take.
+def _faults_of_run(run: "Run | None") -> list[str]:
+    """What the program did that makes any score of it worthless, a sentence each."""
+    faults = []
+    if (MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE) != FIXED:
+        faults.append("constants of prepare.py were changed by the program")
+    if _num_val_loaders:
+        faults.append("the validation split was loaded outside the evaluation")
     if run and run.training_seconds > (1 + MAX_OVERRUN) * TIME_BUDGET:
         faults.append(f"training took {run.training_seconds / TIME_BUDGET:.0%} of the budget (a step is too long)")
     return faults
@@ -1016,54 +993,49 @@ def _faults(run: "Run | None", is_causal: bool | None, finding: str, disagreemen
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte on the validation split, the number that everything is about.
 
-    Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes
-    they stand for. `model(x, y, reduction="none")` gives the loss in nats of each of the
-    (batch_size, MAX_SEQ_LEN) targets, `model(x)` the logits. Writes EVAL_FILE into the working
-    folder, with `faults`: what makes the score worthless. Out of GPU memory, it goes on with fewer
-    rows at a time.
+    Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes they stand
+    for. `model(x, y, reduction="none")` gives the loss in nats of each of the (batch_size, MAX_SEQ_LEN) targets,
+    `model(x)` the logits. Writes EVAL_FILE, with `faults`: what makes the score worthless.
     """
     global _num_evaluations
     _num_evaluations += 1
-    run = current_run()
+    run, losses_of, token_bytes = current_run(), token_scorer(model), get_token_bytes(get_device())
     batches = load_batches(batch_size, MAX_SEQ_LEN, "val")
-    token_bytes, num_rows = get_token_bytes(get_device()), EVAL_TOKENS // MAX_SEQ_LEN
     first = x, y, _ = next(batches)
-    rows = _token_losses(model, x, y, batch_size)[1]
-    nats, num_bytes, _ = _sum_losses(model, itertools.chain([first], batches), num_rows, token_bytes, rows)
+    nats, num_bytes, _ = _sum_losses(losses_of, itertools.chain([first], batches), token_bytes)
     bpb = nats / (math.log(2) * num_bytes)
-
-    def losses_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return _seeded(lambda: _token_losses(model, a, b, rows)[0], a.device)
-
-    is_causal, finding = find_leak(losses_of, x, y, tokenizer.get_vocab_size())
+    is_causal, finding = find_leak(functools.partial(_seeded, losses_of), x, y, tokenizer.get_vocab_size())
+    faults = _faults_of_run(run)
+    if disagreement := find_disagreement(model, x, y):
+        faults.insert(0, disagreement)
+    if not is_causal:
+        faults.append(f"{'causality could not be tested' if is_causal is None else 'LOOKS AHEAD'}: {finding}")
+    for fault in faults:
+        print(f"\n*** this score is worth nothing: {fault} ***\n", flush=True)
     record = {
-        "run_id": run and run.identity["run_id"],
+        "run_id": run and run.start.get("run_id"),
         "val_bpb": bpb,
         "nats": nats,
         "bytes": num_bytes,
-        "tokens": num_rows * MAX_SEQ_LEN,
+        "tokens": EVAL_TOKENS // MAX_SEQ_LEN * MAX_SEQ_LEN,
         "causal": is_causal,
         "finding": finding,
-        "faults": _faults(run, is_causal, finding, find_disagreement(model, x, y)),
-        "audit_bpb": _score_audit(model, batches, token_bytes, rows),
+        "faults": faults,
+        "audit_bpb": _audit_bpb(losses_of, batches, token_bytes),
         "data_fingerprint": load_manifest()["fingerprint"],
         "prepare_sha256": PREPARE_SHA256,
         "measurement_sha256": measurement_sha256(),
         "num_calls": _num_evaluations,
     }
     batches.close()
-    for fault in record["faults"]:
-        print(f"\n*** this score is worth nothing: {fault} ***\n", flush=True)
     write_atomic(Path(EVAL_FILE), finite_json(record, indent=2) + "\n")
     return bpb
 
 
 def rehearse_evaluation(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Score one batch of the shape that the evaluation has, so that a model that cannot be scored
-    says so before its budget is spent. Raises ValueError where its loss is not that of its
-    logits."""
+    """Score one batch, so that a model that cannot be scored says so before its budget is spent."""
     x, y = (t.repeat(1, -(-MAX_SEQ_LEN // t.size(1)))[:, :MAX_SEQ_LEN] for t in (x, y))
-    losses, _ = _token_losses(model, x, y, len(x))
+    losses = token_scorer(model)(x, y)
     disagreement = find_disagreement(model, x, y)
     if disagreement and losses.isfinite().all():  # NaN is for training to report
         raise ValueError(disagreement)
@@ -1074,90 +1046,69 @@ def rehearse_evaluation(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor
 # -------------------------------------------------------------------------------------------------
 
 
+def _rounded(values: list[float]) -> list[float | None]:
+    """To six digits, about what single precision holds. What is no number is None."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
+
+
 def _first_tensor(value: object) -> torch.Tensor | None:
     """The floating-point tensor that a module returned or was given, alone or first in a tuple."""
     value = value[0] if isinstance(value, tuple | list) and value else value
     return value if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() else None
 
 
-def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float | None]]:
-    """Of each (tokens, features): RMS; fraction of entries below a thousandth of it (near zero);
-    fraction of features near zero on every token. Those of one shape at once: to launch a thousand
-    small kernels would take longest."""
-    stats: list[list[float | None]] = [[None] * 3 for _ in activations]
-    alike: dict[tuple, list[int]] = {}
-    for i, t in enumerate(activations):
-        if t is not None:
-            alike.setdefault((t.shape, t.dtype), []).append(i)
-    for indices in alike.values():
-        t = torch.stack([activations[i] for i in indices]).float()
-        rms = t.square().mean((1, 2)).sqrt()
-        is_zero = t.abs() <= 1e-3 * rms[:, None, None]
-        zeros, dead = is_zero.mean((1, 2), dtype=torch.float32), is_zero.all(1).mean(1, dtype=torch.float32)
-        for i, row in zip(indices, torch.stack((rms, zeros, dead), 1).tolist(), strict=True):
-            stats[i] = _rounded(row)
-    return stats
-
-
-def _watched_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The blocks (members of a ModuleList) and linear layers; in a model with neither, its
-    innermost modules."""
-    modules = dict(model.named_modules())
-    lists = {name for name, m in modules.items() if isinstance(m, torch.nn.ModuleList)}
-    blocks = {name: m for name, m in modules.items() if name and name.rpartition(".")[0] in lists}
-    linears = {name: m for name, m in modules.items() if isinstance(m, torch.nn.Linear)}
-    return blocks | linears or {name: m for name, m in modules.items() if name and not any(m.children())}
-
-
-def _logit_stats(logits: torch.Tensor) -> dict[str, float]:
-    logits = logits.float()
-    log_p = logits.log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1).mean()
-    values = [logits.square().mean().sqrt(), logits.abs().max(), entropy, log_p.amax(-1).exp().mean()]
-    keys = ("logits/rms", "logits/max_abs", "logits/entropy", "logits/max_prob")
-    return dict(zip(keys, _rounded(torch.stack(values).tolist()), strict=True))
+def _activation_stats(t: torch.Tensor) -> torch.Tensor:
+    """RMS; share of entries near zero (below a thousandth of it); share of features near zero on every token."""
+    t = torch.atleast_1d(t).flatten(0, -2).float()
+    rms = t.square().mean().sqrt()
+    is_zero = t.abs() <= 1e-3 * rms
+    return torch.stack((rms, is_zero.float().mean(), is_zero.all(0).float().mean()))
 
 
 @torch.no_grad()
 def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict:
-    """What the activations of a batch look like, layer by layer, from a plain forward pass outside
-    the compiled graph.
+    """What the activations of a batch look like in the blocks (members of a ModuleList) and linear layers.
 
-    x, y: int64 (B, T). Returns lists that run parallel to `layers/names`: `layers/rms` and
-    `layers/zeros` of each block's or linear layer's output, `layers/input_zeros` and `layers/dead`
-    of a linear layer's input (dead: near zero for every token), and `logits/*` where `model(x)`
-    returns logits. Weights and random state are left alone. A model that cannot be looked at this
-    way gives `layers/error` instead: statistics must never end a run.
+    From a plain forward pass outside the compiled graph. Lists run parallel to `layers/names`: `layers/rms`
+    and `layers/zeros` of the output, `layers/input_zeros` and `layers/dead` of a linear layer's input.
+    A model that cannot be looked at gives `layers/error` too: statistics must never end a run.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    seen: dict[str, list[torch.Tensor | None]] = {}
+    stats, seen, handles, logits = {}, {}, [], None
 
-    def watch(name: str, module: torch.nn.Module, inputs: tuple, output: object) -> None:
-        pair = [_first_tensor(output), _first_tensor(inputs) if isinstance(module, torch.nn.Linear) else None]
-        if pair[0] is not None and name not in seen:  # copies, which no operation in place can change
-            seen[name] = [None if t is None else torch.atleast_1d(t).flatten(0, -2).clone() for t in pair]
+    def watch(name: str, module: torch.nn.Module, given: tuple, output: object) -> None:
+        out, first = _first_tensor(output), _first_tensor(given)
+        if name in seen or out is None:
+            return
+        of_output = _activation_stats(out)
+        is_linear = isinstance(module, torch.nn.Linear) and first is not None
+        seen[name] = torch.stack((of_output, _activation_stats(first) if is_linear else of_output * math.nan))
 
-    watched = _watched_modules(model).items()
-    handles = [module.register_forward_hook(functools.partial(watch, name)) for name, module in watched]
-    stats, logits = {}, None
+    lists = {name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) or (name and name.rpartition(".")[0] in lists):
+            handles.append(module.register_forward_hook(functools.partial(watch, name)))
     try:
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):
             try:
-                logits = _first_tensor(model(x))
+                logits = _first_tensor(_seeded(model, x))
             except TypeError:  # a model that wants its targets
-                model(x, y)
+                _seeded(model, x, y)
     except Exception as e:  # whatever a model unknown to us may raise
         stats["layers/error"] = f"{type(e).__name__}: {e}"[:200]
     finally:
         for handle in handles:
             handle.remove()
-    of_activations = _activation_stats([t for pair in seen.values() for t in pair])
+    if logits is not None and logits.dim() == 3:
+        stats["logits/max_abs"] = logits.abs().max().item()
+        stats["logits/max_prob"] = logits.float().softmax(-1).amax(-1).mean().item()
+    table = torch.stack(list(seen.values())).tolist() if seen else []
     stats["layers/names"] = list(seen)
-    stats["layers/rms"] = [rms for rms, _, _ in of_activations[::2]]
-    stats["layers/zeros"] = [zeros for _, zeros, _ in of_activations[::2]]
-    stats["layers/input_zeros"] = [zeros for _, zeros, _ in of_activations[1::2]]
-    stats["layers/dead"] = [dead for _, _, dead in of_activations[1::2]]
-    return stats | (_logit_stats(logits) if logits is not None and logits.dim() == 3 else {})
+    stats["layers/rms"] = _rounded([of_output[0] for of_output, _ in table])
+    stats["layers/zeros"] = _rounded([of_output[1] for of_output, _ in table])
+    stats["layers/input_zeros"] = _rounded([of_input[1] for _, of_input in table])
+    stats["layers/dead"] = _rounded([of_input[2] for _, of_input in table])
+    return stats
 
 
 def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -1166,33 +1117,26 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict:
-    """RMS of each parameter's gradient, weight and update, after a step and before its gradients
-    are cleared. `before`: `copy_weights(model)` from before the step. Vectors of up to 64 entries
-    are also given whole, as `scalars/NAME`."""
+    """RMS of each parameter's gradient, weight and update, after a step and before its gradients are cleared.
+    `before`: `copy_weights(model)` from before it. Short vectors are also given whole, as `scalars/NAME`."""
     named = {name: p for name, p in model.named_parameters() if name in before}
 
-    def rms(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-        if not tensors:
-            return {}
-        norms = torch.stack(torch._foreach_norm(list(tensors.values()), dtype=torch.float32)).tolist()
-        pairs = zip(norms, tensors.values(), strict=True)
-        return dict(zip(tensors, _rounded([norm / max(t.numel(), 1) ** 0.5 for norm, t in pairs]), strict=True))
+    def rms(tensors: list[torch.Tensor | None]) -> list[float | None]:
+        present = [t for t in tensors if t is not None]
+        norms = torch.stack(torch._foreach_norm(present, dtype=torch.float32)).tolist()
+        pairs = zip(norms, present, strict=True)
+        values = iter(_rounded([norm / max(t.numel(), 1) ** 0.5 for norm, t in pairs]))
+        return [None if t is None else next(values) for t in tensors]
 
-    of_each = {
-        "params/grad_rms": rms({name: p.grad for name, p in named.items() if p.grad is not None}),
-        "params/weight_rms": rms(named),
-        "params/update_rms": rms({name: p - before[name] for name, p in named.items()}),
+    shown = {name.removeprefix("_orig_mod."): p for name, p in named.items()}
+    scalars = {name: p for name, p in shown.items() if p.dim() < 2 and p.numel() <= 64}
+    return {
+        "params/names": list(shown),
+        "params/grad_rms": rms([p.grad for p in named.values()]),
+        "params/weight_rms": rms(list(named.values())),
+        "params/update_rms": rms([p - before[name] for name, p in named.items()]),
+        **{f"scalars/{name}": _rounded(p.flatten().tolist()) for name, p in scalars.items()},
     }
-    shown = {name: name.removeprefix("_orig_mod.") for name in named}
-    stats = {"params/names": list(shown.values())}
-    stats |= {key: [values.get(name) for name in named] for key, values in of_each.items()}
-    scalars = {name: p for name, p in named.items() if p.dim() < 2 and p.numel() <= 64}
-    return stats | {f"scalars/{shown[name]}": _rounded(p.flatten().tolist()) for name, p in scalars.items()}
-
-
-def _rounded(values: list[float]) -> list[float]:
-    """To six digits: about what single precision holds, in a third of the bytes."""
-    return [float(f"{value:.6g}") for value in values]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1203,59 +1147,44 @@ def _rounded(values: list[float]) -> list[float]:
 MEASURED = (
     *("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE", "SPLIT_PATTERN", "SPECIAL_TOKENS", "BOS_TOKEN"),
     *("Tokenizer", "encode_pieces", "get_token_bytes", "pack_rows", "DOC_BATCH", "read_document_batches"),
-    *("load_batches", "_token_losses", "_sum_losses", "evaluate_bpb", "Clock", "MAX_PAUSED_SHARE"),
+    *("load_batches", "token_scorer", "_sum_losses", "evaluate_bpb", "Clock", "MAX_PAUSED_SHARE"),
 )
-
-
-def _essence(node: object) -> object:
-    """A piece of code without comments, docstrings and layout, the same in every version of
-    Python."""
-    if isinstance(node, list):
-        docstrings = [item for item in node if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant)]
-        return [_essence(item) for item in node if item not in docstrings]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = [(name, _essence(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
-    return [type(node).__name__, fields]
 
 
 @functools.cache
 def measurement_sha256(source: bytes = PREPARE_SOURCE) -> str:
-    """Of the code behind MEASURED: results compare where this is the same."""
-    found = {}
+    """Of the code behind MEASURED, without comments, docstrings and layout: where it is the same, results compare."""
+    found = []
     for node in ast.parse(source).body:
-        name = getattr(node.targets[0] if isinstance(node, ast.Assign) else node, "id", getattr(node, "name", ""))
-        if name in MEASURED:
-            found[name] = _essence([node])
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        if getattr(target, "id", getattr(target, "name", "")) not in MEASURED:
+            continue
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None:
+                inner.body.pop(0)
+        found.append(ast.unparse(node))
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
 
 
-# Peak dense bf16 rates in TFLOP/s, from the vendor's data sheets, by the name torch gives.
+# Peak dense bf16 rates in TFLOP/s, from the vendor's data sheets, by the whole name that torch gives.
 PEAK_BF16_TFLOPS = {
-    r"(H100 80GB HBM3|H100 SXM.*|H200|H800|GH200.*)": 989.5,
-    r"H100 PCIe": 756.0,
-    r"(H100|H200) NVL": 835.5,
-    r"A100.*": 312.0,
-    r"B200": 2250.0,
-    r"GB200": 2500.0,
-    r"L40S": 362.05,
-    r"L4": 121.0,
-    r"(RTX )?A6000": 154.8,
-    r"RTX 6000 Ada Generation": 364.2,
-    r"RTX PRO 6000 Blackwell (Workstation|Server) Edition": 503.8,
-    r"GeForce RTX 3090": 71.0,
-    r"GeForce RTX 4090": 165.2,
-    r"GeForce RTX 5090": 209.5,
+    r"NVIDIA (H100 80GB HBM3|H200)": 989.5,
+    r"NVIDIA H100 PCIe": 756.0,
+    r"NVIDIA (H100|H200) NVL": 835.5,
+    r"NVIDIA A100(-SXM4-[48]0GB|-PCIE-40GB| 80GB PCIe)": 312.0,
+    r"NVIDIA B200": 2250.0,
+    r"NVIDIA L40S": 362.05,
+    r"NVIDIA GeForce RTX 4090": 165.2,
+    r"NVIDIA GeForce RTX 5090": 209.5,
 }
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense bf16; None for a device that is not in the table: no MFU is better than a
-    wrong one."""
-    name = device_name.removeprefix("NVIDIA ").strip()
-    if "MIG" in name:  # a slice of a GPU
-        return None
-    return next((tflops * 1e12 for pattern, tflops in PEAK_BF16_TFLOPS.items() if re.fullmatch(pattern, name)), None)
+    """FLOP/s of dense bf16; None for a device that is not in the table: no MFU is better than a wrong one."""
+    for pattern, tflops in PEAK_BF16_TFLOPS.items():
+        if re.fullmatch(pattern, device_name):
+            return tflops * 1e12
+    return None
 
 
 # Of the budget, by the last step: fifty of the baseline's steps. The demo shares its processor with other work.
@@ -1264,12 +1193,9 @@ MAX_PAUSED_SHARE = 0.1  # of the budget; looking at the layers takes 1 % of it o
 
 
 class Clock:
-    """The clock of the budget. It runs from `start`, stands still inside `paused`
-    (MAX_PAUSED_SHARE of the budget at most: what is beyond counts), and is read once a step.
-
-    `end_step` marks the end of a step in the GPU's queue and `read_step` waits for that mark, so
-    that work queued in between keeps the GPU busy while Python reads, logs and decides.
-    """
+    """The clock of the budget. It runs from `start`, stands still inside `paused` (MAX_PAUSED_SHARE of the budget at
+    most: what is beyond counts), and is read once a step: `end_step` marks the end of a step in the GPU's queue and
+    `read_step` waits for that mark, so that work queued in between keeps the GPU busy while Python reads and logs."""
 
     def __init__(self, device: torch.device):
         self.device, self.is_cuda = device, device.type == "cuda"
@@ -1286,8 +1212,7 @@ class Clock:
         self._last = self._now()
 
     def end_step(self, values: dict[str, torch.Tensor]) -> None:
-        """Queue the mark, and a copy of tensors (0-d or 1-d, whole numbers exact up to 2^53) for
-        `read_step`."""
+        """Queue the mark, and a copy of tensors (0-d or 1-d, whole numbers exact up to 2^53) for `read_step`."""
         self._shapes = {key: value.shape for key, value in values.items()}
         flat = torch.cat([value.detach().double().flatten() for value in values.values()])
         if self.is_cuda:
@@ -1302,8 +1227,7 @@ class Clock:
             self._marked = self._now()
 
     def read_step(self) -> dict[str, float | list[float]]:
-        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the
-        values."""
+        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the values."""
         if self._marked is None:
             self._event.synchronize()
             self._marked = self._now()
@@ -1334,7 +1258,7 @@ class Clock:
 
 # The kind of a kernel by its name, the first that matches.
 KERNEL_KINDS = {
-    "attention": r"_attend|sdpa|flash|fmha|flex|compute_dot_do_o|convert_dq|attention",
+    "attention": r"_attend|sdpa|flash|fmha|compute_dot_do_o|convert_dq|attention",
     "mlp": r"_relu2_product",
     "matmul": r"nvjet|gemm|cutlass|cublas|splitK|ampere|sm90_xmma",
     "loss": r"_softcap_loss|log_softmax|nll_loss",
@@ -1342,58 +1266,51 @@ KERNEL_KINDS = {
 }
 
 
-def kernel_ms(work: Callable) -> dict[str, float]:
-    """Milliseconds on the GPU by kind of kernel."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        work()
-        torch.cuda.synchronize()
-    totals = dict.fromkeys(KERNEL_KINDS, 0.0)
-    for event in profiler.key_averages():
-        kind = next(kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
-        totals[kind] += event.self_device_time_total / 1e3
-    return totals
-
-
 def measure_step(gradients: Callable, update: Callable, num_micro_steps: int, device: torch.device) -> dict | None:
-    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients`
-    does one micro-batch, `update` the optimizer's part; both are called, compiled already. Raises
-    ValueError for a step that is longer than the budget."""
-
-    def timed_s(work: Callable) -> float:
-        begin = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    step_s = num_micro_steps * timed_s(gradients) + timed_s(update)
+    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients` does one
+    micro-batch, `update` the optimizer's part. Raises ValueError for a step longer than the budget."""
+    begin = time.perf_counter()
+    gradients()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    step_s = num_micro_steps * (time.perf_counter() - begin)
     if step_s > (1 + MAX_OVERRUN) * TIME_BUDGET:
         raise ValueError(f"a step takes about {step_s:.0f} s, longer than the whole budget of {TIME_BUDGET:.0f} s")
     if device.type != "cuda":
         return None
-    profile = {kind: num_micro_steps * ms for kind, ms in kernel_ms(gradients).items()}
-    profile["optimizer"] = sum(kernel_ms(update).values())
-    return profile
+    totals = dict.fromkeys((*KERNEL_KINDS, "optimizer"), 0.0)
+    for event in _kernel_times(gradients):
+        kind = next(kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
+        totals[kind] += num_micro_steps * event.self_device_time_total / 1e3
+    totals["optimizer"] = sum(event.self_device_time_total / 1e3 for event in _kernel_times(update))
+    return totals
 
+
+def _kernel_times(work: Callable) -> list:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return profiler.key_averages()
+
+
+# -------------------------------------------------------------------------------------------------
+# The record of a run
+# -------------------------------------------------------------------------------------------------
 
 CUDA_OWN_MB = 1024  # what CUDA and its libraries take for a process beside torch's memory: 0.5 to 0.9 GB seen
-
-
-def machine_stats() -> dict:
-    """What else this machine is busy with: memory on the GPU that is not ours (None without one),
-    load a core."""
-    other_mb = None
-    if torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        other_mb = max((total - free - torch.cuda.memory_reserved()) / 2**20 - CUDA_OWN_MB, 0.0)
-    return {"gpu/other_mb": other_mb, "machine/load": os.getloadavg()[0] / os.cpu_count()}
+LOCK_PATIENCE_S = 0.5  # who asks whether a run is in progress holds the lock for an instant
+MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+START_ONLY = ("started_unix", "pid", "host", "train_py", "modules")  # of START_FILE; the summary repeats the rest
+# The closing block, which scripts grep: values and their decimals.
+CLOSING_BLOCK = {
+    **{"val_bpb": 6, "training_seconds": 1, "total_seconds": 1, "peak_vram_mb": 1, "mfu_percent": 2},
+    **{"total_tokens_M": 1, "num_steps": 0, "num_params_M": 1, "depth": 0},
+}
+_run: "Run | None" = None  # what this process is
 
 
 def check_machine() -> None:
-    """Raise SetupError, within a second, for faults of the machine that would look like the
-    experiment's later on."""
+    """Raise SetupError, within a second, for faults of the machine that would look like the experiment's later on."""
     device = get_device()
     load_manifest()
     least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
@@ -1419,13 +1336,13 @@ def check_machine() -> None:
             raise SetupError(f"the compiler cannot write its cache to {folder} ({e.strerror}): set {name}") from e
 
 
-# -------------------------------------------------------------------------------------------------
-# The record of a run
-# -------------------------------------------------------------------------------------------------
-
-_run: "Run | None" = None  # what this process is
-# Faults of the machine, whatever raises them.
-MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+def machine_stats() -> dict:
+    """What else this machine is busy with: memory on the GPU that is not ours (None without one), load a core."""
+    other_mb = None
+    if torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        other_mb = max((total - free - torch.cuda.memory_reserved()) / 2**20 - CUDA_OWN_MB, 0.0)
+    return {"gpu/other_mb": other_mb, "machine/load": os.getloadavg()[0] / os.cpu_count()}
 
 
 def _git(folder: Path, *args: str) -> str | None:
@@ -1445,84 +1362,66 @@ def _read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def imported_modules(folder: Path, script: Path) -> dict[str, str]:
-    """{file: text} of the folder's own modules that this process has imported, without the three
-    fixed scripts."""
+def imported_modules(script: Path) -> dict[str, str]:
+    """{file: text} of the modules beside the script that this process has imported, without the fixed ones."""
     modules = {}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or "/")
-        if path.suffix != ".py" or not path.is_relative_to(folder):
-            continue
-        inside = path.relative_to(folder)
-        is_installed = any(part.startswith(".") or part == "site-packages" for part in inside.parts)
-        if not is_installed and path != script and path.name not in ("prepare.py", "analyze.py"):
-            modules[inside.as_posix()] = path.read_text(errors="replace")
-    return dict(sorted(modules.items()))
+        if path.suffix == ".py" and path.is_relative_to(script.parent) and path != script:
+            name = path.relative_to(script.parent).as_posix()
+            if name not in ("prepare.py", "analyze.py") and "site-packages" not in name:
+                modules[name] = path.read_text(errors="replace")
+    return modules
 
 
 def lock_metrics() -> TextIO:
-    """METRICS_FILE, open for appending and locked until this process ends: that it is locked says
-    that a run is in progress, whatever clocks and process tables say. Raises SetupError where
-    another run holds it."""
+    """METRICS_FILE, open for appending and locked until this process ends: that says that a run is in
+    progress, whatever clocks and process tables say. Raises SetupError where another run holds it."""
+    file, begin = open(METRICS_FILE, "a"), time.monotonic()  # noqa: SIM115 (open for the whole run)
     while True:
-        file = open(METRICS_FILE, "a")  # noqa: SIM115 (open for the whole run)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            other = _read_json(Path(START_FILE))
-            raise SetupError(
-                f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: wait for it "
-                "(`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
-            ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(METRICS_FILE)):
-                return file
-        file.close()  # what was locked has been put away meanwhile
+            return file
+        except BlockingIOError as e:
+            if time.monotonic() - begin > LOCK_PATIENCE_S:
+                other = _read_json(Path(START_FILE))
+                raise SetupError(
+                    f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: wait for it "
+                    "(`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
+                ) from e
+        time.sleep(0.05)
 
 
 def set_aside_earlier_run() -> None:
-    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py
-    files them; files that the archive already holds are deleted. A crash of the coming run can
-    then never show an old score. METRICS_FILE stays, empty: it may be locked."""
-    present = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
-    present = [path for path in present if path.exists()]
-    if not present or (present == [Path(METRICS_FILE)] and not present[0].stat().st_size):
-        return
-    start = _read_json(Path(START_FILE))
-    archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
-    archive = archive / "demo" if start.get("demo", DEMO) else archive
-    run_id = str(start.get("run_id") or f"unknown-{secrets.token_hex(4)}")
+    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py files them;
+    what the archive holds already is deleted. A crash of the coming run can then never show an old score."""
     if Path(SUMMARY_FILE).exists():
         Path(CHECKPOINT_FILE).unlink(missing_ok=True)  # it was only needed until the run was scored
+    paths = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
+    present = [path for path in paths if path.exists() and path.stat().st_size]
+    start = _read_json(Path(START_FILE))
+    run_id = str(start.get("run_id") or f"unknown-{secrets.token_hex(4)}")
+    archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
+    archive = archive / "demo" if start.get("demo", DEMO) else archive
     filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if _read_json(path).get("run_id") == run_id]
-    results = [name for name in (EVAL_FILE, SUMMARY_FILE) if Path(name).exists()]
-    # A score that came after the run was filed is kept: analyze.py files it again.
-    if not any(all((folder / name).exists() for name in results) for folder in filed):
-        _move_whole([path for path in present if path.exists()], archive / "unfiled" / run_id)
-    for path in present:
-        path.unlink(missing_ok=True) if path.name != METRICS_FILE else os.truncate(path, 0)
-
-
-def _move_whole(paths: list[Path], target: Path) -> None:
-    """Copy under a hidden name, rename at the end: nobody sees half of a run. An interrupted call
-    is repeated."""
-    hidden = target.with_name(f".{target.name}")
-    hidden.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        put = shutil.move if path.name == CHECKPOINT_FILE else shutil.copy
-        put(path, hidden / path.name)
-    if not target.exists():
+    # A score that came after its run was filed is kept: analyze.py files it again.
+    results = [path.name for path in present if path.name in (EVAL_FILE, SUMMARY_FILE)]
+    is_held = any(all((folder / name).exists() for name in results) for folder in filed)
+    target, hidden = archive / "unfiled" / run_id, archive / "unfiled" / f".{run_id}"
+    if present and not is_held and not target.exists():
+        hidden.mkdir(parents=True, exist_ok=True)  # nobody sees half of a run; an interrupted call is repeated
+        for path in present:
+            put = shutil.move if path.name == CHECKPOINT_FILE else shutil.copy
+            put(path, hidden / path.name)
         os.rename(hidden, target)
-        return
-    for path in hidden.iterdir():  # an earlier call ended between its rename and its clearing up
-        if not (target / path.name).exists():
-            os.replace(path, target / path.name)
-    shutil.rmtree(hidden)
+    for path in paths:
+        if path.name != METRICS_FILE:
+            path.unlink(missing_ok=True)
+    Path(METRICS_FILE).write_bytes(b"")  # it stays, and stays locked
 
 
 def process_age_s() -> float:
-    """Seconds since this process started, its imports included; 0 where the system does not tell
-    (Linux does)."""
+    """Seconds since this process started, its imports included; 0 where the system does not tell (Linux does)."""
     try:
         started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
@@ -1531,8 +1430,7 @@ def process_age_s() -> float:
 
 
 def end_children(pid: int | str = "self") -> None:
-    """Kill the processes that this one started and that still live (Linux): they would hold the
-    GPU and the lock."""
+    """Kill the processes that this one started and that still live (Linux): they would hold the GPU and the lock."""
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in path.read_text().split():
             end_children(child)
@@ -1541,193 +1439,162 @@ def end_children(pid: int | str = "self") -> None:
 
 
 def current_run() -> "Run | None":
-    """The run that this process is. A training script without a Run of its own (upstream's)
-    becomes one with its first call; any other script, which may only look at the data, does
-    not."""
+    """The run that this process is. A training script without a Run of its own (upstream's) becomes one with its first
+    call; any other script, which may only look at the data, does not."""
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     if _run is None and Path(script).name.startswith("train"):
-        Run(Path(script), is_ours=False).__enter__()
+        Run(Path(script)).__enter__()
     return _run
 
 
 class Run:
     """One training run's files and figures, from its identity to its score. A context manager.
 
-    An exception inside it ends the process with one line that says why: `crash:` and exit code 1
-    for a failed experiment, `error:` and 2 where the machine or the data is at fault, `stopped:`
-    and 130 after an interrupt. With `is_new` false, the files of the run that is here stay, to be
-    scored again.
+    An exception inside it ends the process with one line that says why: `crash:` and exit code 1 for a failed
+    experiment, `error:` and 2 where the machine or the data is at fault, `stopped:` and 130 after an interrupt.
+    With `is_new` false, the files of the run that is here stay, to be scored again.
     """
 
-    def __init__(self, script: Path, is_new: bool = True, is_ours: bool = True):
+    def __init__(self, script: Path, is_new: bool = True):
         age_s = process_age_s()  # start-up begins with the process, not with the end of its imports
-        self.begin_unix, self.begin = time.time() - age_s, time.perf_counter() - age_s
-        self.script, self.is_new, self.is_ours = script.resolve(), is_new, is_ours
-        self.is_terminal, self.last_shown = sys.stdout.isatty(), 0.0
-        self.metrics, self.clock, self.pending, self.start_record = None, None, None, {}
+        self.begin, self.script, self.is_new = time.perf_counter() - age_s, script.resolve(), is_new
+        self.program = self._describe_program(time.time() - age_s)
+        self.start: dict = {}  # the content of START_FILE, once it is this run's
+        self.metrics, self.pending, self.last_shown = None, None, 0.0
         self.step, self.loss, self.loss_average = -1, math.nan, 0.0
         self.num_tokens, self.token_sum, self.step_ms, self.other_mb = 0, 0, [], None
         self.training_seconds = 0.0
-        folder, source = self.script.parent, self.script.read_bytes()
-        self.modules = imported_modules(folder, self.script)
-        used = [name for name in (self.script.name, "prepare.py", *self.modules) if (folder / name).exists()]
-        status = _git(folder, "status", "--porcelain", "--", *used)
-        begun = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.begin_unix))
-        self.identity = {
+        texts = [self.program["train_py"], *self.program["modules"].values()]
+        tag = self.program["train_sha256"] if any("torch.library" in text for text in texts) else ""
+        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + tag
+
+    def _describe_program(self, begin_unix: float) -> dict:
+        folder, source, modules = self.script.parent, self.script.read_bytes(), imported_modules(self.script)
+        status = _git(folder, "status", "--porcelain", "--", self.script.name, "prepare.py", *modules)
+        begun = time.strftime("%Y%m%d-%H%M%S", time.localtime(begin_unix))
+        return {
             "run_id": f"{begun}-{'demo-' if DEMO else ''}{secrets.token_hex(2)}",
             "git_commit": _git(folder, "rev-parse", "HEAD"),
             "git_dirty": None if status is None else bool(status),
             "train_sha256": hashlib.sha256(source).hexdigest(),
             "prepare_sha256": PREPARE_SHA256,
             "measurement_sha256": measurement_sha256(),
+            "data_fingerprint": read_manifest().get("fingerprint"),
             "seed_offset": SEED_OFFSET,
             "demo": DEMO,
-        }
-        self._source = source.decode("utf-8-sig", "replace")
-        has_operators = "torch.library" in "".join((self._source, *self.modules.values()))
-        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + (self.identity["train_sha256"] if has_operators else "")
-
-    def __enter__(self) -> "Run":
-        global _run
-        # A shell that starts a command in the background lets it ignore interrupts.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            self._begin()
-            _run = self
-            if self.is_ours:
-                check_machine()
-        except BaseException as e:
-            self._report(e)
-        return self
-
-    def _begin(self) -> None:
-        if self.is_ours and self.script.parent != Path.cwd():
-            raise SetupError(f"{self.script} leaves its files where it is called: cd {self.script.parent} first")
-        if "AUTORESEARCH_TIME_BUDGET" in os.environ and not DEMO:
-            raise SetupError("AUTORESEARCH_TIME_BUDGET is for the demo alone (scores compare at one budget): unset it")
-        self.metrics = lock_metrics()
-        if not self.is_new:
-            return
-        set_aside_earlier_run()
-        print(f"run {self.identity['run_id']}", flush=True)
-        fingerprint = None
-        with contextlib.suppress(SetupError):  # the run itself will say that there is no data
-            fingerprint = load_manifest()["fingerprint"]
-        self._write_start(
-            self.identity
-            | {
-                "started_unix": self.begin_unix,
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "train_py": self._source,
-                "modules": self.modules,
-                "data_fingerprint": fingerprint,
-            }
-        )
-
-    def _write_start(self, record: dict) -> None:
-        self.start_record = record
-        write_atomic(Path(START_FILE), finite_json(record, indent=2) + "\n")
-
-    def start_training(self, device: torch.device, facts: dict) -> None:
-        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the
-        summary."""
-        gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        self.clock, self.peak_flops = Clock(device), peak_flops(gpu_name or "")
-        self.facts = facts | {
             "max_seq_len": MAX_SEQ_LEN,
             "time_budget": TIME_BUDGET,
             "eval_tokens": EVAL_TOKENS,
-            "gpu_name": gpu_name,
             "torch_version": str(torch.__version__),
-            "data_fingerprint": load_manifest()["fingerprint"],
+            "started_unix": begin_unix,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "train_py": source.decode("utf-8-sig", "replace"),
+            "modules": modules,
         }
-        self.facts = json.loads(finite_json(self.facts))  # what JSON cannot hold shows now, not when all is done
+
+    def __enter__(self) -> "Run":
+        global _run
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what is in its background ignore it
+        try:
+            if self.script.parent != Path.cwd():
+                raise SetupError(f"{self.script} leaves its files where it is called: cd {self.script.parent} first")
+            if "AUTORESEARCH_TIME_BUDGET" in os.environ and not DEMO:
+                raise SetupError("AUTORESEARCH_TIME_BUDGET is for the demo alone: scores compare at one budget")
+            self.metrics = lock_metrics()
+            if self.is_new:
+                set_aside_earlier_run()
+                print(f"run {self.program['run_id']}", flush=True)
+                self._write_start(self.program)
+            check_machine()
+        except BaseException as e:
+            self.__exit__(type(e), e, None)
+            raise
+        _run = self
+        return self
+
+    def _write_start(self, record: dict) -> None:
+        self.start = record | {"modules": imported_modules(self.script) | record["modules"]}
+        write_atomic(Path(START_FILE), finite_json(self.start, indent=2) + "\n")
+
+    def start_training(self, device: torch.device, facts: dict) -> None:
+        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the summary."""
+        gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        self.facts = json.loads(finite_json(facts | {"gpu_name": gpu_name}))  # what JSON cannot hold shows now
+        self.clock = Clock(device)
         self.clock.start()
         self.startup_seconds = time.perf_counter() - self.begin
         print(f"gpu: {gpu_name}\nstartup_seconds: {self.startup_seconds:.1f}", flush=True)
 
     def log_step(self, step: int, num_tokens: int, values: dict[str, torch.Tensor], more: dict) -> None:
-        """Mark the end of a step. `values`, tensors on the device with `train/loss` among them,
-        are not waited for: `progress` reads them and writes the step's line."""
+        """Mark the end of a step. `values`, tensors on the device with `train/loss` among them, are not
+        waited for: `progress` reads them and writes the step's line."""
         self.clock.end_step(values)
         self.pending = step, num_tokens, more
 
     def progress(self) -> float:
-        """How much of the budget is used up, 0 to 1, by the steps logged so far. Waits for the
-        last one and appends it to METRICS_FILE. Raises FloatingPointError on a loss that is NaN or
-        has exploded."""
+        """How much of the budget is used up, 0 to 1, by the steps logged so far. Waits for the last one and
+        appends it to METRICS_FILE. Raises FloatingPointError on a loss that is NaN or has exploded."""
         if self.pending:
-            values = self.clock.read_step()
-            self._write_step(*self.pending, values)
+            self._write_step(*self.pending, self.clock.read_step())
             self.pending = None
         return min(self.clock.seconds / TIME_BUDGET, 1.0)
 
     def _write_step(self, step: int, num_tokens: int, more: dict, values: dict) -> None:
-        self.step, self.loss, seconds = step, values["train/loss"], self.clock.step_seconds
+        self.step, self.loss, rate = step, values["train/loss"], num_tokens / self.clock.step_seconds
         self.loss_average = 0.9 * self.loss_average + 0.1 * self.loss
+        self.step_ms.append(1000 * self.clock.step_seconds)
         self.num_tokens += num_tokens
-        self.step_ms.append(1000 * seconds)
+        if "train/data_sum" in values:
+            self.token_sum += int(values["train/data_sum"])
+            values["train/data_sum"] = self.token_sum
+        if "layers/names" in more:
+            more |= machine_stats()
+            self.other_mb = max(self.other_mb or 0.0, more["gpu/other_mb"]) if self.clock.is_cuda else None
         record = {
             "step": step,
-            "train/loss": self.loss,
             "train/loss_smooth": self.loss_average / (1 - 0.9 ** len(self.step_ms)),
             "train/tokens": self.num_tokens,
-            "perf/step_time_ms": 1000 * seconds,
-            "perf/tokens_per_sec": num_tokens / seconds,
-            "perf/mfu_percent": self._mfu_percent(num_tokens / seconds),
+            "perf/step_time_ms": self.step_ms[-1],
+            "perf/tokens_per_sec": rate,
+            "perf/mfu_percent": self._mfu_percent(rate),
             "time/unix_s": time.time(),
             "time/training_s": self.clock.seconds,
         }
-        record |= values | more
-        if "train/data_sum" in values:
-            self.token_sum += int(values["train/data_sum"])
-            record["train/data_sum"] = self.token_sum
-        if "layers/names" in more:
-            record |= machine_stats()
-            if record["gpu/other_mb"] is not None:
-                self.other_mb = max(self.other_mb or 0.0, record["gpu/other_mb"])
-        self.metrics.write(finite_json(record) + "\n")
+        self.metrics.write(finite_json(record | values | more) + "\n")
         self.metrics.flush()
-        if self.is_terminal or time.monotonic() - self.last_shown >= 5.0:
+        if time.monotonic() - self.last_shown >= 5.0:
             self.last_shown = time.monotonic()
-            begin, end = ("\r", "\x1b[K") if self.is_terminal else ("", "\n")
-            print(f"{begin}{step_line(record)}", end=end, flush=True)
+            shown = f"{self.clock.seconds:.1f} of {TIME_BUDGET:.0f} s | loss {record['train/loss_smooth']:.4f}"
+            print(f"step {step:5d} | {shown} | {self.step_ms[-1]:.0f} ms | {rate:,.0f} tok/s", flush=True)
         if not self.loss <= 100:
             raise FloatingPointError("the loss is NaN" if math.isnan(self.loss) else "the loss exploded")
 
     def _mfu_percent(self, tokens_per_second: float) -> float | None:
-        flops = self.facts.get("flops_per_token")
-        return 100 * flops * tokens_per_second / self.peak_flops if flops and self.peak_flops else None
+        flops, peak = self.facts.get("flops_per_token"), peak_flops(self.facts["gpu_name"] or "")
+        return 100 * flops * tokens_per_second / peak if flops and peak else None
 
-    def end_training(self) -> dict:
-        """All of the summary that is known before the score."""
-        self.training_seconds = self.clock.seconds
-        modules = imported_modules(self.script.parent, self.script) | self.modules
-        if modules != self.modules:  # imported meanwhile
-            self._write_start(self.start_record | {"modules": modules})
-        profile, step_ms = self.facts.pop("profile", None), statistics.median(self.step_ms)
-        if profile:
-            profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
-        over = self.clock.paused_seconds - MAX_PAUSED_SHARE * TIME_BUDGET
-        return {
-            **self.identity,
-            **self.facts,
+    def end_training(self, model: torch.nn.Module) -> dict:
+        """Save a checkpoint, so that a failed evaluation never costs the run. Returns the summary so far."""
+        self.training_seconds, step_ms = self.clock.seconds, statistics.median(self.step_ms)
+        self._write_start(self.start)  # with what was imported meanwhile
+        pauses_over = self.clock.paused_seconds - MAX_PAUSED_SHARE * TIME_BUDGET
+        summary = {key: value for key, value in self.start.items() if key not in START_ONLY} | self.facts
+        summary |= {
             "training_seconds": self.training_seconds,
             "startup_seconds": self.startup_seconds,
             "stats_seconds": self.clock.paused_seconds,
-            **({"pauses_over": over} if over > 0 else {}),
             "total_seconds": time.perf_counter() - self.begin,
             "peak_vram_mb": torch.cuda.max_memory_allocated() / 2**20 if self.clock.is_cuda else None,
             "other_gpu_mb": self.other_mb,
-            "profile": profile,
             "mfu_percent": self._mfu_percent(self.num_tokens / self.training_seconds),
             "total_tokens_M": self.num_tokens / 1e6,
             "num_steps": len(self.step_ms),
         }
-
-    def save_checkpoint(self, model: torch.nn.Module, summary: dict) -> None:
-        """Weights and the summary so far, so that a failed evaluation never costs the run."""
+        if pauses_over > 0:
+            summary["pauses_over"] = pauses_over
+        if profile := summary.get("profile"):
+            profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
         temporary = Path(f"{CHECKPOINT_FILE}.tmp")
         try:
             torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
@@ -1736,79 +1603,66 @@ class Run:
             free_mb = shutil.disk_usage(".").free >> 20
             raise SetupError(f"{CHECKPOINT_FILE} could not be written, {free_mb} MB are free: {e}") from e
         os.replace(temporary, CHECKPOINT_FILE)
+        return summary
 
     def load_checkpoint(self, model: torch.nn.Module) -> dict:
-        """Put the checkpoint's weights into `model`; returns its summary so far. Raises SetupError
-        where there is none, or where another script than this one wrote it."""
+        """Put the checkpoint's weights into `model`; returns its summary so far."""
         if not Path(CHECKPOINT_FILE).exists():
             raise SetupError(f"no {CHECKPOINT_FILE} here: there is nothing to score")
         stored = torch.load(CHECKPOINT_FILE, map_location=get_device(), weights_only=True)
         summary = json.loads(stored["summary"])
-        if summary["train_sha256"] != self.identity["train_sha256"]:
+        if summary["train_sha256"] != self.program["train_sha256"]:
             raise SetupError(f"{CHECKPOINT_FILE} was written by another {self.script.name}: check that one out first")
         model.load_state_dict(stored["model"])
-        self.identity = {key: summary.get(key) for key in self.identity}
+        self.start = self.program | _read_json(Path(START_FILE)) | {"run_id": summary["run_id"]}
         self.training_seconds = summary["training_seconds"]
-        self.start_record = _read_json(Path(START_FILE))
         print(f"run {summary['run_id']}", flush=True)
         return summary
 
     def finish(self, summary: dict, val_bpb: float, eval_seconds: float) -> None:
-        """Write SUMMARY_FILE and print the closing block. Raises FloatingPointError on a score
-        that is no number."""
+        """Write SUMMARY_FILE and print the closing block."""
         if not math.isfinite(val_bpb):
             raise FloatingPointError("val_bpb is not a number")
         # Of a run that is scored later, the time in between is no part.
         total = time.perf_counter() - self.begin if self.is_new else summary["total_seconds"] + eval_seconds
         summary = {"val_bpb": val_bpb, **summary, "eval_seconds": eval_seconds, "total_seconds": total}
         write_atomic(Path(SUMMARY_FILE), finite_json(summary, indent=2) + "\n")
-        if self.start_record.pop("ended", None):  # of the evaluation that failed before this one
-            self._write_start(self.start_record)
-        print(closing_block(summary), flush=True)
+        self.start.pop("ended", None)  # of the evaluation that failed before this one
+        self._write_start(self.start)
+        print("---")
+        for key, decimals in CLOSING_BLOCK.items():
+            value = summary.get(key)
+            print(f"{key + ':':<17} {'unknown' if value is None else f'{value:.{decimals}f}'}", flush=True)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self._report(error)
-        self._close()
-
-    def _close(self) -> None:
         global _run
-        _run = None
+        code, _run = None, None
+        if error is not None and not isinstance(error, SystemExit):
+            ended, code = self._ending(error)
+            print(flush=True)
+            print(ended, file=sys.stderr, flush=True)
+            if self.start:
+                with contextlib.suppress(OSError):
+                    self._write_start(self.start | {"ended": ended})
         if self.metrics:
             self.metrics.close()
+        if code:
+            raise SystemExit(code) from None
 
-    def _report(self, error: BaseException) -> None:
-        """Say in one line why the run ended, in the log and in START_FILE, and exit."""
-        if isinstance(error, SystemExit):
-            raise error
+    def _ending(self, error: BaseException) -> tuple[str, int]:
+        """Why the run ended, in one line, and the exit code."""
         where = f"at step {self.step}, loss {self.loss:.4f}" if self.step >= 0 else "before the first step"
-        print(end="\n" if self.is_terminal else "", flush=True)
-        code = 1
         if isinstance(error, KeyboardInterrupt):
-            ended, code = f"stopped: by an interrupt {where}", 130
-        elif isinstance(error, SetupError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
-            ended, code = f"error: {error}", 2
-        else:
-            ended = f"crash: {_reason(error)} {where}"
-            if not isinstance(error, FloatingPointError):
-                traceback.print_exception(error)
-        print(ended, file=sys.stderr, flush=True)
-        if self.start_record:
-            with contextlib.suppress(OSError):
-                self._write_start(self.start_record | {"ended": ended})
-        self._close()
-        raise SystemExit(code) from None
+            return f"stopped: by an interrupt {where}", 130
+        if isinstance(error, SetupError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+            return f"error: {error}", 2
+        if isinstance(error, FloatingPointError):
+            return f"crash: {error} {where}", 1
+        traceback.print_exception(error)
+        return f"crash: {describe_error(error)} {where}", 1
 
 
-def _reason(error: BaseException) -> str:
-    """One line for an exception; for memory, with what else is on the GPU."""
-    if isinstance(error, torch.OutOfMemoryError):
-        free, total = torch.cuda.mem_get_info()
-        ours = torch.cuda.memory_reserved()
-        ours, others, total = (n / 2**30 for n in (ours, max(total - free - ours, 0), total))
-        return f"out of GPU memory ({ours:.1f} of {total:.1f} GiB ours, {others:.1f} GiB other processes')"
-    if isinstance(error, FloatingPointError):
-        return str(error)
+def describe_error(error: BaseException) -> str:
     text = str(error).strip() or "no message"
     inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # what torch.compile's page of explanation is about
     first = inside[1] if inside else text.splitlines()[0]
@@ -1817,45 +1671,9 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:300]}{advice}"
 
 
-# What the log shows of a step, where the program gives it; and the closing block, which scripts grep.
-STEP_LINE = {
-    "time/training_s": f"{{:.1f}} of {TIME_BUDGET:.0f} s",
-    "train/loss_smooth": "loss {:.4f}",
-    "train/lr_multiplier": "lr x{:.2f}",
-    "perf/step_time_ms": "{:.0f} ms",
-    "perf/tokens_per_sec": "{:,.0f} tok/s",
-    "perf/mfu_percent": "mfu {:.1f}%",
-    "train/epoch": "epoch {}",
-}
-CLOSING_BLOCK = {
-    "val_bpb": "{:.6f}",
-    "training_seconds": "{:.1f}",
-    "total_seconds": "{:.1f}",
-    "peak_vram_mb": "{:.1f}",
-    "mfu_percent": "{:.2f}",
-    "total_tokens_M": "{:.1f}",
-    "num_steps": "{}",
-    "num_params_M": "{:.1f}",
-    "depth": "{}",
-}
-
-
-def step_line(record: dict) -> str:
-    shown = [form.format(record[key]) for key, form in STEP_LINE.items() if record.get(key) is not None]
-    return " | ".join([f"step {record['step']:5d}", *shown])
-
-
-def closing_block(summary: dict) -> str:
-    lines = ["---"]
-    for key, form in CLOSING_BLOCK.items():
-        value = summary.get(key)
-        lines.append(f"{key + ':':<17} {'unknown' if value is None else form.format(value)}")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Kernels (for Hopper GPUs: plain mathematics with fewer trips to memory)
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 # Nothing below changes what is computed: these are exact formulas for plain torch with fewer passes
 # over memory (268 MB each at 3 TB/s, some forty a layer), which a step of this model mostly waits
@@ -1885,7 +1703,10 @@ def closing_block(summary: dict) -> str:
 # (rows, width) instead of (rows, vocab).
 
 Tensor = torch.Tensor
+ATTENTION_TILE, MLP_TILE, MLP_TILE_K = 64, 128, 64
 LOG2_E = 1.4426950408889634
+MAX_FUSED_VOCAB = 2**15  # a row of logits has to fit into registers
+MAX_FUSED_CAP = 40.0  # exp(-2 cap), the least that a logit can add to the sum, has to be a number in fp32
 kernels_used: set[str] = set()  # in this process: what the log says of them is what has run
 
 # The compiler's cache knows an operator by its name, and keeps the gradient that was registered for it at the time. So
@@ -1910,16 +1731,13 @@ def _are_plain(*linears: torch.nn.Module) -> bool:
 
 
 def _tiles(t: Tensor, rows: int, cols: int) -> object:
-    """A matrix, or (B, T, heads, D) as (B T, heads D), in tiles for Hopper's copy engine. What sticks
-    out at the edges is zero, and is not written. What the engine cannot read as it lies is copied."""
+    """A matrix, or (B, T, heads, D) as (B T, heads D), in tiles for Hopper's copy engine. What sticks out at the edges
+    is zero, and is not written. What the engine cannot read as it lies is copied."""
     matrix = t if t.dim() == 2 else t.flatten(2).flatten(0, 1)
     is_apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.size(1)
     if not is_apart or (matrix.stride(0) * matrix.element_size()) % 16 or matrix.data_ptr() % 16:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor.from_tensor(matrix, [rows, cols])
-
-
-ATTENTION_TILE = 64
 
 
 @jit
@@ -2015,15 +1833,9 @@ def _attend_dq(
     _store_gradient(dqk_tiles, row + m, h * D, dq * scale, y, factors, cos, sin, i, N, D)
 
 
-def can_attend_window(seq_len: int, head_dim: int, device: torch.device) -> bool:
-    fits = seq_len > 0 and seq_len % ATTENTION_TILE == 0 and head_dim in (64, 128)
-    return fits and has_kernels(device)
-
-
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RMS norm without a gain, then rotary position embedding: (x1 cos + x2 sin, x2 cos - x1 sin) of the
-    two halves. The other order gives the same values, since rotation keeps the length, but is slower.
-    x: (B, T, heads, D); the tables are (cos, cos) and (sin, -sin), (T, 1, D)."""
+    """RMS norm without a gain, then rotary position embedding of (B, T, heads, D): (x1 cos + x2 sin,
+    x2 cos - x1 sin) of the two halves. The tables are (cos, cos) and (sin, -sin), (T, 1, D)."""
     x = torch.nn.functional.rms_norm(x, (x.size(-1),))
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
@@ -2091,36 +1903,13 @@ def _attention_gradients(ctx, do, _):
     return dq.view(q.shape), dk.view(k.shape), dv, *[None] * 7
 
 
+_window_attention.register_autograd(_attention_gradients, setup_context=_attention_context)
 _window_attention.register_fake(
     lambda q, *_: (q.new_empty(q.shape), q.new_empty(q[..., 0].mT.shape, dtype=torch.float32))
 )
-_window_attention.register_autograd(_attention_gradients, setup_context=_attention_context)
 _window_attention_backward.register_fake(
     lambda do, q, k, v, *_: (q.new_empty(torch.cat((q, k), dim=2).shape), q.new_empty(v.shape))
 )
-
-
-def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, window: int
-) -> Tensor:
-    """Causal attention in which a query sees itself and the `window` positions before it, of `turn`ed q
-    and k if there are tables. q (B, T, H, D), k and v (B, T, KV, D)."""
-    (B, T, H, D), KV = q.shape, k.size(2)
-    fits = k.shape == v.shape == (B, T, KV, D) and H % KV == 0 and q.numel() > 0
-    for table in (cos, sin):
-        fits &= table is None or (table.shape == (T, 1, D) and table.is_contiguous() and not table.requires_grad)
-    if not fits or not can_attend_window(T, D, q.device):
-        return _turned(functools.partial(_masked_sdpa, window=window), q, k, v, cos, sin)
-    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    if cos is None:
-        return _window_attention(q, k, v, q, k, None, None, None, None, window)[0]
-    turned = [turn(t.detach(), cos, sin).bfloat16() for t in (q, k)]
-    eps = torch.finfo(torch.float32).eps
-    factors = [torch.rsqrt(t.detach().float().square().mean(-1) + eps) for t in (q, k)]
-    return _window_attention(q, k, v, *turned, *factors, cos, sin, window)[0]
-
-
-MLP_TILE, MLP_TILE_K = 128, 64
 
 
 @jit
@@ -2170,20 +1959,19 @@ def _mlp_gradients(ctx, dout, _):
     return dpre @ w_in, dpre.T @ x, dout.T @ post
 
 
-_relu2_mlp.register_fake(lambda x, w_in, w_out: (x.new_empty(len(x), len(w_out)), x.new_empty(len(x), len(w_in))))
 _relu2_mlp.register_autograd(
     _mlp_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1])
 )
+_relu2_mlp.register_fake(lambda x, w_in, w_out: (x.new_empty(len(x), len(w_out)), x.new_empty(len(x), len(w_in))))
 _relu2_backward.register_fake(lambda dout, w_out, post: torch.empty_like(post))
 
 
 def relu2_mlp(x: Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) -> Tensor:
-    """c_out(relu(c_in(x)) ** 2), x: (..., width). Fused where gradients are wanted, x is bf16 on a GPU
-    for which `has_kernels`, and widths are multiples of 8, as the copy engine demands."""
-    fits = _are_plain(c_in, c_out)
-    fits = fits and not any(width % 8 for width in (*c_in.weight.shape, *c_out.weight.shape))
-    is_wanted = torch.is_grad_enabled() and x.numel() > 0 and _is_bf16_on_gpu(x)
-    if not fits or not is_wanted or not has_kernels(x.device):
+    """c_out(relu(c_in(x)) ** 2), x: (..., width). Fused where gradients are wanted and widths are
+    multiples of 8, as the copy engine demands."""
+    fits = x.numel() > 0 and _is_bf16_on_gpu(x) and has_kernels(x.device) and torch.is_grad_enabled()
+    fits = fits and _are_plain(c_in, c_out) and not any(n % 8 for n in (*c_in.weight.shape, *c_out.weight.shape))
+    if not fits:
         return c_out(torch.nn.functional.relu(c_in(x)).square())
     out, _ = _relu2_mlp(x.reshape(-1, x.size(-1)), c_in.weight.to(x.dtype), c_out.weight.to(x.dtype))
     return out.view(*x.shape[:-1], -1)
@@ -2196,10 +1984,6 @@ def project(x: Tensor, *linears: torch.nn.Linear) -> list[Tensor]:
     weight = torch.cat([linear.weight for linear in linears])
     widths = [linear.out_features for linear in linears]
     return list(torch.nn.functional.linear(x, weight).split(widths, dim=x.dim() - 1))
-
-
-MAX_FUSED_VOCAB = 2**15  # a row of logits has to fit into registers
-MAX_FUSED_CAP = 40.0  # exp(-2 cap), the least that a logit can add to the sum, has to be a number in fp32
 
 
 @jit
@@ -2250,11 +2034,11 @@ def _loss_gradients(ctx, dlosses, _):
     return (dlogits @ weight * factor).to(x.dtype), dlogits.T @ (x * factor).to(x.dtype), None, None
 
 
-_head_loss.register_fake(
-    lambda x, weight, *_: (x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(weight)))
-)
 _head_loss.register_autograd(
     _loss_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1])
+)
+_head_loss.register_fake(
+    lambda x, weight, *_: (x.new_empty(len(x), dtype=torch.float32), x.new_empty(len(x), len(weight)))
 )
 
 
@@ -2264,84 +2048,65 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def softcap_loss(x: Tensor, head: torch.nn.Linear, targets: Tensor, cap: float | None) -> Tensor:
-    """Cross-entropy (N,) in nats of the logits softcap(head(x), cap); 0 where the target is -1.
-
-    x: (N, width), targets: (N,). Logits come out of the product in its own precision (bf16 under
-    autocast); all that follows is fp32. Fused for bf16 on any GPU that Triton knows.
-    """
-    fits = _are_plain(head) and head.out_features <= MAX_FUSED_VOCAB and 0 < (cap or 0) <= MAX_FUSED_CAP
-    if not fits or not x.numel() or not _is_bf16_on_gpu(x):
+    """Cross-entropy (N,) in nats of the logits softcap(head(x), cap), x: (N, width); 0 where the target is
+    -1. Logits have the product's own precision, all that follows is fp32. Fused on any GPU with Triton."""
+    fits = x.numel() > 0 and _is_bf16_on_gpu(x) and _are_plain(head)
+    if not fits or head.out_features > MAX_FUSED_VOCAB or not 0 < (cap or 0) <= MAX_FUSED_CAP:
         logits = softcap(head(x).float(), cap)
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     return _head_loss(x, head.weight.to(x.dtype), targets, cap)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention (the fastest that is exact on the GPU at hand)
-# ---------------------------------------------------------------------------------------------------------------------
+def can_attend_window(seq_len: int, head_dim: int, device: torch.device) -> bool:
+    return seq_len > 0 and seq_len % ATTENTION_TILE == 0 and head_dim in (64, 128) and has_kernels(device)
+
+
+def sdpa_order() -> list[SDPBackend]:
+    """Whose scaled_dot_product_attention to take, the first that can. The full context, 128 x 2048 x 4
+    heads, forward and backward on Hopper: cuDNN 4.3 ms, FlashAttention-2 7.3."""
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0)
+    return [SDPBackend.CUDNN_ATTENTION, *order] if is_cudnn_first else order
 
 
 def make_attention(window: int, seq_len: int, head_dim: int, device: torch.device) -> tuple[str, Callable]:
     """The fastest exact attention here: its name, and a function of q (B, T, H, D), k and v (B, T, KV, D)
-    and, if q and k are to be `turn`ed before, of rotary tables.
-
-    Causal; `window` counts the positions before the query that it sees, `seq_len` or more being all of
-    them. T may be less than `seq_len`. The full context takes the first of `sdpa_order()`, which is to
-    be set around the model.
-    """
-    if device.type != "cuda":
-        name, attend = "masked sdpa", functools.partial(_masked_sdpa, window=window)
-    elif window >= seq_len - 1:
-        name = f"{sdpa_order()[0].name.lower().removesuffix('_attention')} full"
-        attend = functools.partial(_sdpa, is_causal=True)
-    elif can_attend_window(seq_len, head_dim, device):
-        # With a window of 1024: this 4.2 ms, FlexAttention 5.4, FlashAttention-2 6.2.
-        return "kernel window", functools.partial(window_attention, window=window)
-    else:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        block_mask = create_block_mask(
-            lambda b, h, q, k: (q >= k) & (q - k <= window), None, None, seq_len, seq_len, device=device
-        )
-        name, attend = "flex window", functools.partial(_flex, block_mask=block_mask, window=window)
-    return name, functools.partial(_turned, attend)
+    and, if q and k are to be `turn`ed before, of rotary tables. Causal; a query sees itself and `window`
+    positions before it. T may be less than `seq_len`. `sdpa_order()` is to be set around the model."""
+    if window < seq_len - 1:
+        name = "kernel window" if can_attend_window(seq_len, head_dim, device) else "masked window"
+        return name, functools.partial(window_attention, window=window)
+    backend = sdpa_order()[0].name.lower().removesuffix("_attention") if device.type == "cuda" else "sdpa"
+    return f"{backend} full", functools.partial(plain_attention, is_causal=True)
 
 
-def _turned(attend: Callable, q, k, v, cos=None, sin=None) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, **mask):
     if cos is not None:
         q, k = turn(q, cos, sin), turn(k, cos, sin)
-    return attend(q, k, v)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    is_grouped = q.size(1) != k.size(1)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=is_grouped, **options)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **mask)
     return out.transpose(1, 2)
 
 
-def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    positions = torch.arange(q.size(1), device=q.device)
-    age = positions[:, None] - positions
-    return _sdpa(q, k, v, attn_mask=(age >= 0) & (age <= window))
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: object, window: int) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # Uncompiled, FlexAttention is slower than this; and its mask is for one length.
-    if not torch.compiler.is_compiling() or block_mask.seq_lengths[0] != q.size(1):
-        return _masked_sdpa(q, k, v, window)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-
-def sdpa_order() -> list[SDPBackend]:
-    """Whose scaled_dot_product_attention to take, the first that can. The full context, 128 x 2048 x 4 heads, forward
-    and backward on Hopper: cuDNN 4.3 ms, FlexAttention 6.6, FlashAttention-2 7.3."""
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0)
-    return [SDPBackend.CUDNN_ATTENTION, *order] if is_cudnn_first else order
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, window: int
+) -> Tensor:
+    """What `make_attention` gives. With a window of 1024 the kernel takes 4.2 ms, FlashAttention-2 6.2."""
+    (B, T, H, D), KV = q.shape, k.size(2)
+    fits = k.shape == v.shape == (B, T, KV, D) and H % KV == 0 and q.numel() > 0
+    for table in (cos, sin):
+        fits &= table is None or (table.shape == (T, 1, D) and table.is_contiguous() and not table.requires_grad)
+    if not fits or not can_attend_window(T, D, q.device):
+        positions = torch.arange(T, device=q.device)
+        age = positions[:, None] - positions
+        return plain_attention(q, k, v, cos, sin, attn_mask=(age >= 0) & (age <= window))
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    if cos is None:
+        return _window_attention(q, k, v, q, k, None, None, None, None, window)[0]
+    turned = [turn(t.detach(), cos, sin).bfloat16() for t in (q, k)]
+    eps = torch.finfo(torch.float32).eps
+    factors = [torch.rsqrt(t.detach().float().square().mean(-1) + eps) for t in (q, k)]
+    return _window_attention(q, k, v, *turned, *factors, cos, sin, window)[0]
 
 
 # -------------------------------------------------------------------------------------------------
