@@ -767,7 +767,7 @@ def refusal(run, capsys) -> str:
 
 
 def test_missing_data_is_an_error_of_the_environment(work, cache, capsys):
-    assert refusal(start_here(work), capsys) == f"error: {cache}: no data; run `uv run prepare.py` first"
+    assert refusal(start_here(work), capsys).startswith(f"error: {cache}: no data that are complete and undamaged; run `uv")
     assert json.loads((work / "run_start.json").read_text())["ended"].startswith("error: ")
 
 
