@@ -2420,18 +2420,28 @@ def verdict_of(e: Entry) -> dict:
     return e.stats.get("verdict") or {}
 
 
-def compute_tried(entries: list[Entry]) -> dict[tuple, Entry]:
-    """By program, the runs of ideas. Of replicates the last one speaks: its verdict is on all of them."""
-    return {e.group: e for e in entries if verdict_of(e).get("kind") in TRIED}
-
-
 def is_outside_noise(e: Entry) -> bool:
     v = verdict_of(e)
     return v["kind"] != "unproven" and abs(v["standard_errors"] or 0.0) >= GAIN_ERRORS
 
 
-def show_effect(e: Entry) -> str:
+def compute_tried(entries: list[Entry]) -> dict[tuple, Entry]:
+    """By program, the runs that tried an idea: gains, then losses, then what the noise hides, the largest
+    first. Of replicates the last one speaks: its verdict is on all of them."""
+
+    def rank(item: tuple[tuple, Entry]) -> tuple:
+        difference = verdict_of(item[1])["difference"]
+        return not is_outside_noise(item[1]), difference > 0, -abs(difference)
+
+    last = {e.group: e for e in entries if verdict_of(e).get("kind") in TRIED}
+    return dict(sorted(last.items(), key=rank))
+
+
+def show_outcome(e: Entry) -> str:
+    """The measured effect of an idea; of any other run what became of it."""
     v = verdict_of(e)
+    if v.get("kind") not in TRIED:
+        return e.record.get("crash") or v.get("kind") or ""
     return f"{v['difference']:+.5f} ± {show(v['standard_error'], '.5f')} ({v['kind']})"
 
 
@@ -2456,16 +2466,11 @@ def changed_knobs(e: Entry) -> dict[str, str]:
 
 
 def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
-    """A line a knob, at most `limit`: gains, then losses, then what the noise hides. Last, the untouched."""
-
-    def rank(e: Entry) -> tuple:
-        difference = verdict_of(e)["difference"]
-        return not is_outside_noise(e), difference > 0, -abs(difference)
-
+    """A line a knob, of at most `limit`, those that matter most first; then the knobs nobody has touched."""
     by_knob: dict[str, list[str]] = {}
-    for e in sorted(compute_tried(entries).values(), key=rank):
+    for e in compute_tried(entries).values():
         for knob, change in changed_knobs(e).items():
-            by_knob.setdefault(knob, []).append(f"{change} {show_effect(e)} in {e.name}")
+            by_knob.setdefault(knob, []).append(f"{change} {show_outcome(e)} in {e.name}")
     lines = [f"{knob}: {'; '.join(told)}" for knob, told in by_knob.items()]
     touched = {knob for e in entries for knob in changed_knobs(e)}
     config = next((e.record["config"] for e in reversed(entries) if e.record.get("config")), {})
@@ -2491,20 +2496,21 @@ def render_calibration(entries: list[Entry]) -> str:
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
     """Claims of insights.md that cite runs which do not exist, or rest on runs inside the noise alone."""
-    tried, groups, lines = compute_tried(entries), {e.name: e.group for e in entries}, []
-    proven = {group for group, e in tried.items() if is_outside_noise(e)}
+    tried, names, lines = compute_tried(entries), {e.name for e in entries}, []
+    hidden = {group for group, e in tried.items() if not is_outside_noise(e)}
+    hidden_names = {e.name for e in entries if e.group in hidden}
     claims = (text or "").partition("## Claims")[2]
     for claim in re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", claims, re.M):
-        cited = [n for n in RUN_NAME.findall(claim) if n in groups or not n.isdecimal()]
-        missing, told = [n for n in cited if n not in groups], clip(one_line(claim), 80)
-        if missing:
+        cited = {n for n in RUN_NAME.findall(claim) if n in names or not n.isdecimal()}
+        told = clip(one_line(claim), 80)
+        if missing := sorted(cited - names):
             lines.append(f"no run is called {', '.join(missing)}: {told}")
-        elif cited and {groups[n] for n in cited} <= tried.keys() - proven:
+        elif cited and cited <= hidden_names:
             lines.append(f"rests on runs inside the noise alone: {told}")
     return lines
 
 
-def render_audit(archive: Path, base: list[str], best: Iterable[str], won: float) -> str:
+def render_audit(archive: Path, base: Iterable[str], best: Iterable[str], won: float) -> str:
     """Whether validation text that no score used confirms the gain."""
     means = []
     for names in (base, best):
@@ -2525,35 +2531,28 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
     best, lineage = compute_best(entries), h["lineage"]
     if best is None or not lineage or lineage[0][0] == best.name:
         return f"{night}. No gain over the first kept run."
-    base, start, _ = lineage[0]
-    by_name = {e.name: e for e in entries}
-    runs = compute_groups(entries)[by_name[base].group]
-    won, sigma = start - best.mean, compute_noise(entries).sigma
-    error = sigma and sigma * math.sqrt(1 / len(seed_scores(runs)) + 1 / best.num_seeds)
-    told = [f"val_bpb went from {start:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} "
-            f"± {show(error)} (standard error) over the first kept run, {base}: {night}."]
+    by_name, tried = {e.name: e for e in entries}, compute_tried(entries)
+    base = compute_best(compute_groups(entries)[by_name[lineage[0][0]].group])
+    won, sigma = base.mean - best.mean, compute_noise(entries).sigma
+    error = sigma and sigma * math.sqrt(1 / base.num_seeds + 1 / best.num_seeds)
+    told = [f"val_bpb went from {base.mean:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} "
+            f"± {show(error)} (standard error) over the first kept run, {base.name}: {night}."]
     if h["optimism"]:
         told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: "
                     f"{h['gain']:.6f} remain.")
-    told.append(render_audit(archive, [e.name for e in runs], best.names, won))
+    told.append(render_audit(archive, base.names, best.names, won))
     kept = {by_name[name].group for name, _, _ in lineage}
-    tried = [e for group, e in compute_tried(entries).items() if group in kept and is_outside_noise(e)]
-    tried.sort(key=lambda e: verdict_of(e)["difference"])
-    helped = "; ".join(f"{read_subject(e)[0]}: {show_effect(e)}" for e in tried[:6])
+    proven = [e for group, e in tried.items() if group in kept and is_outside_noise(e)]
+    helped = "; ".join(f"{read_subject(e)[0]}: {show_outcome(e)}" for e in proven[:6])
     told.append(f"What helped: {helped or 'nothing that stands outside the noise'}.")
     return " ".join(told)
 
 
 def render_tried(entries: list[Entry]) -> str:
-    """A table of all runs: what was decided, and the effect, or why there is none."""
-    rows = [["run", "val_bpb", "decision", "effect or reason", "description"], ["---"] * 5]
+    """A table of these runs: what was decided, and what came of each."""
+    rows = [["run", "val_bpb", "decision", "outcome", "description"], ["---"] * 5]
     for e in entries:
-        v = verdict_of(e)
-        reason = show_effect(e) if v.get("kind") in TRIED else v.get("kind") or ""
-        if reasons := e.record.get("invalid") or v.get("reasons"):
-            reason = "; ".join(reasons)
-        reason = clip(e.record.get("crash") or reason, 200)
-        rows.append([e.name, show(e.val_bpb), mark_of(e), reason, e.description])
+        rows.append([e.name, show(e.val_bpb), mark_of(e), show_outcome(e), e.description])
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
 
 
@@ -2696,20 +2695,21 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
     schedules, gradient, steps = figure.subplots(3, sharex=True)
     for key in SCHEDULE_KEYS:
-        schedules.plot(100 * run.series("train/progress"), run.series(key), label=key.removeprefix("train/"))
+        x, y = 100 * run.series("train/progress"), run.series(key)
+        schedules.plot(x, y, label=key.removeprefix("train/"))
     for r in both:
         x, steps_ms = 100 * r.series("train/progress"), r.series("perf/step_time_ms")
         draw_noisy(gradient, x, r.series("train/grad_norm"), r.name, r is best)
         label = f"{r.name}: median {r.step_ms:.1f}, slowest {np.nanmax(steps_ms):.0f}"
         draw_noisy(steps, x, steps_ms, label, r is best)
-    medians = [r.step_ms for r in both]
-    schedules.set(title="schedules")
+    schedules.set_title("schedules")
     gradient.set(title="gradient norm", yscale="log")
+    steps.set(title="step time, ms")
     # A stall of ten seconds would flatten the rest: it is in the legend.
-    steps.set(title="step time, ms", ylim=(0.8 * min(medians), 1.4 * max(medians)))
-    figure.supxlabel("progress, % of the budget")
+    steps.set_ylim(0.8 * min(r.step_ms for r in both), 1.4 * max(r.step_ms for r in both))
     for axes in (schedules, gradient, steps):
-        axes.legend()
+        axes.legend(loc="upper right")
+    figure.supxlabel("progress, % of the budget")
     return figure
 
 
@@ -2745,10 +2745,9 @@ def draw_heat(axes: Axes, mine: list[dict], theirs: list[dict], num_steps: int) 
     axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=50)
     axes.set_facecolor("0.85")
     axes.grid(visible=False)
-    labels = [clip(name.removesuffix(".weight"), 28) for name in names]
-    if len(labels) > MOST_ROWS:
-        labels = []
-    axes.set_yticks(range(len(labels)), labels, fontsize=6.5)
+    shown = names if len(names) <= MOST_ROWS else []
+    labels = [clip(name.removesuffix(".weight"), 28) for name in shown]
+    axes.set_yticks(range(len(shown)), labels, fontsize=6.5)
 
 
 def mark_of(e: Entry) -> str:
@@ -2764,18 +2763,21 @@ def mark_of(e: Entry) -> str:
 def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
     """Scores in the order of filing, what the best was at each time, and the steps that brought most."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries))
-    axes, scores = figure.subplots(), [e.val_bpb for e in entries if e.is_valid] or [1.0]
-    kept = [e.val_bpb for e in entries if e.is_valid and e.status == "keep"]
+    axes, valid = figure.subplots(), [e for e in entries if e.is_valid]
+    scores = [e.val_bpb for e in valid] or [1.0]
+    kept = [e.val_bpb for e in valid if e.status == "keep"]
     low, high = min(scores), max([np.percentile(scores, 90), *kept])
     room = max(high - low, 0.004 * high)  # neither a bad run nor a single one sets the scale
-    y = [e.val_bpb if e.is_valid and e.val_bpb <= high else high + 0.13 * room for e in entries]
-    if max(y, default=low) > high:
-        axes.axhline(high + 0.06 * room, color=GREY, ls=":", label="above: off the scale, or no score")
+
+    def height(e: Entry) -> float:
+        return e.val_bpb if e.is_valid and e.val_bpb <= high else high + 0.13 * room
+
+    axes.axhline(high + 0.06 * room, color=GREY, ls=":", label="above: off the scale, or no score")
     for label, (marker, color, inside) in MARKS.items():
-        x = [i for i, e in enumerate(entries, 1) if mark_of(e) == label]
-        if x:
-            axes.plot(x, [y[i - 1] for i in x], marker, color=color, mfc=inside, zorder=3,
-                      label=f"{label} ({len(x)})")
+        points = [(i, height(e)) for i, e in enumerate(entries, 1) if mark_of(e) == label]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, color=color, mfc=inside, zorder=3,
+                      label=f"{label} ({len(points)})")
     margin = max(0.6, 0.02 * len(entries))
     if lineage:
         draw_lineage(axes, entries, lineage, len(entries) + margin)

@@ -50,7 +50,6 @@ def entry(name, val, status="keep", description="an idea", kind="new best", diff
     facts |= {"time_budget": 300.0} | record
     verdict = {"kind": kind, "difference": difference, "standard_error": error}
     verdict["standard_errors"] = difference / error if difference and error else None
-    verdict["reasons"] = ["another process on the GPU"] if kind == "hampered" else []
     return Entry(name, status, description, facts, {"verdict": verdict, "changes": {"config": config or {}}})
 
 
@@ -275,7 +274,7 @@ def test_of_replicates_the_last_verdict_speaks_and_two_knobs_at_once_say_so():
 
 def test_an_effect_of_unknown_noise_counts_as_inside_it():
     effect = entry("b000000", 0.9, kind="not better", difference=0.5, error=None)
-    assert analyze.show_effect(effect) == "+0.50000 ± unknown (not better)"
+    assert analyze.show_outcome(effect) == "+0.50000 ± unknown (not better)"
     assert not analyze.is_outside_noise(effect)
 
 
@@ -360,14 +359,14 @@ Predictions with the right sign: 1 of 2.
 
 ## Everything tried
 
-| run | val_bpb | decision | effect or reason | description |
+| run | val_bpb | decision | outcome | description |
 | --- | --- | --- | --- | --- |
 | a000000 | 0.998000 | keep | baseline | baseline |
 | b000000 | 0.990000 | keep | -0.00800 ± 0.00100 (new best) | matrix_lr 0.04 -> 0.05, expect -0.0060 |
 | c000000 | 0.989000 | keep, unproven | -0.00100 ± 0.00100 (unproven) | rewrite / of the MLP |
 | d000000 | 0.995000 | discard | +0.00600 ± 0.00100 (not better) | deeper, expect -0.0010 |
 | e000000 | unknown | crash | out of memory | wider |
-| f000000 | 1.200000 | hampered | another process on the GPU | slow machine |
+| f000000 | 1.200000 | hampered | hampered | slow machine |
 
 results.tsv line 3: no files of a run 'g000000' in the archive
 
@@ -427,7 +426,7 @@ def test_best_patch_applies_in_a_real_repository_and_brings_the_bests_files(tmp_
     patch = analyze.render_patch(night()[:3], base, best)
     assert patch.startswith("""\
 # From a000000 to c000000: git apply best.patch
-# | run | val_bpb | decision | effect or reason | description |
+# | run | val_bpb | decision | outcome | description |
 # | --- | --- | --- | --- | --- |
 # | a000000 | 0.998000 | keep | baseline | baseline |
 # | b000000 | 0.990000 | keep | -0.00800 ± 0.00100 (new best) | matrix_lr 0.04 -> 0.05, expect -0.0060 |
