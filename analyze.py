@@ -2616,6 +2616,12 @@ MARKS = {  # how progress.png shows a run: marker, colour, colour inside
     "crash": ("x", VERMILION, VERMILION),
     "invalid": ("*", "black", "white"),
 }
+SERIES = {  # of schedule_and_machine.png, and the titles of its panels
+    "train/lr_multiplier": "learning rate, share of its peak",
+    "train/weight_decay": "weight decay",
+    "train/grad_norm": "gradient norm",
+    "perf/step_time_ms": "step time, ms",
+}
 MOST_ROWS = 100  # of a heat map: the names of more can be read on no screen
 
 
@@ -2638,36 +2644,40 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def draw_noisy(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, is_best: bool) -> None:
-    """Every step as a thin line, the means over hundredths of them as a thick one; of the best these alone."""
-    x, y = (values[np.isfinite(x + y)] for values in (x, y))
-    if not is_best:
-        axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
-    size = max(len(x) // 100, 1)
-    x, y = (values[len(x) % size :].reshape(-1, size).mean(axis=1) for values in (x, y))
-    axes.plot(x, y, color=ORANGE if is_best else BLUE, lw=1.6, label=label)
+def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """x and y by run: every step of this run as a thin line, and means over hundredths of the steps."""
+    late = [np.array([])]
+    for name, (x, y) in curves.items():
+        is_known = np.isfinite(x + y)
+        x, y = x[is_known], y[is_known]
+        if name == this:
+            axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
+        size = max(len(x) // 100, 1)
+        means = [values[len(x) % size :].reshape(-1, size).mean(axis=1) for values in (x, y)]
+        label, color = (f"this: {name}", BLUE) if name == this else (f"best: {name}", ORANGE)
+        axes.plot(*means, color=color, lw=1.6, label=label)
+        late.append(y[x >= DWARFING * x.max(initial=0.0)])
+    # The start would flatten the rest, and so would single spikes; what is low is never cut off.
+    if (values := np.concatenate(late)).size:
+        low, high = values.min(), np.percentile(values, 99.5)
+        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    axes.set_title(title)
+    axes.legend(loc="upper right")
 
 
 def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
     """Training loss by tokens; below it the paired difference to the best, where there is one."""
-    curves = {r.name: curve for r in (best, run) if r and (curve := compute_curve(r))}
-    if run.name not in curves:
+    curves = {r.name: compute_curve(r) for r in (best, run) if r}
+    if curves[run.name] is None:
         return None
     figure = new_figure(f"{run.name}: training loss", run.start)
     heights = [5, 3] if windows else [1]
     axes, *below = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights).flat
-    for name, curve in curves.items():
-        is_best = name != run.name
-        draw_noisy(axes, curve.tokens_m, curve.loss, f"{'best' if is_best else 'this'}: {name}", is_best)
-    # The start would flatten the rest, and so would single spikes; what is low is never cut off.
-    late = np.concatenate([c.loss[c.tokens_m > DWARFING * c.tokens_m[-1]] for c in curves.values()])
-    low, high = late.min(), np.percentile(late, 99.5)
-    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-    axes.set(title="nats per token")
-    figure.supxlabel("tokens, millions")
-    axes.legend()
+    losses = {name: (c.tokens_m, c.loss) for name, c in curves.items() if c}
+    draw_runs(axes, "nats per token", run.name, losses)
     for panel in below:
         draw_paired(panel, windows)
+    figure.supxlabel("tokens, millions")
     return figure
 
 
@@ -2688,27 +2698,13 @@ def draw_paired(axes: Axes, windows: list[dict]) -> None:
 
 
 def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
-    """Schedules, gradient norm and step time. None for a run without steps to draw."""
-    both = [r for r in (best, run) if r and r.step_ms is not None]
-    if run not in both:
+    """What is scheduled, what the gradient does and how fast it goes. None for a run without step times."""
+    if run.step_ms is None:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
-    schedules, gradient, steps = figure.subplots(3, sharex=True)
-    for key in SCHEDULE_KEYS:
-        x, y = 100 * run.series("train/progress"), run.series(key)
-        schedules.plot(x, y, label=key.removeprefix("train/"))
-    for r in both:
-        x, steps_ms = 100 * r.series("train/progress"), r.series("perf/step_time_ms")
-        draw_noisy(gradient, x, r.series("train/grad_norm"), r.name, r is best)
-        label = f"{r.name}: median {r.step_ms:.1f}, slowest {np.nanmax(steps_ms):.0f}"
-        draw_noisy(steps, x, steps_ms, label, r is best)
-    schedules.set_title("schedules")
-    gradient.set(title="gradient norm", yscale="log")
-    steps.set(title="step time, ms")
-    # A stall of ten seconds would flatten the rest: it is in the legend.
-    steps.set_ylim(0.8 * min(r.step_ms for r in both), 1.4 * max(r.step_ms for r in both))
-    for axes in (schedules, gradient, steps):
-        axes.legend(loc="upper right")
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, SERIES.items(), strict=True):
+        curves = {r.name: (100 * compute_clock(r), r.series(key)) for r in (best, run) if r}
+        draw_runs(axes, title, run.name, curves)
     figure.supxlabel("progress, % of the budget")
     return figure
 
