@@ -2422,19 +2422,14 @@ def verdict_of(e: Entry) -> dict:
 
 def is_outside_noise(e: Entry) -> bool:
     v = verdict_of(e)
-    return v["kind"] != "unproven" and abs(v["standard_errors"] or 0.0) >= GAIN_ERRORS
+    return v["kind"] != "unproven" and abs(v.get("standard_errors") or 0.0) >= GAIN_ERRORS
 
 
-def compute_tried(entries: list[Entry]) -> dict[tuple, Entry]:
-    """By program, the runs that tried an idea: gains, then losses, then what the noise hides, the largest
-    first. Of replicates the last one speaks: its verdict is on all of them."""
-
-    def rank(item: tuple[tuple, Entry]) -> tuple:
-        difference = verdict_of(item[1])["difference"]
-        return not is_outside_noise(item[1]), difference > 0, -abs(difference)
-
+def compute_tried(entries: list[Entry]) -> list[Entry]:
+    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Of replicates the
+    last one speaks: its verdict is on all of them."""
     last = {e.group: e for e in entries if verdict_of(e).get("kind") in TRIED}
-    return dict(sorted(last.items(), key=rank))
+    return sorted(last.values(), key=lambda e: (not is_outside_noise(e), verdict_of(e)["difference"]))
 
 
 def show_outcome(e: Entry) -> str:
@@ -2468,7 +2463,7 @@ def changed_knobs(e: Entry) -> dict[str, str]:
 def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
     """A line a knob, of at most `limit`, those that matter most first; then the knobs nobody has touched."""
     by_knob: dict[str, list[str]] = {}
-    for e in compute_tried(entries).values():
+    for e in compute_tried(entries):
         for knob, change in changed_knobs(e).items():
             by_knob.setdefault(knob, []).append(f"{change} {show_outcome(e)} in {e.name}")
     lines = [f"{knob}: {'; '.join(told)}" for knob, told in by_knob.items()]
@@ -2488,24 +2483,23 @@ def render_prediction(e: Entry, difference: float | None, error: float | None) -
 
 def render_calibration(entries: list[Entry]) -> str:
     """How well the subjects predict; empty before the first prediction that was measured."""
-    tried = compute_tried(entries).values()
-    pairs = [(read_subject(e)[1], verdict_of(e)["difference"]) for e in tried]
+    pairs = [(read_subject(e)[1], verdict_of(e)["difference"]) for e in compute_tried(entries)]
     are_right = [expected * came > 0 for expected, came in pairs if expected is not None]
     return f"Predictions with the right sign: {sum(are_right)} of {len(are_right)}." if are_right else ""
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
     """Claims of insights.md that cite runs which do not exist, or rest on runs inside the noise alone."""
-    tried, names, lines = compute_tried(entries), {e.name for e in entries}, []
-    hidden = {group for group, e in tried.items() if not is_outside_noise(e)}
-    hidden_names = {e.name for e in entries if e.group in hidden}
+    programs = {e.group for e in compute_tried(entries) if not is_outside_noise(e)}
+    names, hidden = {e.name for e in entries}, {e.name for e in entries if e.group in programs}
+    lines = []
     claims = (text or "").partition("## Claims")[2]
     for claim in re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", claims, re.M):
         cited = {n for n in RUN_NAME.findall(claim) if n in names or not n.isdecimal()}
         told = clip(one_line(claim), 80)
         if missing := sorted(cited - names):
             lines.append(f"no run is called {', '.join(missing)}: {told}")
-        elif cited and cited <= hidden_names:
+        elif cited and cited <= hidden:
             lines.append(f"rests on runs inside the noise alone: {told}")
     return lines
 
@@ -2531,8 +2525,8 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
     best, lineage = compute_best(entries), h["lineage"]
     if best is None or not lineage or lineage[0][0] == best.name:
         return f"{night}. No gain over the first kept run."
-    by_name, tried = {e.name: e for e in entries}, compute_tried(entries)
-    base = compute_best(compute_groups(entries)[by_name[lineage[0][0]].group])
+    first = next(e for e in entries if e.name == lineage[0][0])
+    base = compute_best(compute_groups(entries)[first.group])
     won, sigma = base.mean - best.mean, compute_noise(entries).sigma
     error = sigma and sigma * math.sqrt(1 / base.num_seeds + 1 / best.num_seeds)
     told = [f"val_bpb went from {base.mean:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} "
@@ -2541,8 +2535,7 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
         told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: "
                     f"{h['gain']:.6f} remain.")
     told.append(render_audit(archive, base.names, best.names, won))
-    kept = {by_name[name].group for name, _, _ in lineage}
-    proven = [e for group, e in tried.items() if group in kept and is_outside_noise(e)]
+    proven = [e for e in compute_tried(entries) if e.status == "keep" and verdict_of(e)["kind"] == "new best"]
     helped = "; ".join(f"{read_subject(e)[0]}: {show_outcome(e)}" for e in proven[:6])
     told.append(f"What helped: {helped or 'nothing that stands outside the noise'}.")
     return " ".join(told)
@@ -2662,7 +2655,7 @@ def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndar
         low, high = values.min(), np.percentile(values, 99.5)
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     axes.set_title(title)
-    axes.legend(loc="upper right")
+    axes.legend()
 
 
 def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
@@ -2694,7 +2687,7 @@ def draw_paired(axes: Axes, windows: list[dict]) -> None:
         axes.axvspan(repeats[0], windows[-1]["to_m"], color="0.93", label="text seen before: no measure of learning")
     axes.axhline(0, color="black", lw=0.8)
     axes.set_title("this minus best, bpb ± 2 standard errors; below zero is better")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", frameon=True)
 
 
 def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
