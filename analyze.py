@@ -2696,7 +2696,7 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, SERIES.items(), strict=True):
-        curves = {r.name: (100 * compute_clock(r), r.series(key)) for r in (best, run) if r}
+        curves = {r.name: (100 * r.series("train/progress"), r.series(key)) for r in (best, run) if r}
         draw_runs(axes, title, run.name, curves)
     figure.supxlabel("progress, % of the budget")
     return figure
