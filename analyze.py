@@ -14,7 +14,7 @@
 Reads, in the current folder: run_start.json, run.log, metrics.jsonl, eval_record.json, run_summary.json.
 Writes the archive, .auto-log-research/ or $AUTO_LOG_RESEARCH_DIR (the demo's is demo/ in there): a folder for each run,
 results.tsv, insights.md ("Current Best" only), archive.json (what the archive began with); for the morning report.md,
-report.html (the same with its pictures), progress.png and best.patch (baseline to best).
+progress.png and best.patch (baseline to best).
 
 The folders are the truth: a run is whatever has one. results.tsv gives each its status and description, and may be
 edited; a row that is removed or damaged comes back (to leave a run out, write `discard` or `invalid` as its status).
@@ -32,12 +32,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import contextlib
 import difflib
 import fcntl
 import hashlib
-import html
 import io
 import itertools
 import json
@@ -2401,49 +2399,53 @@ def replace_best_section(text: str | None, content: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The morning: effects, predictions, claims, report.md, report.html, best.patch
+# The morning: effects, predictions, claims, report.md, best.patch
 # ---------------------------------------------------------------------------------------------------------------------
 
 TRIED = ("new best", "unproven", "not better")  # verdicts on an idea; the others are on the run
-# What follows from the knobs, or is not train.py's to set: no idea of its own.
+# What follows from the knobs, or is not train.py's to set.
 DERIVED = re.compile(
     r"num_params\w*|flops_per_token|width|num_heads|window_sizes"
     r"|max_seq_len|time_budget|eval_tokens|demo|seed\w*"
 )
 # "expect -0.0006" in a commit's subject. A number without its sign, or of another unit, is none.
 EXPECTED = re.compile(
-    r",? *\b(?:expect|predict)\w*[^-+\d\u2212\u2013]{0,24}"
-    r"([-+\u2212\u2013] ?\d*[.,]?\d+(?:e-?\d+)?)(?![\d.]| ?(?:%|ms|x|M))", re.I)
-STYLE = """body {font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto} img {width: 100%}
-td {border-bottom: 1px solid #ddd; padding: .2rem .6rem} tr:first-child {font-weight: bold}"""
+    r",? *\b(?:expect|predict)\w*[^-+\d\u2212]{0,24}([-+\u2212]\d*\.\d+)(?!\d| ?(?:%|ms))", re.I
+)
 RUN_NAME = re.compile(r"\b(?:unknown-|nogit-)?[0-9a-f]{7}(?:-dirty)?(?:\.\d+)?\b")
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What one run changed against the best it was compared with, and what came of it, in bpb."""
-
-    knob: str
-    change: str
-    entry: Entry
-    difference: float
-    error: float | None  # None where the noise is unknown
-    kind: str
-
-    @property
-    def measured(self) -> str:
-        return f"{self.difference:+.5f} ± {show(self.error, '.5f')}"
-
-    @property
-    def is_inside_noise(self) -> bool:
-        if self.kind == "unproven" or not self.error:
-            return True
-        return abs(self.difference) < GAIN_ERRORS * self.error
 
 
 def verdict_of(e: Entry) -> dict:
     """As it stands on the run's own page: whatever is said of a run elsewhere has the same bar."""
     return e.stats.get("verdict") or {}
+
+
+def is_outside_noise(e: Entry) -> bool:
+    v = verdict_of(e)
+    return v["kind"] != "unproven" and abs(v.get("standard_errors") or 0.0) >= GAIN_ERRORS
+
+
+def compute_tried(entries: list[Entry]) -> list[Entry]:
+    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Of replicates the
+    last one speaks: its verdict is on all of them."""
+    last = {e.group: e for e in entries if verdict_of(e).get("kind") in TRIED}
+    return sorted(last.values(), key=lambda e: (not is_outside_noise(e), verdict_of(e)["difference"]))
+
+
+def show_outcome(e: Entry) -> str:
+    """The measured effect of an idea; of any other run what became of it."""
+    v = verdict_of(e)
+    if v.get("kind") not in TRIED:
+        return e.record.get("crash") or v.get("kind") or ""
+    return f"{v['difference']:+.5f} ± {show(v['standard_error'], '.5f')} ({v['kind']})"
+
+
+def read_subject(e: Entry) -> tuple[str, float | None]:
+    """The idea, and the difference that the subject expects of it, None where it expects none."""
+    found = EXPECTED.search(e.description)
+    if not found:
+        return e.description, None
+    return e.description[: found.start()], float(found[1].replace("\u2212", "-"))
 
 
 def changed_knobs(e: Entry) -> dict[str, str]:
@@ -2454,50 +2456,21 @@ def changed_knobs(e: Entry) -> dict[str, str]:
         knobs.pop("num_kv_heads", None)
     if not knobs:
         return {clip(read_subject(e)[0], 60): "code"}
-    told = {k: f"{json.dumps(before)} -> {json.dumps(after)}" for k, (before, after) in knobs.items()}
-    if len(told) == 1:
-        return told
-    return {k: f"{change}, one of {len(told)} changes" for k, change in told.items()}
+    rest = f", one of {len(knobs)} changes" if len(knobs) > 1 else ""
+    return {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
 
 
-def compute_effects(entries: list[Entry]) -> list[Effect]:
-    """Everything tried: gains, then losses, then what the noise hides; the largest first. Of replicates
-    the last one speaks, whose verdict is on the mean of all."""
-    found: dict[tuple, Effect] = {}
-    for e in entries:
-        v = verdict_of(e)
-        difference, error = number(v.get("difference")), number(v.get("standard_error"))
-        if v.get("kind") in TRIED and difference is not None:
-            for knob, change in changed_knobs(e).items():
-                found[knob, e.group] = Effect(knob, change, e, difference, error, v["kind"])
-    largest = sorted(found.values(), key=lambda x: -abs(x.difference))
-    return sorted(largest, key=lambda x: (x.is_inside_noise, x.difference > 0))
-
-
-def untouched_knobs(entries: list[Entry]) -> str:
-    configs = [e.record["config"] for e in entries if e.record.get("config")]
-    touched = {knob for e in entries for knob in changed_knobs(e)}
-    knobs = [k for k in (configs or [{}])[-1] if k not in touched]
-    return ", ".join(k for k in knobs if not DERIVED.fullmatch(k)) or "none"
-
-
-def render_effects(entries: list[Entry], limit: int) -> list[str]:
-    """A line for each of the `limit` knobs that matter most, then the knobs that nobody has touched."""
+def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
+    """A line a knob, of at most `limit`, those that matter most first; then the knobs nobody has touched."""
     by_knob: dict[str, list[str]] = {}
-    for x in compute_effects(entries):
-        told = f"{x.change} {x.measured} ({x.kind}, {x.entry.name})"
-        by_knob.setdefault(x.knob, []).append(told)
-    lines = [f"{knob}: {'; '.join(told[:3])}" for knob, told in by_knob.items()]
-    return [*lines[:limit], f"never touched: {untouched_knobs(entries)}"]
-
-
-def read_subject(e: Entry) -> tuple[str, float | None]:
-    """The idea, and the difference that the subject expects of it, None where it expects none."""
-    found = EXPECTED.search(e.description)
-    if not found:
-        return e.description, None
-    expected = re.sub("[\u2212\u2013]", "-", found[1]).replace(" ", "").replace(",", ".")
-    return e.description[: found.start()], float(expected)
+    for e in compute_tried(entries):
+        for knob, change in changed_knobs(e).items():
+            by_knob.setdefault(knob, []).append(f"{change} {show_outcome(e)} in {e.name}")
+    lines = [f"{knob}: {'; '.join(told)}" for knob, told in by_knob.items()]
+    touched = {knob for e in entries for knob in changed_knobs(e)}
+    config = next((e.record["config"] for e in reversed(entries) if e.record.get("config")), {})
+    untouched = [k for k in config if k not in touched and not DERIVED.fullmatch(k)]
+    return [*lines[:limit], f"never touched: {', '.join(untouched) or 'none'}"]
 
 
 def render_prediction(e: Entry, difference: float | None, error: float | None) -> str:
@@ -2505,326 +2478,260 @@ def render_prediction(e: Entry, difference: float | None, error: float | None) -
     _, expected = read_subject(e)
     if expected is None or difference is None or not error:
         return ""
-    miss, told = difference - expected, "the error allows both"
-    if abs(miss) > GAIN_ERRORS * error:
-        told = f"{'worse' if miss > 0 else 'better'} than expected by {abs(miss):.4f}"
-    return f"Expected {expected:+.4f}, came {difference:+.4f} ± {error:.4f}: {told}."
+    return f"Expected {expected:+.4f}, came {difference:+.4f} ± {error:.4f}."
 
 
 def render_calibration(entries: list[Entry]) -> str:
-    """How well the author of the subjects predicts; empty before the first that was measured."""
-    effects = {x.entry.name: x for x in compute_effects(entries) if x.error}
-    pairs = [(read_subject(x.entry)[1], x.difference, x.error) for x in effects.values()]
-    pairs = [pair for pair in pairs if pair[0] is not None]
-    if not pairs:
-        return ""
-    expected, came, errors = np.array(pairs).T
-    num_close = (abs(came - expected) <= GAIN_ERRORS * errors).sum()
-    return (f"{len(pairs)} prediction(s): expected {expected.mean():+.4f} in the mean, came "
-            f"{came.mean():+.4f}; the sign was right in {(expected * came > 0).sum()}, the size within "
-            f"two standard errors in {num_close}.")
+    """How well the subjects predict; empty before the first prediction that was measured."""
+    pairs = [(read_subject(e)[1], verdict_of(e)["difference"]) for e in compute_tried(entries)]
+    are_right = [expected * came > 0 for expected, came in pairs if expected is not None]
+    return f"Predictions with the right sign: {sum(are_right)} of {len(are_right)}." if are_right else ""
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
     """Claims of insights.md that cite runs which do not exist, or rest on runs inside the noise alone."""
-    names, lines = {e.name for e in entries}, []
-    is_inside = {x.entry.name: x.is_inside_noise for x in compute_effects(entries)}
+    programs = {e.group for e in compute_tried(entries) if not is_outside_noise(e)}
+    names, hidden = {e.name for e in entries}, {e.name for e in entries if e.group in programs}
+    lines = []
     claims = (text or "").partition("## Claims")[2]
     for claim in re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", claims, re.M):
-        cited = [n for n in RUN_NAME.findall(claim) if n in names or not n.isdecimal()]
-        if missing := [name for name in cited if name not in names]:
-            lines.append(f"no run is called {', '.join(missing)}: {clip(one_line(claim), 80)}")
-        elif cited and all(is_inside.get(name) for name in cited):
-            lines.append(f"rests on runs inside the noise alone: {clip(one_line(claim), 80)}")
+        cited = {n for n in RUN_NAME.findall(claim) if n in names or not n.isdecimal()}
+        told = clip(one_line(claim), 80)
+        if missing := sorted(cited - names):
+            lines.append(f"no run is called {', '.join(missing)}: {told}")
+        elif cited and cited <= hidden:
+            lines.append(f"rests on runs inside the noise alone: {told}")
     return lines
 
 
-def render_kept(entries: list[Entry], lineage: list[list]) -> list[list[str]]:
-    """The kept chain: run, mean, effect as its verdict has it, whether that is outside the noise, idea."""
-    by_name = {e.name: e for e in entries}
-    effects, rows = {x.entry.group: x for x in compute_effects(entries)}, []
-    for name, mean, _ in lineage:
-        cells = ["", ""]
-        if x := effects.get(by_name[name].group):
-            cells = [x.measured, "no" if x.is_inside_noise else "yes"]
-        rows.append([name, f"{mean:.6f}", *cells, read_subject(by_name[name])[0]])
-    return rows
+def render_audit(archive: Path, base: Iterable[str], best: Iterable[str], won: float) -> str:
+    """Whether validation text that no score used confirms the gain."""
+    means = []
+    for names in (base, best):
+        records = [read_json(archive / name / EVAL) or {} for name in names]
+        means.append(numbers(record.get("audit_bpb") for record in records).mean())
+    gain = means[0] - means[1]
+    if not math.isfinite(gain):
+        return "It is not confirmed: no text but the score's own was scored."
+    return (f"On validation text that no score used the gain is {gain:.6f}: the search may have fitted "
+            f"{max(won - gain, 0):.6f} to the text of the score.")
 
 
-def compute_audit(archive: Path, names: Iterable[str]) -> float | None:
-    """Mean score of these runs on validation text that no score used; None where there is none."""
-    records = [read_json(archive / name / EVAL) or {} for name in names]
-    scores = numbers(record.get("audit_bpb") for record in records)
-    return float(np.nanmean(scores)) if np.isfinite(scores).any() else None
-
-
-def render_gain(archive: Path, entries: list[Entry], h: dict, kept: list[list[str]]) -> str:
-    """The paragraph a person can forward."""
-    best = compute_best(entries)
-    took = f"{h['hours']:.1f} h" if h["hours"] >= 1 else f"{60 * h['hours']:.1f} minutes"
-    night = f"{render_counts(h)}, {took} of training"
-    night += f", the GPU at work {h['gpu_share']:.0%} of the time" if h["gpu_share"] else ""
-    if best is None or not h["lineage"] or h["lineage"][0][0] == best.name:
+def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
+    """The paragraph a person can forward. `h`: the history."""
+    night = f"{render_counts(h)}, {h['hours']:.2f} h of training"
+    if h["gpu_share"]:
+        night += f", the GPU at work {h['gpu_share']:.0%} of the time"
+    best, lineage = compute_best(entries), h["lineage"]
+    if best is None or not lineage or lineage[0][0] == best.name:
         return f"{night}. No gain over the first kept run."
-    base, start, _ = h["lineage"][0]
-    group = next(group for group in compute_groups(entries).values() if base in {e.name for e in group})
-    won, lent, sigma = start - best.mean, h["optimism"], compute_noise(entries).sigma
-    error = sigma and sigma * math.sqrt(1 / len(seed_scores(group)) + 1 / best.num_seeds)
-    text = (f"val_bpb went from {start:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} ± "
-            f"{show(error)} (standard error) over the first kept run, {base}: {night}. ")
-    if lent:
-        text += f"Chosen among equals, the best reads about {lent:.6f} too low: {won - lent:.6f} remain. "
-    audits = compute_audit(archive, (e.name for e in group)), compute_audit(archive, best.names)
-    if None in audits:
-        text += "It is not confirmed: no text but the score's own was scored. "
-    else:
-        text += (f"On validation text that no score used the gain is {audits[0] - audits[1]:.6f}: the search "
-                 f"may have fitted {max(won - audits[0] + audits[1], 0):.6f} to the text of the score. ")
-    proven = sorted((row for row in kept if row[3] == "yes"), key=lambda row: float(row[2].split()[0]))
-    helped = "; ".join(f"{idea} ({measured})" for _, _, measured, _, idea in proven[:6])
-    return f"{text}What helped: {helped or 'nothing that stands outside the noise'}."
+    first = next(e for e in entries if e.name == lineage[0][0])
+    base = compute_best(compute_groups(entries)[first.group])
+    won, sigma = base.mean - best.mean, compute_noise(entries).sigma
+    error = sigma and sigma * math.sqrt(1 / base.num_seeds + 1 / best.num_seeds)
+    told = [f"val_bpb went from {base.mean:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} "
+            f"± {show(error)} (standard error) over the first kept run, {base.name}: {night}."]
+    if h["optimism"]:
+        told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: "
+                    f"{h['gain']:.6f} remain.")
+    told.append(render_audit(archive, base.names, best.names, won))
+    proven = [e for e in compute_tried(entries) if e.status == "keep" and verdict_of(e)["kind"] == "new best"]
+    helped = "; ".join(f"{read_subject(e)[0]}: {show_outcome(e)}" for e in proven[:6])
+    told.append(f"What helped: {helped or 'nothing that stands outside the noise'}.")
+    return " ".join(told)
 
 
-def render_table(titles: str, rows: list[list[str]]) -> str:
-    lines = [titles.split(", "), ["---"] * len(titles.split(", ")), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
-
-
-def reason_of(e: Entry) -> str:
-    """Why a run has no score that counts; of one that has, the verdict."""
-    v = verdict_of(e)
-    told = e.record.get("crash") or e.record.get("invalid") or v.get("reasons") or v.get("kind") or ""
-    return clip(told if isinstance(told, str) else "; ".join(told), 200)
+def render_tried(entries: list[Entry]) -> str:
+    """A table of these runs: what was decided, and what came of each."""
+    rows = [["run", "val_bpb", "decision", "outcome", "description"], ["---"] * 5]
+    for e in entries:
+        rows.append([e.name, show(e.val_bpb), mark_of(e), show_outcome(e), e.description])
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
 
 
 def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -> str:
-    """The morning page for a person: what was gained, by what, and all that was tried. `h`: the history."""
-    entries, title = book.entries, "# Report"
-    kept = render_kept(entries, h["lineage"])
-    if any(e.record.get("demo") for e in entries):
-        title += " on the demo"
-    effects = [[x.knob, x.change, x.measured, x.kind, x.entry.name] for x in compute_effects(entries)]
-    tried = [[e.name, show(e.val_bpb), mark_of(e), reason_of(e), e.description] for e in entries]
+    """The morning page for a person: what was gained, by what, and all that was tried."""
+    entries = book.entries
+    is_demo_night = any(e.record.get("demo") for e in entries)
     blocks = [
-        title, render_gain(archive, entries, h, kept), "![](progress.png)",
-        "## Kept, from the first to the best",
-        render_table("run, val_bpb, effect, outside the noise, idea", kept),
-        "## Effects", render_table("knob, change, effect, verdict, run", effects),
-        f"Never touched: {untouched_knobs(entries)}. {render_calibration(entries)}",
+        "# Report on the demo" if is_demo_night else "# Report",
+        render_gain(archive, entries, h),
+        "![](progress.png)",
+        "## Effects",
+        "\n".join(f"- {line}" for line in render_effects(entries)),
+        render_calibration(entries),
         "## Everything tried",
-        render_table("run, val_bpb, decision, verdict or reason, description", tried),
-        *book.problems, "## Pictures of the best run", *(f"![]({name})" for name in pictures),
+        render_tried(entries),
+        *book.problems,
+        "## Pictures of the best run",
+        *(f"![]({name})" for name in pictures),
     ]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def render_html(report: str, pictures: dict[str, bytes]) -> str:
-    """report.md as one page that needs no other file: the pictures lie in it."""
-    text = re.sub(r"^\| ---.*\n", "", html.escape(report), flags=re.M)
-    text = re.sub(r"^\|(.*) \|$", lambda row: "<tr>" + f" |{row[1]}".replace(" | ", "<td>"), text, flags=re.M)
-    text = re.sub(r"((?:^<tr>.*\n)+)", r"<table>\n\1</table>\n", text, flags=re.M)
-    text = re.sub(r"^## (.*)$", r"<h2>\1</h2>", text, flags=re.M)
-    text = re.sub(r"^# (.*)$", r"<h1>\1</h1>", text, flags=re.M)
-    text = re.sub(r"\n\n(?=[^<\n])", "\n\n<p>", text)
-    for name, data in pictures.items():
-        image = f"<img src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
-        text = text.replace(f"![]({name})", image)
-    return f"<!doctype html>\n<meta charset=utf-8>\n<title>Report</title>\n<style>{STYLE}</style>\n{text}"
+def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
+    """Baseline to best as one diff that `git apply` takes, below what was kept and what each brought."""
+    table = render_tried(kept).replace("\n", "\n# ")
+    lines = [f"# From {base.name} to {best.name}: git apply best.patch\n# {table}\n"]
+    before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
+    for name, text in after.items():
+        lines += diff_file(name, before.get(name), text)
+    return "".join(lines)
 
 
-def diff_file(name: str, before: str | None, after: str) -> str:
+def diff_file(name: str, before: str | None, after: str) -> list[str]:
     """What `git diff` would print; None: no such file yet. Only newlines end a line, as with git."""
     old, new = ([*io.StringIO(text, newline="\n")] for text in (before or "", after))
     source = "/dev/null" if before is None else f"a/{name}"
     lines = [*difflib.unified_diff(old, new, source, f"b/{name}")]
-    for i, line in enumerate(lines):
-        if not line.endswith("\n"):
-            lines[i] = f"{line}\n\\ No newline at end of file\n"
-    made = "new file mode 100644\n" if before is None else ""
-    return f"diff --git a/{name} b/{name}\n{made}{''.join(lines)}" if lines else ""
-
-
-def render_patch(kept: list[list[str]], base: Run, best: Run) -> str:
-    """All that was kept as one diff that `git apply` takes, below what was kept and what each brought."""
-    table = render_table("run, val_bpb, effect, outside the noise, idea", kept)
-    told = [f"# {line}\n" for line in table.split("\n")]
-    before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
-    diffs = [diff_file(name, before.get(name), text) for name, text in after.items()]
-    return f"# From {base.name} to {best.name}: git apply best.patch\n{''.join([*told, *diffs])}"
+    if not lines:
+        return []
+    lines = [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines]
+    return [f"diff --git a/{name} b/{name}\n", "new file mode 100644\n" * (before is None), *lines]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
+LOOK = {"font.size": 9, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.alpha": 0.25, "axes.xmargin": 0.01, "legend.frameon": False}
 # Okabe and Ito: told apart by colour-blind eyes. This run and the best have the same colour everywhere.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
 MARKS = {  # how progress.png shows a run: marker, colour, colour inside
-    "kept": ("o", GREEN, GREEN),
-    "kept, unproven": ("o", GREEN, "white"),
-    "discarded": ("o", GREY, GREY),
+    "keep": ("o", GREEN, GREEN),
+    "keep, unproven": ("o", GREEN, "white"),
+    "discard": ("o", GREY, GREY),
     "pending": ("D", ORANGE, ORANGE),
     "hampered": ("s", PURPLE, "white"),
     "stopped": ("|", BLUE, BLUE),
-    "crashed": ("x", VERMILION, VERMILION),
+    "crash": ("x", VERMILION, VERMILION),
     "invalid": ("*", "black", "white"),
 }
-SCORED = [*MARKS][:4]  # the others have no score that counts
+SERIES = {  # of schedule_and_machine.png, and the titles of its panels
+    "train/lr_multiplier": "learning rate, share of its peak",
+    "train/weight_decay": "weight decay",
+    "train/grad_norm": "gradient norm",
+    "perf/step_time_ms": "step time, ms",
+}
 MOST_ROWS = 100  # of a heat map: the names of more can be read on no screen
 
 
 def new_figure(title: str, *facts: dict, height: float = 7.5) -> Figure:
     """An empty figure, 1200 pixels wide. `facts`, of a run or of runs, tell whether they are the demo's."""
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
-    figure = Figure((12, height), dpi=100, layout="constrained")
-    title = "demo: " * any(fact.get("demo") for fact in facts) + title
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+    matplotlib.rcParams.update(LOOK)
+    figure = matplotlib.figure.Figure((12, height), dpi=100, layout="constrained")
+    demo = "demo: " * any(fact.get("demo") for fact in facts)
+    figure.suptitle(demo + title, x=0.01, ha="left", fontsize=13)
     return figure
-
-
-def dress(axes: Axes, title: str, xlabel: str, yscale: str = "linear") -> None:
-    """Titles, grid and legend of a panel whose curves are drawn."""
-    axes.set_title(title, fontsize=10.5, loc="left")
-    axes.set_xlabel(xlabel, fontsize=9.5)
-    axes.set_yscale(yscale)
-    axes.tick_params(labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.01)
-    axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8.5, frameon=False)
 
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # letters that the font lacks become boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 3})
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def draw_noisy(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, is_best: bool) -> None:
-    """Every step as a thin line, the means over hundredths of x as a thick one; of the best these alone."""
-    is_known = np.isfinite(x) & np.isfinite(y)
-    x, y = x[is_known], y[is_known]
-    if not is_best:
-        axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
-    if len(x) > 100:
-        which = np.digitize(x, np.linspace(x[0], x[-1], 101)[1:-1])
-        x, y = ([values[which == i].mean() for i in np.unique(which)] for values in (x, y))
-    axes.plot(x, y, color=ORANGE if is_best else BLUE, lw=1.6, label=label)
+def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """x and y by run: every step of this run as a thin line, and means over hundredths of the steps."""
+    late = [np.array([])]
+    for name, (x, y) in curves.items():
+        is_known = np.isfinite(x + y)
+        x, y = x[is_known], y[is_known]
+        if name == this:
+            axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
+        size = max(len(x) // 100, 1)
+        means = [values[len(x) % size :].reshape(-1, size).mean(axis=1) for values in (x, y)]
+        label, color = (f"this: {name}", BLUE) if name == this else (f"best: {name}", ORANGE)
+        axes.plot(*means, color=color, lw=1.6, label=label)
+        late.append(y[x >= DWARFING * x.max(initial=0.0)])
+    # The start would flatten the rest, and so would single spikes; what is low is never cut off.
+    if (values := np.concatenate(late)).size:
+        low, high = values.min(), np.percentile(values, 99.5)
+        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    axes.set_title(title)
+    axes.legend()
 
 
 def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
     """Training loss by tokens; below it the paired difference to the best, where there is one."""
-    curves = [(r, curve) for r in (best, run) if r and (curve := compute_curve(r))]
-    if not curves or curves[-1][0] is not run:
+    curves = {r.name: compute_curve(r) for r in (best, run) if r}
+    if curves[run.name] is None:
         return None
     figure = new_figure(f"{run.name}: training loss", run.start)
-    grid = figure.add_gridspec(2, 1, height_ratios=(5, 3))
-    axes = figure.add_subplot(grid[0] if windows else grid[:])
-    for r, curve in curves:
-        label = f"{'best' if r is best else 'this'}: {r.name}"
-        draw_noisy(axes, curve.tokens_m, curve.loss, label, r is best)
-    # The start would flatten the rest, and so would single spikes; what is low is never cut off.
-    late = [c.loss[c.tokens_m > DWARFING * c.tokens_m[-1]] for _, c in curves]
-    low, high = min(loss.min() for loss in late), max(np.percentile(loss, 99.5) for loss in late)
-    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-    dress(axes, "nats per token", "tokens, millions")
-    if windows:
-        draw_paired(figure.add_subplot(grid[1], sharex=axes), windows)
+    heights = [5, 3] if windows else [1]
+    axes, *below = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights).flat
+    losses = {name: (c.tokens_m, c.loss) for name, c in curves.items() if c}
+    draw_runs(axes, "nats per token", run.name, losses)
+    for panel in below:
+        draw_paired(panel, windows)
+    figure.supxlabel("tokens, millions")
     return figure
 
 
 def draw_paired(axes: Axes, windows: list[dict]) -> None:
     """Difference to the best by windows, with two standard errors; shaded where the text had been seen."""
-    starts, ends = (numbers(w[key] for w in windows) for key in ("from_m", "to_m"))
-    kinds = (("difference", "error", "tokens", BLUE),
-             ("at_progress", "at_progress_error", "progress", VERMILION))
-    for key, error, what, color in kinds:
-        values, errors = (numbers(w.get(k) for w in windows) for k in (key, error))
-        if np.isfinite(values).any():
-            axes.errorbar((starts + ends) / 2, values, 2 * errors, fmt="o", color=color, label=f"at equal {what}")
-    if repeats := [w["from_m"] for w in windows if w.get("is_repeat")]:
-        axes.axvspan(repeats[0], ends[-1], color="0.93", label="text seen before: no measure of learning")
+    table = {key: numbers(w.get(key) for w in windows) for key in windows[0]}
+    middles = (table["from_m"] + table["to_m"]) / 2
+    for what, key, error, color in (("tokens", "difference", "error", BLUE),
+                                    ("progress", "at_progress", "at_progress_error", VERMILION)):
+        bars = 2 * table[error]
+        axes.errorbar(middles, table[key], bars, fmt="o", color=color, label=f"at equal {what}")
+    repeats = [w["from_m"] for w in windows if w["is_repeat"]]
+    if repeats:
+        axes.axvspan(repeats[0], windows[-1]["to_m"], color="0.93", label="text seen before: no measure of learning")
     axes.axhline(0, color="black", lw=0.8)
-    dress(axes, "this minus best, bpb ± 2 standard errors; below zero is better", "tokens, millions")
+    axes.set_title("this minus best, bpb ± 2 standard errors; below zero is better")
+    axes.legend(loc="lower right", frameon=True)
 
 
 def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
-    """Schedules, learning rates, gradient norm and step time. None for a run without steps to draw."""
-    both = [r for r in (best, run) if r and r.step_ms is not None]
-    if run not in both:
+    """What is scheduled, what the gradient does and how fast it goes. None for a run without step times."""
+    if run.step_ms is None:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
-    schedules, rates, gradient, steps = figure.subplots(2, 2).flat
-    x = 100 * run.series("train/progress")
-    for key in ("train/lr_multiplier", "train/muon_momentum", "train/weight_decay"):
-        schedules.plot(x, run.series(key), label=key.removeprefix("train/"))
-    groups: dict[bytes, list[str]] = {}  # several of the same rate are one line with all their names
-    for key in sorted({k for r in run.records[:3] for k in r if k.startswith("lr/")}):
-        groups.setdefault(run.series(key).tobytes(), []).append(key.removeprefix("lr/"))
-    for names in groups.values():
-        rates.plot(x, run.series(f"lr/{names[0]}"), label=clip(", ".join(names), 60))
-    for r in both:
-        x, steps_ms = 100 * r.series("train/progress"), r.series("perf/step_time_ms")
-        draw_noisy(gradient, x, r.series("train/grad_norm"), r.name, r is best)
-        label = f"{r.name}: median {r.step_ms:.1f}, slowest {np.nanmax(steps_ms):.0f}"
-        draw_noisy(steps, x, steps_ms, label, r is best)
-    xlabel, medians = "progress, % of the budget", [r.step_ms for r in both]
-    steps.set_ylim(0.8 * min(medians), 1.4 * max(medians))  # a stall of ten seconds: see the legend
-    dress(schedules, "schedules", xlabel)
-    dress(rates, "resolved learning rates", xlabel, "log")
-    dress(gradient, "gradient norm", xlabel, "log")
-    dress(steps, "step time, ms", xlabel)
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, SERIES.items(), strict=True):
+        curves = {r.name: (100 * r.series("train/progress"), r.series(key)) for r in (best, run) if r}
+        draw_runs(axes, title, run.name, curves)
+    figure.supxlabel("progress, % of the budget")
     return figure
 
 
 def draw_layers(run: Run, best: Run | None) -> Figure | None:
-    """Three heat maps, over the run and beside the best's end, and the scalars. None without layers."""
-    kinds = (
-        ("output RMS, log10", "layers/names", lambda r: named_values(r, "layers/names", "layers/rms")),
+    """Two heat maps, over the run and beside the best's end. None without layers."""
+    looks = (
+        ("output RMS, log10", "layers/names", lambda record: named_values(record, "layers/names", "layers/rms")),
         ("update / weight, log10", "params/names", update_ratios),
-        ("inputs near zero, share", "layers/names",
-         lambda r: named_values(r, "layers/names", "layers/input_zeros")),
     )
-    num_rows = max((len(r[key]) for _, key, _ in kinds for r in run.records_with(key)), default=0)
-    if not num_rows:
+    if not any(run.records_with(key) for _, key, _ in looks):
         return None
-    height = 4.5 + 0.125 * min(num_rows, MOST_ROWS)
-    figure = new_figure(f"{run.name}: layers", run.start, height=height)
-    grid = figure.add_gridspec(2, 3, height_ratios=(3, 1))
-    for i, (title, key, look) in enumerate(kinds):
-        columns, theirs = ([look(record) for record in r.records_with(key)] if r else [] for r in (run, best))
-        draw_heat(figure.add_subplot(grid[0, i]), columns, theirs[-1:], len(run.records), title)
-    axes = figure.add_subplot(grid[1, :])
-    for r, style in ((run, "-"), (best, "--")):
-        for i, (name, logged) in enumerate(r.scalars.items() if r else ()):
-            axes.plot(numbers(logged[-1]), style, color=f"C{i}", label=name + " of the best" * (r is best))
-    dress(axes, "scalars at the end", "layer")
+    figure = new_figure(f"{run.name}: layers", run.start, height=10)
+    for axes, (title, key, look) in zip(figure.subplots(1, 2), looks, strict=True):
+        mine, theirs = ([look(record) for record in r.records_with(key)] if r else [] for r in (run, best))
+        axes.set_title(title + "; right of the gap, the best's end" * bool(theirs))
+        draw_heat(axes, mine, theirs[-1:], len(run.records))
+    figure.supxlabel("step; grey: zero or not finite")
     return figure
 
 
-def draw_heat(axes: Axes, columns: list[dict], theirs: list[dict], num_steps: int, title: str) -> None:
-    """Names down, time across, the value as colour; at the right the best's end in the same colours.
-    `columns` holds the values by name at each moment."""
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    if names:
-        values = np.array([[c.get(name, math.nan) for c in (*columns, *theirs)] for name in names])
-        if "log10" in title:
-            values = np.log10(np.where(values > 0, values, math.nan))
-        low, high = np.nanpercentile(values, [1, 99])
-        look = {"aspect": "auto", "vmin": low, "vmax": max(high, low + 1e-3), "interpolation": "nearest"}
-        rows, at = (len(names) - 0.5, -0.5), (1.04 * num_steps, 1.12 * num_steps)
-        image = axes.imshow(values[:, : len(columns)], extent=(0, num_steps, *rows), **look)
-        if theirs:
-            axes.imshow(values[:, len(columns) :], extent=(*at, *rows), **look)
-            axes.text(at[1], -0.8, "best", fontsize=8, ha="right")
-        axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=50).ax.tick_params(labelsize=8)
-    dress(axes, title, "step; grey: zero or not finite")
-    axes.set_xlim(0, (1.12 if theirs else 1.0) * num_steps)
+def draw_heat(axes: Axes, mine: list[dict], theirs: list[dict], num_steps: int) -> None:
+    """Values by name at each look as colours: names down, time across, then a gap and the best's end."""
+    names = list(dict.fromkeys(name for look in mine for name in look))
+    if not names:
+        return
+    width = 1 + len(mine) // 25
+    columns = [*mine, *[{}] * width, *theirs * width] if theirs else mine
+    values = np.array([[look.get(name, math.nan) for look in columns] for name in names])
+    values = np.log10(np.where(values > 0, values, math.nan))
+    low, high = np.nanpercentile(values, [1, 99])
+    extent = (0, num_steps * len(columns) / len(mine), len(names) - 0.5, -0.5)
+    image = axes.imshow(values, extent=extent, aspect="auto", interpolation="nearest", vmin=low, vmax=high)
+    axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=50)
     axes.set_facecolor("0.85")
     axes.grid(visible=False)
     shown = names if len(names) <= MOST_ROWS else []
@@ -2837,55 +2744,51 @@ def mark_of(e: Entry) -> str:
     kind = verdict_of(e).get("kind")
     if kind in ("hampered", "stopped"):
         return kind
-    if not e.is_valid:
-        return "crashed" if e.status == "crash" else "invalid"
-    if e.status == "keep":
-        return "kept, unproven" if kind in ("unproven", "not better") else "kept"
-    return "discarded" if e.status == "discard" else "pending"
+    if e.status == "keep" and kind in ("unproven", "not better"):
+        return "keep, unproven"
+    return e.status
 
 
 def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
     """Scores in the order of filing, what the best was at each time, and the steps that brought most."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries))
-    axes, marks = figure.subplots(), [(i, e, mark_of(e)) for i, e in enumerate(entries, 1)]
-    scores = [e.val_bpb for _, e, mark in marks if mark in SCORED] or [1.0]
-    kept = [e.val_bpb for _, e, mark in marks if mark.startswith("kept")]
+    axes, valid = figure.subplots(), [e for e in entries if e.is_valid]
+    scores = [e.val_bpb for e in valid] or [1.0]
+    kept = [e.val_bpb for e in valid if e.status == "keep"]
     low, high = min(scores), max([np.percentile(scores, 90), *kept])
     room = max(high - low, 0.004 * high)  # neither a bad run nor a single one sets the scale
+
+    def height(e: Entry) -> float:
+        return e.val_bpb if e.is_valid and e.val_bpb <= high else high + 0.13 * room
+
+    axes.axhline(high + 0.06 * room, color=GREY, ls=":", label="above: off the scale, or no score")
     for label, (marker, color, inside) in MARKS.items():
-        points = [(i, e.val_bpb) for i, e, mark in marks if mark == label]
-        is_scored, size = label in SCORED, 8 if "kept" in label else 5
-        points = [(i, y if is_scored and y <= high else high + 0.13 * room) for i, y in points]
+        points = [(i, height(e)) for i, e in enumerate(entries, 1) if mark_of(e) == label]
         if points:
-            axes.plot(*zip(*points, strict=True), marker, ms=size, color=color, mfc=inside, zorder=3,
+            axes.plot(*zip(*points, strict=True), marker, color=color, mfc=inside, zorder=3,
                       label=f"{label} ({len(points)})")
-    axes.axhline(high + 0.06 * room, color=GREY, lw=0.8, ls=":", label="above: off the scale, or no score")
-    end = len(entries) + max(0.6, 0.02 * len(entries))
+    margin = max(0.6, 0.02 * len(entries))
     if lineage:
-        draw_lineage(axes, entries, lineage, end)
-    dress(axes, "", "experiment")
-    axes.set_xlim(len(entries) + 1 - end, end)
-    axes.set_ylim(low - 0.1 * room, high + 0.2 * room)
+        draw_lineage(axes, entries, lineage, len(entries) + margin)
+    axes.set(xlim=(1 - margin, len(entries) + margin), ylim=(low - 0.1 * room, high + 0.2 * room), xlabel="experiment")
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
 def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: float) -> None:
-    """The baseline and the best as lines; a number at each of the eight largest steps, and in the margin
-    what they were, where no text is in another's way."""
+    """Lines for the baseline and the best; the eight largest steps are numbered, and told in the margin."""
     number_of = {e.name: i for i, e in enumerate(entries, 1)}
-    x, means = [number_of[name] for name, _, _ in lineage], [mean for _, mean, _ in lineage]
-    y, told = np.minimum.accumulate(means), []
+    x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
     axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
     axes.step([*x, end], [*y, y[-1]], where="post", color=GREEN, lw=1.8, label=f"best, {y[-1]:.4f}")
-    gains = np.diff(y, prepend=y[0])
+    gains, told = np.diff(y, prepend=y[0]), []
     for k, i in enumerate(sorted(i for i in np.argsort(gains)[:8] if gains[i] < 0), 1):
         axes.annotate(str(k), (x[i], y[i]), (4, 5), textcoords="offset points", weight="bold")
         idea = clip(read_subject(entries[x[i] - 1])[0], 80)
         told.append(textwrap.fill(f"{k}  {gains[i]:+.4f}  {idea}", 40, subsequent_indent="    "))
-    axes.text(1.02, 0.0, "\n".join(told), transform=axes.transAxes, fontsize=8.5, parse_math=False)
+    axes.text(1.02, 0.0, "\n".join(told), transform=axes.transAxes, parse_math=False)
 
 
 def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[list[str], dict[str, str]]:
@@ -3204,20 +3107,18 @@ def write_archive_pages(archive: Path, is_stale: bool = True) -> None:
 
 
 def write_morning(archive: Path, book: Book) -> None:
-    """progress.png, best.patch, report.html and, last, report.md: where it is new, all of them are."""
+    """progress.png, best.patch and, last, report.md: where it is new, all of them are."""
     entries, best, h = book.entries, compute_best(book.entries), compute_history(book.entries)
-    pictures = {"progress.png": png(draw_progress(entries, h["lineage"]))}
-    write_atomic(archive / "progress.png", pictures["progress.png"])
-    for picture in ("loss_curve.png", "layers.png", "schedule_and_machine.png"):
-        if best and (archive / best.name / picture).exists():
-            pictures[f"{best.name}/{picture}"] = (archive / best.name / picture).read_bytes()
+    write_atomic(archive / "progress.png", png(draw_progress(entries, h["lineage"])))
+    pictures = ["loss_curve.png", "layers.png", "schedule_and_machine.png"]
+    pictures = [f"{best.name}/{picture}" for picture in pictures if best]
+    pictures = [picture for picture in pictures if (archive / picture).exists()]
     (archive / "best.patch").unlink(missing_ok=True)
     if h["lineage"] and h["lineage"][0][0] != best.name:
         base, kept = (load_folder(archive / name, name) for name in (h["lineage"][0][0], best.name))
-        write_atomic(archive / "best.patch", render_patch(render_kept(entries, h["lineage"]), base, kept))
-    report = render_report(book, h, archive, [*pictures][1:])
-    write_atomic(archive / "report.html", render_html(report, pictures))
-    write_atomic(archive / "report.md", report)
+        chain = [book.entry(name) for name, _, _ in h["lineage"]]
+        write_atomic(archive / "best.patch", render_patch(chain, base, kept))
+    write_atomic(archive / "report.md", render_report(book, h, archive, pictures))
 
 
 def are_archive_pages_stale(archive: Path) -> bool:

@@ -453,7 +453,7 @@ def test_the_folder_of_a_run_holds_its_files_byte_for_byte(lab):
         assert (lab.archive / name / file).read_bytes() == (lab.folder / file).read_bytes(), file
     assert (lab.archive / name / "train.diff").read_text() == ""
     assert {p.name for p in lab.archive.iterdir()} == {
-        ".gitignore", ".lock", "archive.json", "insights.md", "progress.png", "report.html", "report.md",
+        ".gitignore", ".lock", "archive.json", "insights.md", "progress.png", "report.md",
         "results.tsv", name}
     assert lab.git("status", "--porcelain") == ""
 
