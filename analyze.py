@@ -1086,11 +1086,12 @@ def find_cause(reason: str | None, end: str) -> tuple[str | None, str | None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Compute: noise, best, verdict
 #
-# A score is its program's true value plus noise of standard deviation sigma: another seed, another order of floating
-# point sums. What is decided: keep or not (KEEP_ERRORS), and what is claimed: a gain, or none yet (GAIN_ERRORS). The
-# two are apart because their costs are: a false keep is nearly as good as what it replaces and is put right by the
-# next, a false discard loses its gain for good. tests/bench_nights.py simulates nights with known truth through these
-# functions: the rule gains what "lower than the best" gains with half its false keeps; one claim in 100 is none.
+# A score is its program's true value plus noise of standard deviation sigma: another seed, another
+# order of floating point sums. What is decided: keep or not (KEEP_ERRORS), and what is claimed: a
+# gain, or none yet (GAIN_ERRORS). The two are apart because their costs are: a false keep is nearly
+# as good as what it replaces and is put right by the next, a false discard loses its gain for good.
+# tests/bench_nights.py plays nights with known truth through these functions: the rule gains what
+# "lower than the best" does with half its false keeps, and one claim in a hundred is none.
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Two runs can be compared where none of these is known to differ.
@@ -1101,25 +1102,23 @@ STUDENT_T = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8, 5: 2.6, 6: 2.4, 7: 2.4, 8: 2.3, 9:
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of val_bpb between seeds of one program, in bpb; None where nothing tells it."""
+    """Standard deviation of val_bpb between seeds of one program; None where nothing tells it."""
 
     sigma: float | None
     freedom: int  # of the replicates: what was measured here
-    measured: float | None
     has_prior: bool
 
     @property
     def source(self) -> str:
-        told = []
-        if self.measured is not None:
-            told.append(f"measured {self.measured:.6f} with {self.freedom} degree(s) of freedom")
-        if self.has_prior:
-            told.append(f"prior of the five-minute run: {PRIOR_SIGMA:.6f}, counted as {PRIOR_WEIGHT}")
-        return "; ".join(told) or "run the baseline again first"
+        if self.sigma is None:
+            return "run the baseline again first"
+        measured = f"{self.freedom} degree(s) of freedom measured"
+        prior = f", and a prior of {PRIOR_SIGMA} for the five-minute run, counted as {PRIOR_WEIGHT}"
+        return measured + prior * self.has_prior
 
     @property
     def claim_errors(self) -> float:
-        """Standard errors from which on a difference is claimed: with few degrees of freedom and no prior, more."""
+        """Standard errors from which on a difference is claimed: more where little was measured."""
         return GAIN_ERRORS if self.has_prior else STUDENT_T.get(self.freedom, 2.2)
 
 
@@ -1160,8 +1159,8 @@ def compute_groups(entries: list[Entry]) -> dict[tuple, list[Entry]]:
 
 
 def seed_scores(entries: list[Entry]) -> list[float]:
-    """One score a seed, the mean of its runs: reruns of one seed agree to 0.0002 bpb where other seeds, and so other
-    programs, are 0.0009 apart. Counted one by one they would make the noise look a quarter of what it is."""
+    """One score a seed, the mean of its runs: reruns of one seed agree to 0.0002 bpb where other
+    seeds, and so other programs, are 0.0009 apart."""
     by_seed: dict[object, list[float]] = {}
     for e in entries:
         by_seed.setdefault(e.record.get("seed"), []).append(e.val_bpb)
@@ -1174,20 +1173,19 @@ def mean_bpb(entries: list[Entry]) -> float:
 
 
 def compute_noise(entries: list[Entry]) -> Noise:
-    """Pooled over all groups of replicates: sum of squared deviations / degrees of freedom, to which n seeds of a
-    program add n - 1. The prior belongs to the real run of five minutes and stands for two degrees more; without it
-    one lucky pair would make everything a gain. Elsewhere (the demo, another budget) there is none."""
+    """Pooled over all groups of replicates: sum of squared deviations / degrees of freedom, to which
+    n seeds of a program add n - 1. The prior belongs to the real run of five minutes; without it one
+    lucky pair would make everything a gain. Elsewhere (the demo, another budget) there is none."""
     squares, freedom = 0.0, 0
     for group in compute_groups(entries).values():
         scores = seed_scores(group)
         if len(scores) > 1:
             freedom += len(scores) - 1
             squares += float(np.var(scores)) * len(scores)
-    measured = math.sqrt(squares / freedom) if freedom else None
-    if not any(is_five_minute_run(e.record) for e in entries):
-        return Noise(measured, freedom, measured, False)
-    variance = (PRIOR_WEIGHT * PRIOR_SIGMA**2 + squares) / (PRIOR_WEIGHT + freedom)
-    return Noise(math.sqrt(variance), freedom, measured, True)
+    has_prior = any(is_five_minute_run(e.record) for e in entries)
+    weight = freedom + PRIOR_WEIGHT * has_prior
+    squares += PRIOR_WEIGHT * PRIOR_SIGMA**2 * has_prior
+    return Noise(math.sqrt(squares / weight) if weight else None, freedom, has_prior)
 
 
 def is_five_minute_run(record: dict) -> bool:
@@ -1196,36 +1194,43 @@ def is_five_minute_run(record: dict) -> bool:
 
 
 def compute_best(entries: list[Entry], like: Entry | None = None) -> Best | None:
-    """Lowest mean among the kept programs comparable with `like` (the newest score); while none is kept, the first
-    valid run not discarded stands in."""
+    """Lowest mean among the kept programs comparable with `like` (the newest score); while none is
+    kept, the first valid run not discarded stands in."""
     valid = [e for e in comparable(entries, like) if e.is_valid]
     kept = [e for e in valid if e.status == "keep"]
     anchors: dict[tuple, Entry] = {}
     for e in kept or [e for e in valid if e.status == "pending"][:1]:
         anchors.setdefault(e.group, e)
-    groups = compute_groups(valid)
-    means = {group: mean_bpb(groups[group]) for group in anchors}
-    if not means:
+    if not anchors:
         return None
-    group = min(means, key=means.get)
-    names = tuple(e.name for e in groups[group])
-    return Best(anchors[group].name, means[group], names, group, bool(kept), len(seed_scores(groups[group])))
+    groups = compute_groups(valid)
+    best = min((groups[group] for group in anchors), key=mean_bpb)
+    names, group = tuple(e.name for e in best), best[0].group
+    return Best(anchors[group].name, mean_bpb(best), names, group, bool(kept), len(seed_scores(best)))
 
 
 def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None) -> dict:
     """This run against the best of all others that can be compared with it.
 
-    `kind` is crash, stopped, invalid, hampered, baseline, unchanged, replicate, new best, unproven or not better;
-    `advice` keep, discard, rerun or wait. `difference` is this program's mean minus the best's, in bpb, lower being
-    better, and `standard_error` its error, None where the noise is unknown. `facts` holds what the scores alone do
-    not tell: is_unchanged, adds_code, is_killed."""
-    facts = facts or {}
-    entries = comparable(entries, this)
+    `kind`: crash, stopped, invalid, hampered, baseline, unchanged, replicate, new best, unproven or not
+    better; `advice`: keep, discard, rerun or wait. `difference`: this program's mean minus the best's in
+    bpb, lower is better; `standard_error`: of it, None where the noise is unknown. `facts` hold what the
+    scores do not tell: is_unchanged, adds_code, is_killed."""
+    entries, facts = comparable(entries, this), facts or {}
     others = [e for e in entries if e.name != this.name]
     # Judged without itself: an outlier that is part of its own sigma cannot stand out from it.
     best, noise = compute_best(others, this), compute_noise(others or [this])
     same = [e for e in others if e.group == this.group and e.is_valid]
-    verdict = describe_rivals(this, best, noise, same)
+    verdict = {
+        "val_bpb": this.val_bpb,
+        "best": best and best.name,
+        "best_mean": best and best.mean,
+        "best_runs": len(best.names) if best else 0,
+        "best_is_kept": bool(best and best.is_kept),
+        "noise": describe_noise(noise),
+        "replicates": [e.name for e in same],
+        "reasons": [],
+    }
     if flaw := compute_flaw(this, facts):
         return verdict | flaw
     verdict["mean"] = mean_bpb([this, *same])
@@ -1233,40 +1238,16 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
         return verdict | {"kind": "baseline", "advice": "keep"}
     if best.group == this.group:
         after = compute_best(entries, this)
-        if after.group != best.group:
-            verdict["dethroned_by"] = [after.name, after.mean]
-        verdict |= {"kind": "replicate", "advice": "discard" if after.group != best.group else "keep"}
-        return verdict | compare_with(this.val_bpb, 1, best, noise)
+        dethroned_by = None if after.group == best.group else [after.name, after.mean]
+        verdict |= {"kind": "replicate", "dethroned_by": dethroned_by}
+        verdict |= compare_with(this.val_bpb, 1, best, noise)
+        return verdict | {"advice": "discard" if dethroned_by else "keep"}
     verdict |= compare_with(verdict["mean"], len(seed_scores([this, *same])), best, noise)
-    if facts.get("is_unchanged"):
-        return verdict | {"kind": "unchanged", "advice": "discard"}
-    return verdict | decide(verdict, noise, facts.get("adds_code", False))
-
-
-def describe_rivals(this: Entry, best: Best | None, noise: Noise, same: list[Entry]) -> dict:
-    return {
-        "val_bpb": this.val_bpb,
-        "best": best.name if best else None,
-        "best_mean": best.mean if best else None,
-        "best_runs": len(best.names) if best else 0,
-        "best_is_kept": bool(best and best.is_kept),
-        "noise": describe_noise(noise),
-        "replicates": [e.name for e in same],
-        "same_as": describe_sameness(this, same[0]) if same else None,
-        "reasons": [],
-    }
-
-
-def describe_sameness(this: Entry, twin: Entry) -> str:
-    if this.record.get("train_sha256") == twin.record.get("train_sha256"):
-        return f"The very train.py of {twin.name}."
-    if this.record.get("program_and_seed") == twin.record.get("program_and_seed"):
-        return f"The same as {twin.name} but for comments or formatting."
-    return f"The same as {twin.name}: nothing but the seed differs."
+    return verdict | decide(verdict["difference"], verdict["standard_errors"], noise, facts)
 
 
 def compute_flaw(this: Entry, facts: dict) -> dict | None:
-    """Kind, advice and reasons of a run whose score says nothing about its program; None for a sound one."""
+    """Kind, advice and reasons of a run whose score says nothing about its program, else None."""
     record = this.record
     if record.get("stopped"):
         return {"kind": "stopped", "advice": "discard"}
@@ -1281,21 +1262,20 @@ def compute_flaw(this: Entry, facts: dict) -> dict | None:
 
 
 def compare_with(mean: float, num_seeds: int, best: Best, noise: Noise) -> dict:
-    difference = mean - best.mean
-    if not noise.sigma:
-        return {"difference": difference, "standard_error": None, "standard_errors": None}
-    error = noise.sigma * math.sqrt(1 / num_seeds + 1 / best.num_seeds)
-    return {"difference": difference, "standard_error": error, "standard_errors": difference / error}
+    difference, error, errors = mean - best.mean, None, None
+    if noise.sigma:
+        error = noise.sigma * math.sqrt(1 / num_seeds + 1 / best.num_seeds)
+        errors = difference / error
+    return {"difference": difference, "standard_error": error, "standard_errors": errors}
 
 
-def decide(verdict: dict, noise: Noise, adds_code: bool) -> dict:
-    """Keep from half a standard error on, from a whole one where the program grows; claim from two on. Where the noise
-    is unknown whatever is lower is kept, and nothing claimed."""
-    errors = verdict["standard_errors"]
-    if errors is None:
-        is_better = verdict["difference"] < 0
-    else:
-        is_better = errors <= -(KEEP_ERRORS_WITH_CODE if adds_code else KEEP_ERRORS)
+def decide(difference: float, errors: float | None, noise: Noise, facts: dict) -> dict:
+    """Keep from half a standard error on, from a whole one where the program grows; claim from two on.
+    Where the noise is unknown whatever is lower is kept, and nothing claimed."""
+    if facts.get("is_unchanged"):
+        return {"kind": "unchanged", "advice": "discard"}
+    bar = KEEP_ERRORS_WITH_CODE if facts.get("adds_code") else KEEP_ERRORS
+    is_better = difference < 0 if errors is None else errors <= -bar
     if not is_better:
         return {"kind": "not better", "advice": "discard"}
     is_claimed = errors is not None and errors <= -noise.claim_errors
@@ -1308,7 +1288,7 @@ def decide(verdict: dict, noise: Noise, adds_code: bool) -> dict:
 
 
 def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text: str | None) -> dict:
-    """Resolved configuration and kernels against the best's, key to [before, after], and the size of the diff."""
+    """Configuration and kernels against the best's, key to [before, after]; the size of the diff."""
     mine, theirs = (e.record.get("config") or {} if e else {} for e in (this, best))
     diff = diff_lines(best_text, text, "best")[2:]
     config, machine = {}, {}
@@ -1319,7 +1299,7 @@ def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text
         if None not in pair and pair[0] != pair[1]:
             machine[key] = pair
     return {
-        "against": best.name if best else None,
+        "against": best and best.name,
         "config": config,
         "is_config_known": bool(mine and theirs),
         "lines_added": sum(line.startswith("+") for line in diff),
@@ -1338,26 +1318,27 @@ def diff_lines(before: str | None, after: str | None, name: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Compute: the paired curve
 #
-# Every run sees the same rows in the same order, so two runs' losses can be compared on the same text: its difficulty,
-# nine tenths of a loss curve's scatter, drops out of the difference. Windows are cut at token counts at which both
-# runs have a boundary (a step's end, or a micro-batch's), so that both means are over exactly the same tokens.
+# Every run sees the same rows in the same order, so two runs' losses can be compared on the same text:
+# its difficulty, nine tenths of a curve's scatter, drops out of the difference. Windows are cut at token
+# counts at which all runs have a boundary (a step's end, or a micro-batch's), so that all means are over
+# exactly the same tokens.
 #
-# What is left scatters around a slow trend, and neighbouring steps' differences are alike, so the error of a window's
-# mean is s / sqrt(n) times the root of an inflation by autocorrelation. That is estimated once for all windows, after
-# taking a straight line out of each; one window alone is too short. The error is that of the text: how far the
-# mean of these two trained models' difference could be off because the window is finite. That another seed would have
-# trained other models is the noise of the verdict, and not in it. By tests/bench_statistics.py its 95 % intervals hold
-# the truth in 92 to 97 % of runs, at autocorrelations from 0 to 0.7.
+# What is left scatters around a slow trend, and neighbouring steps' differences are alike, so the error
+# of a window's mean is s / sqrt(n) times the root of an inflation by autocorrelation. That is estimated
+# once for all windows, after taking a straight line out of each; one window alone is too short. The error
+# is that of the text: how far the mean of these trained models' difference could be off because the
+# window is finite. That another seed would have trained other models is the noise of the verdict, and not
+# in it. By tests/bench_statistics.py 95 % intervals hold the truth in 91 to 97 % of runs, at
+# autocorrelations from 0 to 0.7.
 #
-# Late in a run the learning rate falls by the clock. Where one run is slower, equal tokens then mean unequal rates:
-# the difference at equal progress is read too, by moving the best along its own slope to the progress at which this
-# run saw the same text. It is what the score will say, speed included; the one at equal tokens is learning alone, but
-# only while both have the same rates.
+# Late in a run the learning rate falls by the clock. Where one run is slower, equal tokens then mean
+# unequal rates: the difference at equal progress is read too, by moving the best along its own slope to
+# the progress at which this run saw the same text. It is what the score will say, speed included; the one
+# at equal tokens is learning alone, but only while both have the same rates.
 # ---------------------------------------------------------------------------------------------------------------------
 
-NUM_WINDOWS = 10
+NUM_WINDOWS, SUMMARY_WINDOWS = 10, 2
 MIN_BLOCKS = 40  # below four a window, no error can be estimated
-SUMMARY_WINDOWS = 2
 FARTHEST_SHIFT = 0.1  # of the tokens: beyond one window the best's curve is not straight enough to move along
 # Knobs that change how fast a run learns at a given moment, and so what equal tokens mean.
 RATE_KEYS = re.compile(r"lr|warm|(?<!device_)batch|decay|momentum|schedule")
@@ -1365,8 +1346,8 @@ RATE_KEYS = re.compile(r"lr|warm|(?<!device_)batch|decay|momentum|schedule")
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's loss, up to its first step whose loss is no number: four arrays over the steps, at the end of each, and
-    three over the token counts, from 0, at which the sum of the loss is known: ends of steps and micro-batches."""
+    """A run's loss up to its first step whose loss is no number: four arrays over the steps, and three over
+    the token counts, from 0, at which the sum of the loss is known: ends of steps and micro-batches."""
 
     tokens_m: np.ndarray
     loss: np.ndarray  # nats per token
@@ -1454,24 +1435,26 @@ def compute_data_agreement(this: Run, mine: Curve, other: Run, theirs: Curve) ->
 
 
 def compute_paired(this: Run, others: list[Run]) -> dict | None:
-    """The difference in training loss on the same text, this run minus the mean of `others` (the best and its
-    replicates), in bpb, in NUM_WINDOWS windows and in one summary. None where there is nothing to compare with.
+    """The difference in training loss on the same text, this run minus the mean of `others` (the best and
+    its replicates), in bpb, in NUM_WINDOWS windows and in one summary, the last SUMMARY_WINDOWS as one.
+    None where there is nothing to compare with.
 
-    `note` says why there is no pairing, or how far it goes. A window holds its end in millions of tokens and in shares
-    of the budget, the `difference` at equal tokens and `at_progress` at equal progress, each with its standard
-    error, and whether text `is_repeat` (a later epoch: then it is no loss on unseen text)."""
-    mine, pairs = compute_curve(this), [(run, curve) for run in others if (curve := compute_curve(run))]
-    names = [run.name for run, _ in pairs] or [run.name for run in others[:1]]
-    paired = {"against": names, "note": "one of the two has no losses", "windows": [], "summary": None, "rates": []}
-    if mine is None or not pairs:
-        return paired if others else None
-    theirs = [curve for _, curve in pairs]
-    end, note = min((compute_data_agreement(this, mine, *pair) for pair in pairs), key=lambda limit: limit[0])
+    `note` says why there is no pairing, or how far it goes. A window holds its end in millions of tokens
+    and in shares of the budget, the `difference` at equal tokens and `at_progress` at equal progress, each
+    with its standard error, and `is_repeat`: a later epoch, and so no loss on unseen text."""
+    if not others:
+        return None
+    paired = {"against": [run.name for run in others], "windows": [], "summary": None, "rates": []}
+    mine, theirs = compute_curve(this), [compute_curve(run) for run in others]
+    if mine is None or None in theirs:
+        return paired | {"note": "one of the runs has no losses"}
+    limits = [compute_data_agreement(this, mine, *pair) for pair in zip(others, theirs, strict=True)]
+    end, note = min(limits, key=lambda limit: limit[0])
     blocks = common_blocks([mine, *theirs], end)
     kappa = next((c.bpb_per_nat for c in (*theirs, mine) if c.bpb_per_nat), None)
     if kappa is None or len(blocks) <= MIN_BLOCKS:
-        few = f"{len(blocks) - 1} steps in common, and {MIN_BLOCKS} are needed"
-        return paired | {"note": note if not end else few}
+        few = f"{max(len(blocks) - 1, 0)} steps in common, and {MIN_BLOCKS} are needed"
+        return paired | {"note": few if end else note}
     *windows, last = compute_windows(mine, theirs, blocks, kappa)
     # The nearest the curve comes to the score, but on text seen before it measures memory.
     summary = None if last["is_repeat"] or last["at_progress"] is None else last
@@ -1647,33 +1630,33 @@ def does_same_work(a: Entry, b: Entry) -> bool:
     return is_same and all(a.record.get(key) == b.record.get(key) for key in KERNEL_KEYS)
 
 
-def compute_machine(this: Entry, earlier: list[Entry]) -> dict:
-    """Step time against earlier runs that did the same work, and `hampered`: the reasons why the machine, not the
-    program, held this run back. Only earlier runs are asked, so the answer stays.
+def compute_machine(this: Entry, earlier: list[Entry]) -> list[str]:
+    """Why the machine, not the program, held this run back; empty where it did not. Only earlier runs that
+    did the same work are asked, so the answer stays.
 
-    Where a second run of the very same program is as slow, with no witness against the machine, it is the program."""
+    Where a second run of the very same program is as slow, with no witness against the machine, it is the
+    program."""
     own, step_ms = this.record.get("pace") or {}, this.record.get("step_ms")
-    machine = {"usual_ms": None, "hampered": []}
-    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
-    peers = [e for e in timed if e.is_valid][-NUM_PEERS:]
     if not is_timed(this.record) or not this.record.get("is_finished"):
-        return machine
-    stalled_s, trained_s = own.get("stalled_s") or 0.0, this.record.get("training_s") or math.inf
-    if stalled_s > STALLED_SHARE * trained_s:
-        told = f"{own['stalls']} step(s) took more than twice the median: {stalled_s:.1f} of {trained_s:.0f} s lost"
-        machine["hampered"].append(told)
+        return []
+    reasons, stalled_s, trained_s = [], own.get("stalled_s") or 0.0, this.record.get("training_s")
+    if trained_s and stalled_s > STALLED_SHARE * trained_s:
+        reasons.append(f"{own['stalls']} step(s) took more than twice the median: {stalled_s:.1f} of "
+                       f"{trained_s:.0f} s lost")
+    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
+    same, peers = [e for e in timed if e.group == this.group], [e for e in timed if e.is_valid][-NUM_PEERS:]
     if not peers:
-        return machine
-    same = [e for e in timed if e.group == this.group]
+        return reasons
     known = [e for e in same if e.is_valid]
-    usual_ms = machine["usual_ms"] = float(np.median([e.record["step_ms"] for e in known or peers]))
+    slower = step_ms / float(np.median([e.record["step_ms"] for e in known or peers]))
     witnesses = compute_witnesses(own, peers)
-    bar = SLOWER_SAME if known else (SLOWER_ALIKE if witnesses else SLOWER_ALONE)
+    bar = SLOWER_ALIKE if witnesses else SLOWER_ALONE
+    is_slow = slower - 1 > (SLOWER_SAME if known else bar)
     is_confirmed = any(abs(e.record["step_ms"] / step_ms - 1) < SLOWER_SAME for e in same)
-    if step_ms / usual_ms - 1 > bar and (witnesses or not is_confirmed):
-        told = f"steps took {step_ms / usual_ms:.2f} times as long as usual ({step_ms:.1f} ms, not {usual_ms:.1f})"
-        machine["hampered"].append("; ".join([told, *witnesses]))
-    return machine
+    if is_slow and (witnesses or not is_confirmed):
+        told = f"steps of {step_ms:.1f} ms, {slower:.2f} times what the same work took before"
+        reasons.append("; ".join([told, *witnesses]))
+    return reasons
 
 
 def is_timed(record: dict) -> bool:
@@ -1696,30 +1679,24 @@ def compute_witnesses(own: dict, peers: list[Entry]) -> list[str]:
     return found
 
 
-def compute_best_pace(this: Entry, best: list[Entry]) -> float | None:
-    """By how much this run's steps are faster than the best's although the work is the same: then it is the machine
-    that has changed, and a gain is not the program's. None where they agree, or do other work."""
-    alike = [e.record["step_ms"] for e in best if e.record.get("step_ms") and does_same_work(this, e)]
-    faster = min(alike, default=0.0) / (this.record.get("step_ms") or math.inf) - 1
-    return faster if faster >= SLOWER_ALIKE else None
+def compute_best_pace(this: Entry, best: Entry) -> float | None:
+    """By how much this run's steps are faster than the best's although the work is the same: then it is the
+    machine that has changed, and a gain is not the program's. None where they agree, or do other work."""
+    ours, theirs = this.record.get("step_ms"), best.record.get("step_ms")
+    if not ours or not theirs or not does_same_work(this, best):
+        return None
+    return theirs / ours - 1 if theirs / ours - 1 > SLOWER_ALIKE else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compute: layers, history, all of it
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Over the layers or the parameters: what it is, names and values in the metrics, and what is a trifle of it.
-LAYER_SERIES = (
-    ("dead units", "layers/names", "layers/dead", 0.01),
-    ("inputs near zero", "layers/names", "layers/input_zeros", 0.1),
-    ("output RMS", "layers/names", "layers/rms", 0.0),
-    ("gradient RMS", "params/names", "params/grad_rms", 0.0),
-    ("update/weight", "params/names", None, 0.0),
-    ("scalars' RMS", None, None, 0.0),
-)
-EARLY, LATE = 0.25, 0.9  # output projections begin at zero; at the very end the rates, and so the updates, are zero
+# Of the looks: before, output projections grow from zero; after, updates vanish with the rates.
+EARLY, LATE = 0.25, 0.9
 APART = 3.0  # between four seeds of one program 1 value in 200 lay further apart than this factor
 GROWN, DEAD = 10.0, 0.02  # of an output's RMS between the two looks; share of a layer's units
+TRIFLE = 0.05  # of units or inputs: a share below it counts as none when two are compared
 
 
 def named_values(record: dict, names: str, key: str) -> dict[str, float]:
@@ -1732,77 +1709,85 @@ def update_ratios(record: dict) -> dict[str, float]:
     return {n: update[n] / weight[n] for n in update if weight.get(n, 0) > 0 and update[n] > 0}
 
 
-def layer_values(run: Run, series: tuple, share: float) -> dict[str, float]:
-    """Name to value of one of LAYER_SERIES at this share of the looks; of scalars the RMS over their layers."""
-    _, names, key, _ = series
-    if names is None:
-        logged = {name: numbers(looks[int(share * (len(looks) - 1))]) for name, looks in run.scalars.items()}
-        return {name: float(np.sqrt(np.mean(v**2))) for name, v in logged.items() if np.isfinite(v).all()}
-    looks = run.records_with(names)
-    if not looks:
-        return {}
-    look = looks[int(share * (len(looks) - 1))]
-    return named_values(look, names, key) if key else update_ratios(look)
+def layer_table(run: Run, share: float) -> dict[tuple[str, str], float]:
+    """(Kind, name) to what was seen at this share of the looks: of layers, parameters and scalars."""
+
+    def look_at(looks: list) -> dict | list:
+        return looks[int(share * (len(looks) - 1))] if looks else {}
+
+    layers, params = (look_at(run.records_with(f"{what}/names")) for what in ("layers", "params"))
+    scalars = {name: numbers(look_at(looks)) for name, looks in run.scalars.items()}
+    kinds = {
+        "dead units": named_values(layers, "layers/names", "layers/dead"),
+        "inputs near zero": named_values(layers, "layers/names", "layers/input_zeros"),
+        "output RMS": named_values(layers, "layers/names", "layers/rms"),
+        "gradient RMS": named_values(params, "params/names", "params/grad_rms"),
+        "update/weight": update_ratios(params),
+        "scalar": {name: float(np.sqrt(np.mean(values**2))) for name, values in scalars.items()},
+    }
+    table = {(kind, name): value for kind, values in kinds.items() for name, value in values.items()}
+    return {key: value for key, value in table.items() if math.isfinite(value)}
 
 
 def compute_layers(run: Run, best: Run | None) -> list[str]:
-    """The largest departures in layer statistics, most serious first: what is dead, has no gradient, vanishes or
-    explodes; then what is unlike the best's at the same share of the run, and scalars that moved. Two of a kind."""
-    found = []
-    for series in LAYER_SERIES:
-        early, late = layer_values(run, series, EARLY), layer_values(run, series, LATE)
-        theirs = layer_values(best, series, LATE) if best else {}
-        if series[1] is None:  # they start where the configuration says
-            starts = {name: number(run.summary.get(f"{name.removesuffix('s')}_init")) for name in early}
-            early |= {name: start for name, start in starts.items() if start is not None}
-        rows = []
-        for name, value in late.items():
-            grown, apart = (factor_between(value, other.get(name), series[3]) for other in (early, theirs))
-            alarm = name_alarm(series[0], value, early.get(name), grown)
-            if alarm or apart > APART or (series[1] is None and grown > APART):
-                before, best_too = show(early.get(name), ".3g"), show(theirs.get(name), ".3g")
-                text = f"{series[0]} of {name}: {value:.3g}{alarm} (early {before}, best {best_too})"
-                rows.append((bool(alarm), max(apart, grown if alarm else 1.0), text))
-        found += sorted(rows, reverse=True)[:2]
-    return [text for _, _, text in sorted(found, reverse=True)[:8]]
+    """The at most eight largest departures, two of a kind, most serious first: what is dead, without
+    gradient, vanishing or exploding; then what is unlike the best; scalars also where they have moved."""
+    early, late = layer_table(run, EARLY), layer_table(run, LATE)
+    theirs = layer_table(best, LATE) if best else {}
+    for name in run.scalars:  # they start where the configuration says
+        start = number(run.summary.get(f"{name.removesuffix('s')}_init"))
+        early["scalar", name] = early.get(("scalar", name)) if start is None else start
+    found, lines = [], []
+    for key, value in late.items():
+        grown, apart = (ratio_of(key[0], value, table.get(key)) for table in (early, theirs))
+        alarm = name_alarm(key[0], value, grown)
+        departure = max(apart, 1 / apart)
+        if key[0] == "scalar" or alarm:
+            departure = max(departure, grown, 1 / grown)
+        if alarm or departure > APART:
+            others = f"early {show(early.get(key), '.3g')}, best {show(theirs.get(key), '.3g')}"
+            text = f"{key[0]} of {key[1]}: {value:.3g}{alarm} ({others})"
+            found.append((bool(alarm), departure, key[0], text))
+    for _, _, kind, text in sorted(found, reverse=True):
+        if sum(line.startswith(kind) for line in lines) < 2:
+            lines.append(text)
+    return lines[:8]
 
 
-def factor_between(a: float, b: float | None, trifle: float) -> float:
-    """By which factor two values differ, where what is below a trifle counts as nothing."""
-    if b is None:
-        return 1.0
-    low, high = sorted((abs(a) + trifle + 1e-12, abs(b) + trifle + 1e-12))
-    return high / low
+def ratio_of(kind: str, value: float, other: float | None) -> float:
+    least = TRIFLE if kind in ("dead units", "inputs near zero") else 1e-12
+    return 1.0 if other is None else (abs(value) + least) / (abs(other) + least)
 
 
-def name_alarm(what: str, value: float, early: float | None, grown: float) -> str:
-    if what == "dead units" and value > DEAD:
+def name_alarm(kind: str, value: float, grown: float) -> str:
+    if kind == "dead units" and value > DEAD:
         return ", dead"
-    if what == "gradient RMS" and value == 0:
+    if kind == "gradient RMS" and value == 0:
         return ", no gradient"
-    if what == "output RMS" and grown > GROWN:
-        return ", exploding" if value > early else ", vanishing"
-    return ""
+    if kind == "output RMS" and grown > GROWN:
+        return ", exploding"
+    return ", vanishing" if kind == "output RMS" and grown < 1 / GROWN else ""
 
 
 def compute_history(entries: list[Entry]) -> dict:
-    """Counts, lineage of kept programs (mean over replicates), gain, GPU share, and ideas since the best was found.
+    """Counts, lineage of kept programs (mean over replicates), gain, and ideas since the best was found.
 
-    An idea is a program with a score that counts, from its first run on: neither a replicate nor a crash nor a
-    hampered run tells of another."""
+    An idea is a program with a score that counts, from its first run on: neither a replicate nor a crash
+    nor a hampered run tells of another."""
     alike = comparable(entries)
     best, groups, lineage = compute_best(alike), compute_groups(alike), {}
     for e in alike:
-        if e.status == "keep" and e.is_valid:
-            lineage.setdefault(e.group, [e.name, mean_bpb(groups[e.group]), e.description])
+        if e.status == "keep" and e.is_valid and e.group not in lineage:
+            lineage[e.group] = [e.name, mean_bpb(groups[e.group]), e.description]
     gain = next(iter(lineage.values()))[1] - best.mean if lineage else None
     optimism = compute_optimism(best, alike, compute_noise(alike)) if gain else 0.0
     starts = [t for e in entries if (t := e.record.get("started_unix"))]
+    hours = sum(e.record.get("total_s") or e.record.get("training_s") or 0.0 for e in entries) / 3600
     return {
         "num_runs": len(entries),
         "counts": {status: sum(e.status == status for e in entries) for status in STATUSES},
         "lineage": [*lineage.values()],
-        "hours": sum(e.record.get("total_s") or e.record.get("training_s") or 0.0 for e in entries) / 3600,
+        "hours": hours,
         "first_start_unix": min(starts, default=None),
         "gain": None if gain is None else gain - optimism,
         "optimism": optimism,
@@ -1819,20 +1804,20 @@ def runs_since(entries: list[Entry], best: Best | None) -> int | None:
 
 
 def compute_optimism(best: Best, entries: list[Entry], noise: Noise) -> float:
-    """By how much the best's mean reads too low because it is the lowest of many noisy ones: sigma / sqrt(n) times the
-    expected maximum of k standard normals, k being the programs within two errors of it, any of which could have been
-    the one. Replicates of the best shrink it."""
+    """By how much the best's mean reads too low because it is the lowest of many noisy ones: sigma /
+    sqrt(n) times the expected maximum of k standard normals, k being the programs within two errors of it,
+    any of which could have been the one. Replicates of the best shrink it."""
     error = (noise.sigma or 0.0) / math.sqrt(best.num_seeds)
     means = [mean_bpb(group) for group in compute_groups(entries).values()]
-    num_near = sum(mean < best.mean + 2 * error for mean in means)
-    # Blom (1958): the expected maximum of k standard normals is near the quantile of (k - 0.375) / (k + 0.25).
-    return error * NormalDist().inv_cdf((num_near - 0.375) / (num_near + 0.25)) if num_near > 1 else 0.0
+    num_near = max(sum(mean < best.mean + 2 * error for mean in means), 1)
+    # Blom (1958): the expected maximum of k normals is near the quantile of (k - 0.375) / (k + 0.25).
+    return error * NormalDist().inv_cdf((num_near - 0.375) / (num_near + 0.25))
 
 
 def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[Run]) -> dict:
-    """Everything the analysis says about one run, as numbers. `entries` end with this one; `best_runs` are the best's
-    replicates, the first its own. A part that fails says so and leaves the others alone: the program may have become
-    anything, and the night must not end over a surprise in its metrics."""
+    """Everything the analysis says about one run, as numbers. `entries` end with this one; `best_runs` are
+    the best's replicates, the first its own. A part that fails says so and leaves the others alone: the
+    program may have become anything, and the night must not end over a surprise in its metrics."""
     failed: dict[str, str] = {}
 
     def attempt(key: str, part: Callable[[], object]) -> object:
@@ -1843,98 +1828,79 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
             return None
 
     earlier = [e for e in entries if e.name != this.name]
-    names, best_run = [r.name for r in best_runs], best_runs[0] if best_runs else None
-    best = next((e for e in earlier if names and e.name == names[0]), None)
-    machine = attempt("machine", lambda: compute_machine(this, earlier)) or {"hampered": []}
-    this = replace(this, record=this.record | {"hampered": machine["hampered"]})
-    changes = attempt("changes", lambda: compute_changes(this, run.train_py, best, best_run and best_run.train_py))
-    paired = attempt("paired", lambda: compute_paired(run, best_runs))
+    best_run = best_runs[0] if best_runs else None
+    best = next((e for e in earlier if best_run and e.name == best_run.name), None)
+    hampered = attempt("machine", lambda: compute_machine(this, earlier)) or []
+    this = replace(this, record=this.record | {"hampered": hampered})
     crash = compute_crash(run) if this.status == "crash" else None
-    verdict, this = judge(run, this, earlier, best_run, changes, paired, crash)
-    verdict["best_is_slower"] = compute_best_pace(this, [e for e in earlier if e.name in names])
+    changes = compute_changes(this, run.train_py, best, best_run and best_run.train_py)
+    paired = attempt("paired", lambda: compute_paired(run, best_runs))
+    facts = {
+        "is_killed": bool(crash and crash["is_killed"]),
+        "adds_code": changes["lines_added"] > changes["lines_removed"] + FREE_LINES,
+    }
+    verdict = compute_verdict(this, [*earlier, this], facts)
+    if paired and is_unchanged(run, best_run, paired, changes, verdict):
+        verdict = compute_verdict(this, [*earlier, this], facts | {"is_unchanged": True})
+        # From now on another run of that program.
+        this = replace(this, record=this.record | {"program": best.record.get("program")})
     own = None if verdict.get("difference") is None else this.val_bpb - verdict["best_mean"]
     entries = [*earlier, this]
     return plain({
         "record": this.record,
         "description": this.description,
-        "verdict": verdict,
+        "verdict": verdict | {"best_is_slower": best and compute_best_pace(this, best)},
         "crash": crash,
         "changes": changes,
         "paired": paired,
         "gap": attempt("gap", lambda: compute_gap(run, best_runs)),
         "cost": {"this": compute_costs([run]), "best": compute_costs(best_runs)},
-        "machine": machine,
         "layers": attempt("layers", lambda: compute_layers(run, best_run)),
-        "prediction": attempt("prediction", lambda: render_prediction(this, own, verdict.get("standard_error"))),
+        "prediction": render_prediction(this, own, verdict.get("standard_error")),
         "history": attempt("history", lambda: compute_history(entries)),
-        "calibration": attempt("calibration", lambda: render_calibration(entries)),
+        "calibration": render_calibration(entries),
         "failed": failed,
     })
 
 
-def judge(
-    run: Run, this: Entry, earlier: list[Entry], best: Run | None, changes: dict | None, paired: dict | None,
-    crash: dict | None,
-) -> tuple[dict, Entry]:
-    """The verdict, and the entry, which of an edit that changed nothing is another run of the best's program."""
-    facts = {
-        "adds_code": bool(changes and changes["lines_added"] > changes["lines_removed"] + FREE_LINES),
-        "is_killed": bool(crash and crash["is_killed"]),
-    }
-    verdict = compute_verdict(this, [*earlier, this], facts)
-    if changes and paired and is_unchanged(run, best, paired, changes, verdict):
-        verdict = compute_verdict(this, [*earlier, this], facts | {"is_unchanged": True})
-        if verdict["kind"] == "unchanged":
-            program = next(e.record.get("program") for e in earlier if e.name == best.name)
-            this = replace(this, record=this.record | {"program": program})
-    return verdict, this
-
-
 FREE_LINES = 3  # a program that is longer by no more than these has not become more complex
-# One program and seed, run twice on an H100: the losses of the first ten steps agreed within 3e-4 of themselves; any
-# other rate, start or seed made a tenth.
+# One program and seed, run twice on an H100: the losses of the first ten steps agreed within 3e-4 of
+# themselves; any other rate, start or seed made a tenth.
 ROUNDING = 1e-3
 
 
 def is_unchanged(run: Run, best: Run, paired: dict, changes: dict, verdict: dict) -> bool:
-    """Whether the edit changed nothing that can be seen: the same resolved configuration, rates and first ten losses
-    but for rounding, and no difference beyond the noise in any window nor in the score (averaged weights would show
-    only there)."""
-    ours, theirs = (r.series("train/loss")[:10] for r in (run, best))
-    if changes["config"] or not changes["is_config_known"] or not paired["windows"] or len(ours) != len(theirs):
+    """Whether the edit changed nothing that can be seen: the same configuration, rates and first ten losses
+    but for rounding, and no difference beyond the noise in any window nor in the score (averaged weights
+    would show only there)."""
+    is_same = changes["is_config_known"] and not changes["config"] and paired["windows"]
+    if not is_same or verdict.get("difference") is None or verdict["kind"] == "replicate":
         return False
-    error = verdict.get("standard_error") or 0.0
-    is_same = bool(np.allclose(ours, theirs, rtol=ROUNDING, atol=0.0)) and have_same_rates(run, best)
-    differences = [w["difference"] for w in paired["windows"]] + [verdict.get("difference") or 0.0]
-    return is_same and max(map(abs, differences)) < max(GAIN_ERRORS * error, ROUNDING)
-
-
-def have_same_rates(a: Run, b: Run) -> bool:
-    """Whether all that is logged of rates and schedules agrees to one per cent at every twentieth of the budget."""
-    keys = {key for record in a.records[:1] + b.records[:1] for key in record if RATE_KEYS.search(key)}
-    at = np.arange(0.05, 1.0, 0.05)
-    for key in keys:
-        ours, theirs = (np.interp(at, r.series("train/progress"), r.series(key)) for r in (a, b))
-        if not np.allclose(ours, theirs, rtol=0.01, atol=1e-12, equal_nan=True):
+    for key, reduce, tolerance in (
+        ("train/loss", lambda values: values[:10], ROUNDING),
+        ("train/lr_multiplier", np.mean, 0.005),  # a schedule changed in the code
+    ):
+        if not np.allclose(*(reduce(r.series(key)) for r in (run, best)), rtol=tolerance, atol=0.0):
             return False
-    return True
+    differences = [abs(w["difference"]) for w in paired["windows"]] + [abs(verdict["difference"])]
+    return max(differences) < max(GAIN_ERRORS * (verdict["standard_error"] or 0.0), ROUNDING)
 
 
 def compute_costs(runs: list[Run]) -> dict[str, float]:
     """Unit to what these runs took in the mean; where it was profiled, by kind of kernel in a step."""
     costs: dict[str, list] = {}
     for run in runs:
-        profile = run.summary.get("profile") or {}
         values = {
-            "M tokens": number(run.summary.get("total_tokens_M")),
-            "steps": number(run.summary.get("num_steps")),
+            "M tokens": run.summary.get("total_tokens_M"),
+            "steps": run.summary.get("num_steps"),
             "ms a step": run.step_ms,
-            "MB": number(run.summary.get("peak_vram_mb")),
-            "% MFU": number(run.summary.get("mfu_percent")),
-            **{f"ms {kind}": number(ms) for kind, ms in profile.items() if kind != "step"},
+            "MB": run.summary.get("peak_vram_mb"),
+            "% MFU": run.summary.get("mfu_percent"),
         }
+        for kind, ms in (run.summary.get("profile") or {}).items():
+            values[f"ms {kind}"] = ms if kind != "step" else None
         for unit, value in values.items():
-            costs.setdefault(unit, []).append(value)
+            costs.setdefault(unit, []).append(number(value))
     return {unit: float(np.mean(values)) for unit, values in costs.items() if None not in values}
 
 
@@ -1942,40 +1908,46 @@ def compute_costs(runs: list[Run]) -> dict[str, float]:
 # Render: analysis.md and compare
 # ---------------------------------------------------------------------------------------------------------------------
 
-AGAIN = "train the same commit again"
+AGAIN = "train the same commit again (`uv run train.py > run.log 2>&1`)"
 DECISIONS = {
     "keep": "keep (`uv run analyze.py keep`)",
     "discard": "discard (`uv run analyze.py discard`)",
-    "rerun": f"{AGAIN} (`uv run train.py > run.log 2>&1`): the idea was not tested",
-    "wait": f"{AGAIN} (`uv run train.py > run.log 2>&1`), once the machine is quiet",
+    "rerun": f"{AGAIN}: the idea was not tested",
+    "wait": f"{AGAIN}, once the machine is quiet",
 }
 KINDS = {
     "baseline": "Nothing to compare with yet. Run it once more (`uv run analyze.py rerun`) for the noise.",
     "unproven": "Better by the rule for keeping, not by that for claiming: kept, it may be no gain.",
-    "unchanged": "The edit changed nothing: configuration and losses are the best's. It counts as another run of that "
-                 "program, not as an idea.",
+    "unchanged": "The edit changed nothing: configuration and losses are the best's. It counts as another "
+                 "run of that program, not as an idea.",
 }
 
 
 def render_verdict(stats: dict) -> list[str]:
     """What it is, why, and in the last line what to do."""
     v = stats["verdict"]
-    heading = f"**{v['kind'].upper()}**" + (" of the best, no new idea" if v["kind"] == "replicate" else "")
-    lines = [f"{heading}: {render_comparison(stats)}.", *(f"- {clip(reason, 220)}" for reason in v["reasons"][:5])]
+    what = v["kind"].upper() + "** of the best, no new idea" * (v["kind"] == "replicate")
+    lines = [f"**{what}{'' if '**' in what else '**'}: {render_comparison(stats)}."]
+    lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
     lines += render_replicates(v)
     lines += [line for line in (KINDS.get(v["kind"]), stats["prediction"]) if line]
-    remarks = [*stats["record"].get("notes", []), *stats["record"].get("damage", [])]
-    if v.get("best_is_slower"):
-        remarks.append(f"the machine is faster now: the same work took the best {v['best_is_slower']:.0%} longer a "
-                       "step; run the best again (`uv run analyze.py rerun`) before you believe a gain")
-    if v["best"] and not v["best_is_kept"]:
-        remarks.append(f"nothing is kept yet: {v['best']}, the first valid run, stands in as the best")
-    if over_s := (stats["record"].get("pace") or {}).get("pauses_over_s"):
-        remarks.append(f"the clock stood still for {over_s:.0f} s more than looks at the layers need")
-    lines += [f"Mind: {clip(remark, 220)}." for remark in remarks[:6]]
+    lines += [f"Mind: {clip(remark, 220)}." for remark in find_remarks(stats)[:6]]
     if v["kind"] not in ("crash", "stopped", "invalid"):
         lines.append(f"Noise between seeds of one program: {v['noise']}.")
     return [*lines, f"Decision: {DECISIONS[v['advice']]}"]
+
+
+def find_remarks(stats: dict) -> list[str]:
+    v, record = stats["verdict"], stats["record"]
+    remarks = [*record.get("notes", []), *record.get("damage", [])]
+    if v.get("best_is_slower"):
+        remarks.append(f"the machine is faster now: the same work took the best {v['best_is_slower']:.0%} "
+                       "longer; run the best again (`uv run analyze.py rerun`) before you believe a gain")
+    if v["best"] and not v["best_is_kept"]:
+        remarks.append(f"nothing is kept yet: {v['best']}, the first valid run, stands in as the best")
+    if over_s := (record.get("pace") or {}).get("pauses_over_s"):
+        remarks.append(f"the clock stood still for {over_s:.0f} s more than looks at the layers need")
+    return remarks
 
 
 def render_comparison(stats: dict) -> str:
@@ -1986,24 +1958,24 @@ def render_comparison(stats: dict) -> str:
     if v["kind"] == "crash":
         return f"{clip((stats['crash'] or {}).get('reason') or 'by hand', 200)}. Best so far: {best}"
     text = f"val_bpb {show(v['val_bpb'])}, best so far {best}"
-    if v.get("difference") is None:
-        return text
-    text += f", difference {v['difference']:+.6f}"
-    if v["standard_error"] is None:
-        return text
-    return f"{text} ± {v['standard_error']:.6f} bpb = {v['standard_errors']:+.1f} standard errors"
+    if v.get("difference") is not None:
+        text += f", difference {v['difference']:+.6f}"
+    if v.get("standard_error"):
+        text += f" ± {v['standard_error']:.6f} bpb = {v['standard_errors']:+.1f} standard errors"
+    return text
 
 
 def render_replicates(v: dict) -> list[str]:
     """On a program that was run before: what the mean is, and whether this run fits the others."""
     if not v["replicates"] or "mean" not in v:
         return []
-    count = 1 + len(v["replicates"])
-    lines = [f"{v['same_as']} Mean of the {count} runs of this program: {v['mean']:.6f}."]
+    count, names = 1 + len(v["replicates"]), ", ".join(v["replicates"][:4])
+    lines = [f"The same program as {names}. Mean of the {count} runs of this program: {v['mean']:.6f}."]
     if v["kind"] == "replicate" and abs(v["standard_errors"] or 0.0) > 3:
         lines.append("It lies outside the noise of the others: look for a cause before you trust it.")
     if v.get("dethroned_by"):
-        lines.append("With this mean it is the best no more: that is {} at {:.6f}.".format(*v["dethroned_by"]))
+        now = "{} at {:.6f}".format(*v["dethroned_by"])
+        lines.append(f"With this mean it is the best no more: that is {now}.")
     return lines
 
 
@@ -2028,27 +2000,30 @@ def render_paired(paired: dict) -> list[str]:
     lines = [f"This run minus {names}: training loss on the same text, bpb, ± one standard error of the text.",
              "| budget | M tokens | at equal tokens | at equal progress |", "|---|---|---|---|"]
     for w in paired["windows"]:
-        cells = [f"{w['progress']:.0%}{' *' if w['is_repeat'] else ''}", f"{w['to_m']:.4g}"]
-        cells.append(f"{w['difference']:+.5f} ± {w['error']:.5f}")
-        cells.append("-" if w["at_progress"] is None else f"{w['at_progress']:+.5f} ± {w['at_progress_error']:.5f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        mark, moved = " *" if w["is_repeat"] else "", "-"
+        if w["at_progress"] is not None:
+            moved = f"{w['at_progress']:+.5f} ± {w['at_progress_error']:.5f}"
+        lines.append(f"| {w['progress']:.0%}{mark} | {w['to_m']:.4g} | {w['difference']:+.5f} ± {w['error']:.5f} "
+                     f"| {moved} |")
     if s := paired["summary"]:
         lines.append(f"From {s['from_m']:.4g} M tokens on, at equal progress: **{s['at_progress']:+.5f} ± "
                      f"{s['at_progress_error']:.5f} bpb**; another seed moves this as it moves the score.")
     if any(w["is_repeat"] for w in paired["windows"]):
         lines.append("* a later epoch: text seen before, no measure of learning.")
     if paired["rates"]:
-        lines.append(f"Rates differ ({clip('; '.join(paired['rates'][:4]), 200)}): before the warm-down the difference "
-                     "misleads; believe the windows at equal progress within it.")
-    return lines + ([f"Mind: {paired['note']}."] if paired["note"] else [])
+        lines.append(f"Rates differ ({clip('; '.join(paired['rates'][:4]), 200)}): before the warm-down the "
+                     "difference misleads; believe the windows at equal progress within it.")
+    if paired["note"]:
+        lines.append(f"Mind: {paired['note']}.")
+    return lines
 
 
 def render_gap(gap: dict) -> list[str]:
     best = " (best {:.4f} and {:+.4f})".format(*gap["best"]) if gap["best"] else ""
     lines = ["Training loss at the end {:.4f} bpb, validation {:+.4f} to it{}.".format(*gap["this"], best)]
     if gap["is_overfitting"]:
-        lines.append(f"**Over-fitting**: epoch {gap['epochs']:.0f}, and validation is left behind: more steps need "
-                     "not help.")
+        lines.append(f"**Over-fitting**: epoch {gap['epochs']:.0f}, and validation is left behind: more steps "
+                     "need not help.")
     elif gap["epochs"] > 1:
         lines.append(f"The data were repeated: epoch {gap['epochs']:.0f} at the end.")
     return lines
@@ -2060,9 +2035,10 @@ def render_changes(changes: dict) -> list[str]:
     config = changes["config"]
     lines = [f"train.py: +{changes['lines_added']} -{changes['lines_removed']} lines (`train.diff`)."]
     if not config:
-        lines.append(f"Resolved configuration: {'the same, every key' if changes['is_config_known'] else 'unknown'}.")
+        known = "the same, every key" if changes["is_config_known"] else "unknown"
+        lines.append(f"Resolved configuration: {known}.")
     for key, pair in [*itertools.islice(config.items(), 6), *changes["machine"].items()]:
-        before, after = (clip(value if isinstance(value, str) else json.dumps(value), 50) for value in pair)
+        before, after = (clip(json.dumps(value).strip('"'), 50) for value in pair)
         lines.append(f"- `{key}`: {before} -> {after}")
     if len(config) > 6:
         lines.append(f"- and {len(config) - 6} more: {clip(', '.join(list(config)[6:]), 100)}")
@@ -2070,15 +2046,15 @@ def render_changes(changes: dict) -> list[str]:
 
 
 def render_cost(stats: dict) -> list[str]:
-    mine, theirs = stats["cost"]["this"], stats["cost"]["best"]
-    cells = []
-    for unit, value in mine.items():
+    """What the run took, beside the best; what stalls took."""
+    theirs, cells = stats["cost"]["best"], []
+    for unit, value in stats["cost"]["this"].items():
         best = f" (best {theirs[unit]:.5g})" if unit in theirs else ""
         cells.append(f"{value:.5g}{best} {unit}")
     lines = ["; ".join(cells[i : i + 5]) + "." for i in range(0, len(cells), 5)]
     pace = stats["record"].get("pace") or {}
     if pace.get("stalls"):
-        lines.append(f"{pace['stalls']} step(s) took more than twice the median: {pace['stalled_s']:.1f} s lost.")
+        lines.append(f"{pace['stalls']} step(s) took over twice the median: {pace['stalled_s']:.1f} s lost.")
     return lines
 
 
@@ -2090,37 +2066,37 @@ def render_counts(h: dict) -> str:
 def render_history(h: dict) -> list[str]:
     lines = [f"{render_counts(h)}, {h['ideas_since_best'] or 0} idea(s) since the best was found."]
     if h["gain"]:
-        lines.append(f"Gain since the first kept run: {h['gain'] + h['optimism']:.6f} bpb as scored, {h['gain']:.6f} "
-                     "after allowing for the lowest of many noisy scores reading too low.")
+        lines.append(f"Gain since the first kept run: {h['gain'] + h['optimism']:.6f} bpb as scored, "
+                     f"{h['gain']:.6f} after allowing for the lowest of many noisy scores reading too low.")
     if (h["runs_since_best_was_run"] or 0) >= RERUN_EVERY:
-        lines.append(f"The best was last run {h['runs_since_best_was_run']} runs ago: `uv run analyze.py rerun`.")
+        lines.append(f"The best was last run {h['runs_since_best_was_run']} runs ago: "
+                     "`uv run analyze.py rerun`.")
     return lines
 
 
 def render_analysis(stats: dict, pictures: list[str]) -> str:
-    """The page for the agent, without its notes: at most PAGE_LINES and PAGE_BYTES, ordered by what decides; what does
-    not fit is cut from the end."""
-    parts = (
-        ("Verdict", render_verdict, stats),
-        ("Crash", render_crash, stats["crash"]),
-        ("Paired curve", render_paired, stats["paired"]),
-        ("Training and validation", render_gap, stats["gap"]),
-        ("What changed", render_changes, stats["changes"]),
-        ("Layers", lambda layers: [f"- {clip(line, 200)}" for line in layers], stats["layers"]),
-        ("Cost", render_cost, stats),
-        ("History", render_history, stats["history"]),
+    """The page for the agent, without its notes: at most PAGE_LINES and PAGE_BYTES, ordered by what
+    decides; what does not fit is cut from the end."""
+    failed = [f"- not computed: {part}: {clip(why, 160)}" for part, why in stats["failed"].items()]
+    sections = (
+        ("Verdict", render_verdict(stats)),
+        ("Crash", stats["crash"] and render_crash(stats["crash"])),
+        ("Paired curve", stats["paired"] and render_paired(stats["paired"])),
+        ("Training and validation", stats["gap"] and render_gap(stats["gap"])),
+        ("What changed", render_changes(stats["changes"])),
+        ("Layers", [f"- {line}" for line in stats["layers"] or []]),
+        ("Cost", render_cost(stats)),
+        ("History", stats["history"] and [*render_history(stats["history"]), stats["calibration"]]),
+        ("Data", [f"Pictures: {', '.join(pictures) or 'none'}; numbers: stats.json and load_run().", *failed]),
     )
-    name, text = stats["record"]["name"], ""
-    text = f"# {name}: {clip(stats['description'], 100)}\n"
-    for heading, render, part in parts:
-        if part:
-            text += f"\n## {heading}\n" + "".join(f"{clip(one_line(line), 400)}\n" for line in render(part))
-    text += f'\nPictures: {", ".join(pictures) or "none"}. `from analyze import load_run; load_run("{name}").metrics`\n'
-    text += "".join(f"- not computed: {part}: {clip(one_line(why), 160)}\n" for part, why in stats["failed"].items())
-    lines = text.split("\n")[: PAGE_LINES - 2]
+    lines = [f"# {stats['record']['name']}: {clip(stats['description'], 100)}"]
+    for heading, told in sections:
+        if told:
+            lines += ["", f"## {heading}", *(clip(one_line(line), 400) for line in told if line)]
+    lines = lines[: PAGE_LINES - 4]
     while len("\n".join(lines).encode()) > PAGE_BYTES - len(NOTES_HEADING) - 60:
         lines.pop()
-    return "\n".join(lines).rstrip("\n") + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def write_analysis(folder: Path, text: str) -> None:
@@ -2131,17 +2107,19 @@ def write_analysis(folder: Path, text: str) -> None:
 
 
 def render_compare(runs: list[Run], entries: list[Entry]) -> str:
-    """A Markdown table of scores and the settings that differ, and the paired curve of each run against the first."""
-    by_name, configs = {e.name: e for e in entries}, [configuration(run.summary) for run in runs]
+    """Scores and the settings that differ, and the paired curve of each run against the first."""
+    scores = {e.name: show(e.val_bpb) for e in entries}
+    configs = [configuration(run.summary) for run in runs]
     table = [["", *(run.name for run in runs)], ["---"] * (1 + len(runs))]
-    table.append(["val_bpb", *(show(by_name[run.name].val_bpb if run.name in by_name else None) for run in runs)])
-    for key in {k: None for config in configs for k in config}:
+    table.append(["val_bpb", *(scores.get(run.name, "no row") for run in runs)])
+    for key in {key: None for config in configs for key in config}:
         values = [clip(json.dumps(config.get(key)), 40) for config in configs]
         if len(set(values)) > 1:
             table.append([f"`{key}`", *values])
     lines = ["| " + " | ".join(row) + " |" for row in table]
     for run in runs[1:]:
-        lines += ["", f"## {run.name} against {runs[0].name}", *render_paired(compute_paired(run, runs[:1]))]
+        paired = render_paired(compute_paired(run, runs[:1]))
+        lines += ["", f"## {run.name} against {runs[0].name}", *paired]
     return "\n".join(lines) + "\n"
 
 
@@ -2149,9 +2127,10 @@ def render_current_best(entries: list[Entry]) -> str:
     best, noise = compute_best(entries), compute_noise(entries)
     if best is None or not best.is_kept:
         return "No run is kept yet."
-    e = next(e for e in entries if e.name == best.name)
-    runs = f"mean of {len(best.names)} runs ({', '.join(best.names[:6])})" if len(best.names) > 1 else "one run"
-    return (f"- {best.name}: val_bpb {best.mean:.6f}, {runs}\n- its change: {e.description}\n"
+    change = next(e.description for e in entries if e.name == best.name)
+    names = ", ".join(best.names[:6])
+    runs = f"mean of {len(best.names)} runs ({names})" if len(best.names) > 1 else "one run"
+    return (f"- {best.name}: val_bpb {best.mean:.6f}, {runs}\n- its change: {change}\n"
             f"- noise between seeds of one program: {describe_noise(noise)}")
 
 
