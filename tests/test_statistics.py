@@ -68,9 +68,9 @@ def make_run(name="this", num_steps=600, *, batch=BATCH, shift=0.0, val=0.99, wa
 
 def test_noise_is_the_prior_then_a_mixture_in_which_the_prior_fades():
     noise = analyze.compute_noise([entry("a", 1.0, "p"), entry("b", 0.9, "q")])
-    assert (noise.sigma, noise.measured) == (pytest.approx(0.001), None)
+    assert (noise.sigma, noise.freedom) == (pytest.approx(0.001), 0)
     pair = analyze.compute_noise([entry("a", 1.0, "p"), entry("b", 1.002, "p")])
-    assert pair.measured == pytest.approx(math.sqrt(2e-6))
+    assert pair.freedom == 1
     assert pair.sigma == pytest.approx(math.sqrt(4e-6 / 3))  # the prior's two degrees of freedom and one measured
     many = [entry(f"{g}{i}", 1.0 + i * 0.002, str(g)) for g in range(200) for i in range(2)]
     assert analyze.compute_noise(many).sigma == pytest.approx(math.sqrt(2e-6), rel=0.003)
@@ -105,7 +105,7 @@ def test_without_a_prior_two_replicates_do_not_make_a_claim():
 def test_crashes_invalid_and_hampered_runs_are_no_scores():
     broken = [entry("a", 1.0, "p"), entry("b", 0.5, "p", "invalid"), entry("c", 0.0, "p", "crash")]
     broken.append(entry("d", 1.1, "p", hampered=["steps took 2.3 times"]))
-    assert analyze.compute_noise(broken).measured is None
+    assert analyze.compute_noise(broken).freedom == 0
     assert analyze.compute_best(broken).names == ("a",)
 
 
@@ -186,7 +186,7 @@ def test_an_outlying_replicate_is_judged_without_itself():
     verdict = verdict_of(entry("x", 1.02, "p", "pending"), *others)
     assert verdict["kind"] == "replicate"
     assert verdict["standard_errors"] > 10
-    assert any("outside the noise" in line for line in analyze.render_kind(verdict))
+    assert "outside the noise" in analyze.render_replicates(verdict)[1]
 
 
 def test_a_replicate_that_takes_the_best_its_place_says_which_is_the_best_now():
@@ -200,7 +200,7 @@ def test_a_replicate_that_takes_the_best_its_place_says_which_is_the_best_now():
 
 @pytest.mark.parametrize("val", [0.9, 1.1])
 def test_a_hampered_run_is_no_evidence_whether_its_score_is_good_or_bad(val):
-    verdict = verdict_of(entry("b", val, "q", "pending"), entry("a", 1.0, "p"), hampered=["steps took 2.31 times"])
+    verdict = verdict_of(entry("b", val, "q", "pending", hampered=["steps took 2.31 times"]), entry("a", 1.0, "p"))
     assert (verdict["kind"], verdict["advice"], verdict["reasons"]) == ("hampered", "wait", ["steps took 2.31 times"])
     assert "difference" not in verdict
 
@@ -217,10 +217,37 @@ def test_a_stopped_run_is_stopped_and_a_killed_one_is_trained_again():
 def test_an_invalid_run_gives_its_reasons_and_is_never_said_to_be_counted():
     leaking = entry("b", 0.2, "p", "invalid", invalid=["the causality test failed"])
     verdict = verdict_of(leaking, entry("a", 1.0, "p"))
-    page = "\n".join(analyze.render_verdict({"verdict": verdict, "record": leaking.record, "prediction": ""}))
-    assert page.startswith("**INVALID**, not a result: val_bpb 0.200000. Best so far: 1.000000 (a).")
-    assert "- the causality test failed" in page
-    assert "ounted" not in page
+    assert analyze.render_verdict({"verdict": verdict, "record": leaking.record, "prediction": ""}) == [
+        "**INVALID**: val_bpb 0.200000, best so far 1.000000 (a).",
+        "- the causality test failed",
+        "Decision: discard (`uv run analyze.py discard`)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("this", "facts", "decision"),
+    [
+        (entry("b", 0.9, "q", "pending"), {}, "keep (`uv run analyze.py keep`)"),
+        (entry("b", 1.1, "q", "pending"), {}, "discard (`uv run analyze.py discard`)"),
+        (entry("b", None, "q", "crash"), {"is_killed": True},
+         "train the same commit again (`uv run train.py > run.log 2>&1`): the idea was not tested"),
+        (entry("b", 1.1, "q", "pending", hampered=["slow"]), {},
+         "train the same commit again (`uv run train.py > run.log 2>&1`), once the machine is quiet"),
+    ],
+)
+def test_the_last_line_of_the_verdict_is_the_decision_with_its_command(this, facts, decision):
+    verdict = verdict_of(this, entry("a", 1.0, "p"), **facts)
+    stats = {"verdict": verdict, "record": this.record, "prediction": "", "crash": None}
+    assert analyze.render_verdict(stats)[-1] == f"Decision: {decision}"
+
+
+def test_a_difference_has_its_error_wherever_the_noise_is_known():
+    others = [entry("a", 1.0, "p"), entry("a2", 1.001, "p")]
+    for program in ("p", "q"):
+        for facts in ({}, {"is_unchanged": True}):
+            verdict = verdict_of(entry("b", 0.99, program, "pending"), *others, **facts)
+            assert verdict["standard_error"] > 0
+            assert verdict["standard_errors"] == pytest.approx(verdict["difference"] / verdict["standard_error"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,20 +276,20 @@ def timed(name, step_ms, program, *, pace=None, **record):
 )
 def test_one_fixed_rule_says_whether_the_machine_held_a_run_back(step_ms, program, pace, is_hampered):
     earlier = [timed(f"r{i}", 100.0, "p", pace={"startup_s": 20.0}) for i in range(3)]
-    machine = analyze.compute_machine(timed("x", step_ms, program, pace=pace), earlier)
-    assert bool(machine["hampered"]) == is_hampered
+    reasons = analyze.compute_machine(timed("x", step_ms, program, pace=pace), earlier)
+    assert bool(reasons) == is_hampered
 
 
 def test_a_program_that_is_as_slow_again_is_slow_itself():
     earlier = [timed("r", 100.0, "p"), timed("s", 240.0, "q", hampered=["slow"])]
-    assert analyze.compute_machine(timed("t", 241.0, "q"), earlier)["hampered"] == []
+    assert analyze.compute_machine(timed("t", 241.0, "q"), earlier) == []
     shared = timed("t", 241.0, "q", pace={"other_gpu_mb": 9000.0})
-    assert "another process held 9000 MB" in analyze.compute_machine(shared, earlier)["hampered"][0]
+    assert "another process held 9000 MB" in analyze.compute_machine(shared, earlier)[0]
 
 
 def test_other_work_is_no_measure_of_the_machine():
     larger = timed("x", 240.0, "q", config={"flops_per_token": 5e8})
-    assert analyze.compute_machine(larger, [timed("r", 100.0, "p")])["hampered"] == []
+    assert analyze.compute_machine(larger, [timed("r", 100.0, "p")]) == []
 
 
 def test_stalls_that_cost_the_score_are_hampering_and_a_few_are_not():
@@ -271,14 +298,14 @@ def test_stalls_that_cost_the_score_are_hampering_and_a_few_are_not():
     run = make_run(**{"perf/step_time_ms": ms})
     pace = analyze.compute_pace(run)
     assert (pace["stalls"], pace["stalled_s"]) == (1, pytest.approx(11.5))
-    hampered = analyze.compute_machine(timed("x", 500.0, "p", pace=pace), [])["hampered"]
+    hampered = analyze.compute_machine(timed("x", 500.0, "p", pace=pace), [])
     assert hampered == ["1 step(s) took more than twice the median: 11.5 of 300 s lost"]
     pace["stalled_s"] = 5.0
-    assert analyze.compute_machine(timed("x", 500.0, "p", pace=pace), [])["hampered"] == []
+    assert analyze.compute_machine(timed("x", 500.0, "p", pace=pace), []) == []
 
 
 def test_a_machine_that_became_faster_is_named_before_a_gain_is_believed():
-    best = [timed("a", 130.0, "p")]
+    best = timed("a", 130.0, "p")
     assert analyze.compute_best_pace(timed("b", 100.0, "q"), best) == pytest.approx(0.3)
     assert analyze.compute_best_pace(timed("b", 125.0, "q"), best) is None
     assert analyze.compute_best_pace(timed("b", 100.0, "q", config={"flops_per_token": 5e8}), best) is None
@@ -356,13 +383,24 @@ def test_windows_of_a_later_epoch_are_marked_and_make_no_summary():
     assert any(line.startswith("* a later epoch") for line in analyze.render_paired(paired))
 
 
-def test_rates_and_batches_that_differ_are_named_from_the_logs():
-    this = make_run(warmdown=0.7, **{"lr/wte": [0.8] * 600, "lr/lm_head": [0.01] * 600})
-    rates = {"lr/wte": [0.6] * 1200, "lr/lm_head": [0.01] * 1200}
-    best = make_run("best", num_steps=1200, batch=BATCH // 2, **rates)
-    told = analyze.compute_rate_changes(this, best)
-    assert told == ["batch 262144 -> 524288 tokens", "lr_multiplier 1 -> 0.714 at 50%", "lr/wte 0.6 -> 0.8 at 25%"]
-    assert analyze.compute_rate_changes(best, best) == []
+def test_rates_schedules_and_batches_that_differ_are_named_and_other_knobs_are_not():
+    this, best = make_run(), make_run("best")
+    this.summary.update(depth=9, warmdown_ratio=0.7, matrix_lr=0.05, device_batch_size=64, total_batch_size=2**18)
+    best.summary.update(depth=8, warmdown_ratio=0.5, matrix_lr=0.05, device_batch_size=128)
+    assert analyze.compute_paired(this, [best])["rates"] == [
+        "total_batch_size 524288 -> 262144",
+        "warmdown_ratio 0.5 -> 0.7",
+    ]
+    assert analyze.compute_paired(best, [best])["rates"] == []
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 15, 35])
+def test_too_few_steps_in_common_are_one_line(num_steps):
+    for runs in ((make_run(num_steps=num_steps), make_run("best")), (make_run(), make_run("best", num_steps=num_steps))):
+        (line,) = analyze.render_paired(analyze.compute_paired(runs[0], [runs[1]]))
+        few = f"{num_steps} steps in common, and 40 are needed"
+        reason = few if num_steps > 2 else "one of the runs has no losses"
+        assert line == f"No pairing with best: {reason}."
 
 
 def test_a_loss_that_is_no_number_ends_the_curve_there():
@@ -374,7 +412,7 @@ def test_a_loss_that_is_no_number_ends_the_curve_there():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training and validation, speed and learning
+# Training and validation, and an edit without effect
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -383,36 +421,21 @@ def test_over_fitting_is_called_that_when_the_text_repeats_and_the_gap_opens():
     gap = analyze.compute_gap(make_run(val=0.90, **{"train/epoch": epochs}), [make_run("best", val=0.78)])
     assert sum(gap["this"]) == pytest.approx(0.90)
     assert gap["best"] == pytest.approx([gap["this"][0], 0.78 - gap["this"][0]])
-    assert (gap["is_overfitting"], gap["is_wider"]) == (True, True)
+    assert gap["is_overfitting"]
     assert not analyze.compute_gap(make_run(val=0.90), [])["is_overfitting"]  # one epoch
-
-
-def test_speed_is_priced_by_runs_of_one_program_at_other_token_counts():
-    price = 0.05  # bpb for e times fewer tokens
-    tokens = (300.0, 240.0, 270.0)
-    entries = [entry(f"r{i}", 1.0 + price * math.log(300 / t), "p", tokens_m=t) for i, t in enumerate(tokens)]
-    entries[1].record["hampered"] = ["slow"]
-    paired = {"total_tokens_m": [240.0, 300.0]}
-    this = entry("x", 1.0, "q", tokens_m=240.0)
-    why = analyze.compute_attribution(this, entries, paired, price * math.log(300 / 240) + 0.002)
-    assert why["speed_bpb"] == pytest.approx(price * math.log(300 / 240))
-    assert why["learning_bpb"] == pytest.approx(0.002)
-    assert why["num_pairs"] == 2
-    unknown = analyze.compute_attribution(this, entries[:1], paired, 0.01)
-    assert unknown["speed_bpb"] is None
-    assert "cannot tell speed from learning" in analyze.render_why(unknown)
-    equal = analyze.compute_attribution(this, entries, {"total_tokens_m": [300.0, 301.0]}, 0.01)
-    assert analyze.render_why(equal).startswith("Speed: -0.3% tokens, the same")
 
 
 def test_an_edit_that_changed_nothing_is_said_to_have_changed_nothing():
     this, best = make_run(), make_run("best")
-    changes = {"config": {}, "is_config_known": True}
-    paired = analyze.compute_paired(this, [best])
-    assert analyze.is_unchanged(this, best, paired, changes, {"difference": 0.0001, "standard_error": 0.001})
-    averaged = {"difference": -0.01, "standard_error": 0.001}  # only the score differs, as with averaged weights
+    changes, paired = {"config": {}, "is_config_known": True}, analyze.compute_paired(this, [best])
+    verdict = {"kind": "not better", "difference": 0.0001, "standard_error": 0.001}
+    assert analyze.is_unchanged(this, best, paired, changes, verdict)
+    averaged = verdict | {"difference": -0.01}  # only the score differs, as with averaged weights
     assert not analyze.is_unchanged(this, best, paired, changes, averaged)
-    assert not analyze.is_unchanged(this, best, paired, changes | {"config": {"depth": [8, 9]}}, {})
+    assert not analyze.is_unchanged(this, best, paired, changes | {"config": {"depth": [8, 9]}}, verdict)
+    rates = 0.05 + 0.95 * best.series("train/lr_multiplier")  # a schedule changed in the code
+    warmer = make_run(**{"train/lr_multiplier": rates.tolist()})
+    assert not analyze.is_unchanged(warmer, best, paired, changes, verdict)
     entries = [entry("best", 0.99, "p", config={"depth": 8}), entry("this", 0.99, "q", "pending", config={"depth": 8})]
     stats = analyze.compute_stats(this, entries[1], entries, [best])
     assert stats["verdict"]["kind"] == "unchanged"
@@ -420,9 +443,7 @@ def test_an_edit_that_changed_nothing_is_said_to_have_changed_nothing():
     assert analyze.compute_history([entries[0], analyze.Entry("this", "discard", "", stats["record"])])["lineage"] == [
         ["best", 0.99, ""]
     ]
-    verdict = verdict_of(entry("b", 1.0, "q", "pending"), entry("a", 1.0, "p"), is_unchanged=True)
-    assert verdict["kind"] == "unchanged"
-    assert "changed nothing" in analyze.render_kind(verdict)[0]
+    assert any("changed nothing" in line for line in analyze.render_verdict(stats))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,16 +451,48 @@ def test_an_edit_that_changed_nothing_is_said_to_have_changed_nothing():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_scalars_start_where_the_configuration_says_and_stand_beside_the_bests():
-    scalars = [None] * 600
-    for i, value in ((0, -0.4), (300, 2.0), (599, 4.79)):
-        scalars[i] = [value, value]
-    this, best = make_run(**{"scalars/x0_lambdas": scalars}), make_run("best")
-    this.summary["x0_lambda_init"] = 0.1
+def layers_of(**series):
+    """Looks at one step in ten: `series` name a list of what is seen early and late, by layer or parameter."""
+    names = {"layers/names": ["a", "b", "c"], "params/names": ["p", "q", "r"]}
+    columns = {}
+    for key in (*names, *series):
+        looks = [None] * 600
+        for i in range(0, 600, 10):
+            looks[i] = names[key] if key in names else series[key][0 if i < 300 else 1]
+        columns[key] = looks
+    return make_run(**columns)
+
+
+def test_what_is_dead_without_gradient_or_exploding_comes_before_what_is_unlike_the_best():
+    this = layers_of(**{
+        "layers/rms": [[1.0, 1.0, 1.0], [1.1, 50.0, 3.5]],
+        "layers/dead": [[0.0, 0.0, 0.0], [0.0, 0.0, 0.25]],
+        "params/grad_rms": [[1.0, 1.0, 1.0], [1.0, 0.0, 0.2]],
+    })
+    best = layers_of(**{"layers/rms": [[1.0] * 3] * 2, "params/grad_rms": [[1.0] * 3] * 2})
     assert analyze.compute_layers(this, best) == [
-        "x0_lambdas: median 0.1 at the start, 2 half-way, 4.79 at the end; 4.79 (layer 0) to 4.79 (layer 0); "
-        "unremarkable in the best"
+        "gradient RMS of q: 0, no gradient (early 1, best 1)",
+        "output RMS of b: 50, exploding (early 1, best 1)",
+        "dead units of c: 0.25, dead (early 0, best unknown)",
+        "gradient RMS of r: 0.2 (early 1, best 1)",
+        "output RMS of c: 3.5 (early 1, best 1)",
     ]
+    assert analyze.compute_layers(best, best) == []
+
+
+def test_the_eight_largest_departures_are_named_and_two_of_a_kind():
+    many = {f"scalars/s{i}": [[1.0, 1.0], [10.0 + i, 10.0 + i]] for i in range(9)}
+    this = layers_of(**many, **{"layers/rms": [[1.0] * 3, [9.0, 8.0, 7.0]]})
+    best = layers_of(**{"layers/rms": [[1.0] * 3] * 2})
+    assert [line.split(":")[0] for line in analyze.compute_layers(this, best)] == [
+        "scalar of s8", "scalar of s7", "output RMS of a", "output RMS of b"]
+
+
+def test_scalars_start_where_the_configuration_says_and_stand_beside_the_bests():
+    this = layers_of(**{"scalars/x0_lambdas": [[-0.4, -0.4], [4.79, 4.79]]})
+    best = layers_of(**{"scalars/x0_lambdas": [[-0.4, -0.4], [2.0, 2.0]]})
+    this.summary["x0_lambda_init"] = 0.1
+    assert analyze.compute_layers(this, best) == ["scalar of x0_lambdas: 4.79 (early 0.1, best 2)"]
 
 
 def test_the_page_is_short_whatever_happens_and_begins_with_the_verdict_and_the_paired_curve():
@@ -453,15 +506,16 @@ def test_the_page_is_short_whatever_happens_and_begins_with_the_verdict_and_the_
     assert page.count("\n") < analyze.PAGE_LINES
     assert len(page.encode()) < analyze.PAGE_BYTES
     headings = [line for line in page.split("\n") if line.startswith("## ")]
-    assert headings[:3] == ["## Verdict", "## Paired curve", "## Learning and speed"]
+    assert headings[:3] == ["## Verdict", "## Paired curve", "## Training and validation"]
+    assert page.partition("\n\n## Paired curve")[0].endswith("\nDecision: keep (`uv run analyze.py keep`)")
     assert "**NEW BEST**: val_bpb 0.980000, best so far 0.990000 (best), difference -0.010000 ± 0.001414 bpb" in page
     assert json.loads(json.dumps(stats)) == stats
 
 
-def test_compare_shows_costs_settings_that_differ_and_the_paired_curve():
+def test_compare_shows_scores_settings_that_differ_and_the_paired_curve():
     runs = [make_run("aaa"), make_run("bbb", shift=0.01)]
     runs[1].summary["depth"] = 9
     text = analyze.render_compare(runs, [entry("aaa", 0.99, "p"), entry("bbb", 0.98, "q")])
-    assert "| `depth` | - | 9 |" in text
+    assert "| val_bpb | 0.990000 | 0.980000 |\n| `depth` | null | 9 |\n\n" in text
     assert "## bbb against aaa" in text
     assert f"{0.01 * KAPPA:+.5f} ± 0.00000" in text
