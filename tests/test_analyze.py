@@ -481,7 +481,11 @@ def test_a_last_step_of_more_than_a_fifth_of_the_budget_is_invalid(lab):
 def test_another_analyze_makes_new_runs_invalid_but_not_another_comment_in_it(lab):
     lab.baseline()
     facts = json.loads((lab.archive / "archive.json").read_text())
-    assert facts["analyze_program"] == analyze.program_hash("# a comment\n" + SCRIPT.read_text())
+    another = lab.folder / "analyze.py"
+    another.write_text("# a comment\n" + SCRIPT.read_text().replace("\n\n\n# ---", "\n# more\n\n# ---"))
+    code = "import analyze; print(analyze.analyze_program())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=lab.folder, capture_output=True, text=True, check=True)
+    assert facts["analyze_program"] == done.stdout.strip()
     (lab.archive / "archive.json").write_text(json.dumps(facts | {"analyze_program": "0" * 16}))
     lab.train(0.998)
     assert "- analyze.py is not what this archive began with (" in (said := lab.analyze()[1])
@@ -617,7 +621,7 @@ def test_stop_ends_a_run_which_is_filed_as_stopped_with_its_metrics(lab):
     start = json.loads((lab.folder / "run_start.json").read_text())
     (lab.folder / "run_start.json").write_text(json.dumps(start | {"pid": process.pid}))
     lab.log_steps(make_records(10))
-    assert "is stopped: `uv run analyze.py` files it, with its metrics" in lab.analyze("stop")[1]
+    assert "has ended: `uv run analyze.py` files it, with its metrics" in lab.analyze("stop")[1]
     assert process.wait() != 0
     assert lab.analyze()[0] == 0
     assert lab.rows()[1] == (name, "nan", "nan", "discard", "depth 9")
@@ -1174,6 +1178,72 @@ def test_check_and_status_see_what_is_under_way_in_another_worktree(lab, monkeyp
         assert f"this program is being trained now: {commit} in {other.folder}: depth 9\n" in lab.analyze("check")[1]
         assert f"under way elsewhere: {commit} in {other.folder}: depth 9\n" in lab.analyze("status")[1]
     assert lab.analyze("check")[1].startswith(f"against {base}: depth 8 -> 9")
+
+
+def test_check_refuses_a_configuration_that_was_trained_in_another_spelling(lab):
+    base = lab.baseline()
+    (lab.folder / "train.py").write_text(PROGRAM + "CONFIG = Config(depth=9)\n")
+    assert lab.analyze("check")[0] == 0
+    name = lab.commit("nine", PROGRAM + "CONFIG = Config(depth=9)\n")
+    lab.train(1.1, config={"depth": 9})
+    lab.analyze()
+    (lab.folder / "train.py").write_text(variant(depth=9) + "CONFIG = Config()\n")
+    code, said, _ = lab.analyze("check")
+    assert code == 1
+    assert said.startswith(f"this configuration was trained before: {name} scored 1.100000, pending: nine\n")
+    (lab.folder / "train.py").write_text(variant(depth=8, matrix_lr=0.05) + "CONFIG = Config()\n")
+    assert lab.analyze("check")[1].startswith(f"against {base}: matrix_lr 0.04 -> 0.05")
+
+
+@pytest.mark.parametrize(("ending", "code"), [("", 0), ("RuntimeError: unspecified launch failure\n", 0), ("x\n", 0),
+                                              ("NameError: name 'x' is not defined\n", 1)])
+def test_check_lets_a_killed_run_be_trained_again_but_not_one_that_failed_by_itself(lab, ending, code):
+    lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    lab.crash(ending)
+    lab.analyze()
+    assert lab.analyze("check")[0] == code
+
+
+def next_of(lab):
+    said = lab.analyze("status")[1].splitlines()[-1]
+    assert said == f"next: {json.loads(lab.analyze('status', '--json')[1])['next']}"
+    return said.removeprefix("next: ")
+
+
+def test_the_last_line_of_the_status_says_what_to_do_now(lab):
+    (lab.folder / "prepare.py").write_text("def load_manifest():\n    return {'source': 'here', 'fingerprint': 'f00'}\n")
+    lab.commit("baseline")
+    assert next_of(lab) == "uv run analyze.py start"
+    lab.analyze("start", "tag")
+    assert next_of(lab) == "train the baseline (program.md, step 2)"
+    lab.start()
+    lab.log_steps(make_records(2))
+    with in_progress(lab.folder):
+        assert next_of(lab) == "uv run analyze.py --wait"
+    lab.train(0.998)
+    assert next_of(lab) == "uv run analyze.py"
+    lab.analyze()
+    name = lab.rows()[-1][0]
+    assert next_of(lab) == f"read .auto-log-research/{name}/analysis.md, then keep or discard {name}"
+    lab.analyze("keep")
+    assert next_of(lab) == "the next idea (program.md, step 8)"
+    (lab.folder / "train.py").write_text(variant(depth=9))
+    assert next_of(lab) == "finish that edit (git diff), then check, commit, train"
+    lab.commit("depth 9", variant(depth=9))
+    assert next_of(lab) == "train (this commit has no run)"
+    lab.crash("crash: the loss is NaN at step 7\n")
+    lab.analyze()
+    assert next_of(lab) == "uv run analyze.py discard"
+    lab.analyze("discard")
+    assert lab.git("log", "-1", "--format=%s").startswith("Back to the best")
+    assert next_of(lab) == "the next idea (program.md, step 8)"
+    lab.commit("depth 10", variant(depth=10))
+    lab.crash("error: no CUDA device\n")
+    assert next_of(lab) == "mend that, then train again"
+    lab.crash("step 3\n")
+    lab.analyze()
+    assert next_of(lab) == "train the same commit again"
 
 
 def test_start_makes_the_branch_and_the_two_files_and_may_be_repeated(lab):
