@@ -63,14 +63,10 @@ if TYPE_CHECKING:  # imported where they are used: pandas takes 0.4 s and matplo
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-START, LOG, METRICS, EVAL, SUMMARY = (
-    "run_start.json",
-    "run.log",
-    "metrics.jsonl",
-    "eval_record.json",
-    "run_summary.json",
-)
-RESULTS, DAMAGED, FACTS = "results.tsv", "results.damaged.tsv", "archive.json"
+START, LOG, METRICS = "run_start.json", "run.log", "metrics.jsonl"
+EVAL, SUMMARY = "eval_record.json", "run_summary.json"
+OUTPUTS = (START, LOG, METRICS, EVAL, SUMMARY)
+RESULTS, FACTS = "results.tsv", "archive.json"
 INSIGHTS, QUEUE = "insights.md", "ideas_queue.md"
 STATS, ANALYSIS = "stats.json", "analysis.md"
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
@@ -117,13 +113,14 @@ COMPARABLE = {
     "demo": ("AUTORESEARCH_DEMO", "set it as before"),
 }
 # Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go through number().
-FIELD_TYPES = {"modules": dict, "faults": list, "demo": bool, "git_dirty": bool, "causal": bool} | dict.fromkeys(
-    (
-        *("run_id", "git_commit", "train_py", "measurement_sha256", "analyze_program", "analyze_sha256"),
-        *("data_fingerprint", "ended", "host", "finding", *MACHINE_KEYS),
-    ),
-    str,
-)
+TEXTS = ("run_id", "git_commit", "train_py", "measurement_sha256", "analyze_program", "data_fingerprint", "ended")
+FIELD_TYPES = dict.fromkeys((*TEXTS, "host", "finding", *MACHINE_KEYS), str) | {
+    "modules": dict,
+    "faults": list,
+    "demo": bool,
+    "git_dirty": bool,
+    "causal": bool,
+}
 
 # Failures of the machine or its set-up: reported, and not filed as an experiment.
 ENVIRONMENT_SIGNS = re.compile(
@@ -136,26 +133,15 @@ ENVIRONMENT_SIGNS = re.compile(
     r"|Permission denied: '[^']*(?:torchinductor|triton|\.cache)|uv: (?:command )?not found"
     r"|No module named '(?:torch|numpy|pyarrow|tiktoken|rustbpe|requests|prepare)'"
 )
-# Known causes of a crash, the first that matches the end of the log, with what usually helps.
+LAUNCH = r"unspecified launch failure|illegal memory access|CUDA_ERROR_LAUNCH_FAILED|CUBLAS_STATUS_\w+"
+# Known causes of a crash, as its reason shows them, with what usually helps.
 CRASH_CAUSES = (
-    ("out of memory", r"out of memory|OutOfMemoryError|out of GPU memory",
-     "halve device_batch_size (gradient accumulation keeps the total batch), or shrink what grew; look for another job "
-     "on the GPU if the program is small"),
-    ("a failed launch on the GPU: the machine's fault or the program's",
-     r"unspecified launch failure|illegal memory access|CUDA_ERROR_LAUNCH_FAILED|CUBLAS_STATUS_\w+|cudaErrorLaunch",
+    ("out of memory", r"out of (?:GPU )?memory|OutOfMemoryError",
+     "halve device_batch_size (gradient accumulation keeps the total batch), or shrink what grew"),
+    ("not a number, or the loss exploded", r"\bnan\b|not finite|non-finite|loss above",
+     "lower the learning rate that changed, or look for a division, log or square root near zero"),
+    ("a failed launch on the GPU: the machine's fault or the program's", LAUNCH,
      "train the same commit once more; if it fails again it is the program's"),
-    ("not a number, or the loss exploded", r"\bnan\b|not finite|non-finite|\binf\b|explod|loss above",
-     "lower the learning rate that changed, add warm-up, or look for a division, log or square root near zero"),
-    ("shapes do not fit", r"shapes? .*cannot be multiplied|size mismatch|must match the size|invalid for input of size"
-     r"|not divisible|shape mismatch|Expected size|same number of dimensions|not compatible with"
-     r"|reduction dim|broadcast",
-     "print the shapes at the line named; width is depth x aspect_ratio rounded up to a multiple of head_dim"),
-    ("compile failure", r"torch\._dynamo|torch\._inductor|InductorError|BackendCompilerFailed|\btriton\b",
-     "compile the smallest function that fails; data-dependent shapes and Python side effects are the usual reason"),
-    ("the program does not parse or a name is wrong",
-     r"SyntaxError|IndentationError|NameError|ImportError|ModuleNotFound|AttributeError|TypeError",
-     "a slip in the edit: fix it and run again"),
-    ("an assertion of the program failed", r"AssertionError", "the change broke what the assertion guards"),
 )
 KILLED = "killed from outside, or out of time"
 KILLED_HELP = "the idea was not tested: train the same commit again; see whether the machine's own memory ran out"
@@ -164,6 +150,7 @@ UNPRINTABLE = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
+SWITCH = dict.fromkeys(("", "0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
 
 
 class AnalyzeError(ValueError):
@@ -176,10 +163,10 @@ class AnalyzeError(ValueError):
 
 
 def is_demo() -> bool:
-    value = os.environ.get("AUTORESEARCH_DEMO", "").lower()
-    if value not in ("", "0", "false", "no", "off", "1", "true", "yes", "on"):
+    value = os.environ.get("AUTORESEARCH_DEMO", "")
+    if value.lower() not in SWITCH:
         raise AnalyzeError(f"AUTORESEARCH_DEMO={value} is neither yes nor no: set it to 1, or unset it")
-    return value in ("1", "true", "yes", "on")
+    return SWITCH[value.lower()]
 
 
 def archive_dir(demo: bool | None = None) -> Path:
@@ -191,15 +178,12 @@ def archive_dir(demo: bool | None = None) -> Path:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write the whole file or nothing: a reader never sees half of it."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
-            if isinstance(data, str):  # the books must outlive a power cut; a picture can be drawn again
-                f.flush()
-                os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open(temporary, "wb") as f:
+        f.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
+        if isinstance(data, str):  # the books must outlive a power cut; a picture can be drawn again
+            f.flush()
+            os.fsync(f.fileno())
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -227,16 +211,13 @@ def read_text(path: Path) -> str | None:
 
 def read_log(path: Path) -> str | None:
     """The log, of a very long one both ends. None where there is none."""
-    try:
-        with open(path, "rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(0)
-            data = f.read(LOG_BYTES if size <= LOG_BYTES else LOG_BYTES // 4)
-            if size > LOG_BYTES:
-                f.seek(-LOG_BYTES // 2, os.SEEK_END)
-                data += f"\n[{size - LOG_BYTES * 3 // 4} bytes left out]\n".encode() + f.read()
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    with open(path, "rb") as f:
+        data = f.read(LOG_BYTES)
+        if f.read(1):
+            f.seek(-LOG_BYTES // 2, os.SEEK_END)
+            data = data[: LOG_BYTES // 4] + b"\n[the middle is left out]\n" + f.read()
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -268,21 +249,22 @@ def read_json(path: Path) -> dict | None:
     return value
 
 
-def read_fields(path: Path, damage: list[str]) -> dict | None:
-    """A JSON object whose known fields have the right types, None where there is none. The rest goes into `damage`."""
+def read_fields(path: Path, damage: list[str]) -> dict:
+    """A JSON object whose known fields have the right types, empty where there is none. What has not is added to
+    `damage`."""
     try:
-        value = read_json(path)
+        value = read_json(path) or {}
     except ValueError as e:
         damage.append(str(e))
-        return None
+        return {}
     for key, kind in FIELD_TYPES.items():
-        if value and not isinstance(value.get(key), kind | None):
+        if not isinstance(value.get(key), kind | None):
             damage.append(f"{path.name}: {key} is {clip(repr(value.pop(key)), 40)}, taken for missing")
     return value
 
 
-def sha256(data: str | bytes) -> str:
-    return hashlib.sha256(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data).hexdigest()
+def sha256(data: str) -> str:
+    return hashlib.sha256(data.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def number(value: object) -> float | None:
@@ -308,37 +290,41 @@ def clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def first_free(name: str, is_taken: Callable[[str], bool], mark: str = "-") -> str:
+    """The name, or with the lowest number behind it that is not taken."""
+    names = itertools.chain([name], (f"{name}{mark}{i}" for i in itertools.count(2)))
+    return next(n for n in names if not is_taken(n))
+
+
 def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     """git without hooks, prompts, colors and signatures, whatever its configuration says, and in English."""
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_EDITOR": "true", "LC_ALL": "C"}
     options = ["-c", "core.hooksPath=/dev/null", "-c", "log.showSignature=false", "-c", "color.ui=false"]
     command = ["git", "-C", str(folder), *options, *arguments]
-    return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=os.environ | quiet)
+    try:
+        return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=os.environ | quiet)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, b"", b"not a git repository: git is not installed")
 
 
 def git(folder: Path, *arguments: str) -> str | None:
     """What git printed, None where it failed: no git, no repository, no such commit."""
-    try:
-        done = run_git(folder, *arguments)
-    except FileNotFoundError:
-        return None
+    done = run_git(folder, *arguments)
     return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
 
 
 def check_git(folder: Path) -> None:
     """AnalyzeError with git's own reason where there is a repository that git refuses to read."""
-    with contextlib.suppress(FileNotFoundError):
-        done = run_git(folder, "rev-parse", "--git-dir")
-        said = done.stderr.decode(errors="replace").strip()
-        if done.returncode and "not a git repository" not in said:
-            raise AnalyzeError(f"git cannot read this repository: {one_line(said)}")
+    done = run_git(folder, "rev-parse", "--git-dir")
+    if done.returncode and b"not a git repository" not in done.stderr:
+        raise AnalyzeError(f"git cannot read this repository: {one_line(done.stderr.decode(errors='replace'))}")
 
 
 def git_commit(folder: Path, message: str, files: list[str]) -> None:
     """Commit these files and no others. Without hooks and signing: nobody is there to answer a prompt."""
     run_git(folder, "add", "--", *files)
     who = []
-    if run_git(folder, "var", "GIT_COMMITTER_IDENT").returncode:  # as in a container without a home
+    if git(folder, "var", "GIT_COMMITTER_IDENT") is None:  # as in a container without a home
         who = ["-c", "user.name=auto-log-research", "-c", "user.email=auto-log-research@localhost"]
     done = run_git(folder, *who, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "-m", message, "--", *files)
     if done.returncode:
@@ -355,11 +341,13 @@ def try_lock(file: IO, how: int) -> bool:
     return True
 
 
-def is_locked(path: Path) -> bool:
+def is_running(folder: Path) -> bool:
+    """Whether a run is under way there: it holds a lock on its metrics for its whole life. Asking takes the lock for
+    an instant."""
     try:
-        with open(path, "rb") as f:
+        with open(folder / METRICS, "rb") as f:
             return not try_lock(f, fcntl.LOCK_SH)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -376,10 +364,9 @@ def locked(archive: Path) -> Iterator[None]:
             time.sleep(0.02)
         lock.truncate(0)
         print(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)[:200]}", file=lock, flush=True)
-        # What a killed process left half written: nobody else writes under the lock.
-        for leftover in [*archive.glob(".tmp-*"), *archive.glob("*/.tmp-*")]:
-            if leftover.parent.name not in ("unfiled", "demo"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        for path in [*archive.glob(".tmp-*"), *archive.glob("*/.tmp-*")]:  # of a process that was killed
+            if path.parent.name not in ("unfiled", "demo"):  # where others write without this lock
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if not (archive / ".gitignore").exists():
             write_atomic(archive / ".gitignore", "*\n")
         yield
@@ -393,7 +380,7 @@ def locked(archive: Path) -> Iterator[None]:
 @dataclass(frozen=True)
 class Run:
     """What one run left. A run that crashed has an empty summary and no evaluation; one that died before it could
-    begin has no `start`. `damage` names what could not be read."""
+    begin has no `start`. `damage` names what could not be read; `files` are those of its folder that are its own."""
 
     name: str
     path: Path
@@ -404,6 +391,7 @@ class Run:
     log: str | None = field(repr=False)
     train_py: str | None = field(repr=False)
     damage: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -442,35 +430,43 @@ class Run:
         found = (part.get(key) for part in (self.evaluation or {}, self.summary, self.start))
         return next((value for value in found if value is not None), None)
 
+    @property
+    def run_id(self) -> str | None:
+        return self.start.get("run_id") or self.summary.get("run_id") or log_run_id(self.log)
+
+    @cached_property
+    def identity(self) -> str:
+        """What makes this run this run: its id, or where it has none, the contents it left and when."""
+        if self.run_id:
+            return f"run:{self.run_id}"
+        written_ns = [path.stat().st_mtime_ns for path in self.files if path.name == LOG]
+        return "contents:" + sha256(json.dumps([self.summary, self.records[-1:], self.log, written_ns]))[:16]
+
 
 def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
     """The records of a metrics.jsonl and the damage, if any. A last line cut short, as a kill leaves it, is none."""
     records, bad = [], []
     lines = text.split("\n")
     for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
-        elif i < len(lines):
-            bad.append(i)
+        elif line.strip() and i < len(lines):
+            bad.append(str(i))
     if not bad:
         return records, []
-    named = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-    return records, [f"{METRICS}: {len(bad)} damaged line(s) left out (line {named})"]
+    return records, [f"{METRICS}: {len(bad)} damaged line(s) left out (line {clip(', '.join(bad), 40)})"]
 
 
 def parse_closing_block(log: str | None) -> dict:
     """The closing `key: value` block of a finished run, numbers where they are numbers; empty if there is none."""
-    block = (log or "").replace("\r", "\n").rpartition("\n---\n")[2]
     values: dict = {}
-    for key, value in re.findall(r"^(\w+):\s+(\S+)\s*$", block, re.M):
+    for key, value in re.findall(r"^(\w+):\s+(\S+)\s*$", (log or "").rpartition("\n---\n")[2], re.M):
         is_number = re.fullmatch(r"-?\d{1,15}(\.\d+)?", value)
-        values[key] = (float(value) if "." in value else int(value)) if is_number else value
+        values[key] = float(value) if is_number else value
     return values if number(values.get("val_bpb")) is not None else {}
 
 
@@ -480,24 +476,18 @@ def log_run_id(log: str | None) -> str | None:
     return found[1] if found else None
 
 
-def load_folder(folder: Path, name: str = "", files: set[str] | None = None) -> Run:
+def load_folder(folder: Path, name: str = "", files: Iterable[str] | None = None) -> Run:
     """The run whose files lie in `folder`; `files` limits it to those that are this run's."""
     damage: list[str] = []
-
-    def is_own(file: str) -> bool:
-        return files is None or file in files
-
-    start, summary, evaluation = (
-        read_fields(folder / file, damage) if is_own(file) else None for file in (START, SUMMARY, EVAL)
-    )
-    log = read_log(folder / LOG) if is_own(LOG) else None
-    log = None if log is None else printable(log)
-    if summary is None and (block := parse_closing_block(log)):
-        summary = block  # a program that writes no summary, or a summary that was lost
+    own = {file: folder / file for file in files or (*OUTPUTS, "train.py") if (folder / file).exists()}
+    start, summary, evaluation = (read_fields(own[f], damage) if f in own else {} for f in (START, SUMMARY, EVAL))
+    log = printable(read_log(own[LOG])) if LOG in own else None
+    if not summary and (summary := parse_closing_block(log)):  # a program that writes none, or one that was lost
         damage.append(f"{SUMMARY} is missing: the closing block of {LOG} stands in")
-    records, bad_lines = parse_metrics((read_text(folder / METRICS) or "") if is_own(METRICS) else "")
-    train_py = (start or {}).get("train_py") or (read_text(folder / "train.py") if is_own("train.py") else None)
-    return Run(name, folder, start or {}, summary or {}, evaluation, records, log, train_py, (*damage, *bad_lines))
+    records, bad_lines = parse_metrics(read_text(own[METRICS])) if METRICS in own else ([], [])
+    train_py = start.get("train_py") or (read_text(own["train.py"]) if "train.py" in own else None)
+    remarks = (*damage, *bad_lines)
+    return Run(name, folder, start, summary, evaluation or None, records, log, train_py, remarks, (*own.values(),))
 
 
 def load_run(name: str, archive: Path | None = None) -> Run:
@@ -520,10 +510,9 @@ def resolve_name(wanted: str, names: list[str]) -> str:
 
 def run_folders(archive: Path) -> list[Path]:
     """The folders of filed runs, by name."""
-    if not archive.is_dir():
-        return []
-    folders = (p for p in archive.iterdir() if not p.name.startswith("."))
-    return sorted(p for p in folders if any((p / file).exists() for file in (STATS, START, SUMMARY)))
+    marks = (STATS, START, SUMMARY)
+    folders = sorted(archive.glob("[!.]*/"))
+    return [folder for folder in folders if any((folder / mark).exists() for mark in marks)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,27 +521,16 @@ def run_folders(archive: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of results.tsv. `problem` says why a line cannot be read."""
-
-    line: str
-    name: str = ""
-    val_bpb: float | None = None
-    status: str = ""
-    description: str = ""
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
 class Entry:
-    """A run in the books: its row (status and description are the row's, so that hand edits hold) and its record, whose
-    score counts whatever the row says. `stats` is the rest of what was computed when it was analyzed."""
+    """A run in the books: its row of results.tsv, whose status and description hold, so that they can be edited, and
+    its record, whose score counts whatever the row says. `stats`: the rest of what its analysis computed."""
 
     name: str
     status: str
     description: str
     record: dict = field(repr=False)
     stats: dict = field(repr=False, default_factory=dict)
+    row: str = ""
 
     @property
     def val_bpb(self) -> float | None:
@@ -578,37 +556,32 @@ class Entry:
 
 @dataclass(frozen=True)
 class Book:
-    entries: list[Entry]
-    rows: list[Row]
-    unbooked: list[str]  # filed, without a row
-    facts: dict
+    entries: list[Entry]  # in the order of their rows
     problems: list[str]
-    identities: dict[str, str] = field(default_factory=dict)  # to the name under which that run is filed
-    damaged: list[Row] = field(default_factory=list)  # lines that are no row of a run
+    facts: dict = field(default_factory=dict)  # what the archive began with: of its first valid run
 
     def entry(self, name: str) -> Entry:
         return next(e for e in self.entries if e.name == name)
 
-    def named(self, identity: str) -> str | None:
-        return self.identities.get(identity)
-
-    def is_unscored(self, name: str) -> bool:
-        return any(e.name == name and not e.record.get("is_finished") for e in self.entries)
+    def find(self, run: Run) -> Entry | None:
+        """The entry under which this run is filed."""
+        return next((e for e in self.entries if e.record["identity"] == run.identity), None)
 
 
-def parse_row(line: str) -> Row:
-    cells = line.rstrip("\r\n").split("\t", 4)
+def read_row(line: str, records: dict[str, dict], entries: dict[str, Entry]) -> Entry:
+    """The entry that a line of results.tsv is about. ValueError says why it is about none, or about one of those that
+    earlier lines gave."""
+    cells = [cell.strip() for cell in line.split("\t", 4)]
     if len(cells) != 5:
-        return Row(line, problem=f"{len(cells)} columns where five are due")
-    name, val, memory, status, description = (cell.strip() for cell in cells)
-    try:
-        val_bpb, _ = float(val), float(memory)
-    except ValueError:
-        return Row(line, problem=f"val_bpb {val!r} or memory_gb {memory!r} is not a number")
+        raise ValueError(f"{len(cells)} columns where five are due")
+    name, _, _, status, description = cells
+    if name not in records:
+        raise ValueError(f"no files of a run {clip(name, 40)!r} in the archive")
+    if name in entries:
+        raise ValueError(f"a second row of {name}")
     if status not in STATUSES:
-        return Row(line, problem=f"status {status!r} is none of {', '.join(STATUSES)}")
-    is_score = status != "crash" and math.isfinite(val_bpb)
-    return Row(line, name, val_bpb if is_score else None, status, one_line(description))
+        raise ValueError(f"status {clip(status, 40)!r} is none of {', '.join(STATUSES)}")
+    return Entry(name, status, one_line(description), records[name], row=line.rstrip("\n") + "\n")
 
 
 def format_row(name: str, record: dict, status: str, description: str) -> str:
@@ -617,11 +590,6 @@ def format_row(name: str, record: dict, status: str, description: str) -> str:
     val, memory = (math.nan if x is None else x for x in (val, memory))
     cells = ["0.000000", "0.0"] if status == "crash" else [f"{val:.6f}", f"{memory:.1f}"]
     return "\t".join([name, *cells, status, one_line(description)]) + "\n"
-
-
-def load_rows(archive: Path) -> list[Row]:
-    lines = (read_text(archive / RESULTS) or "").splitlines(keepends=True)
-    return [parse_row(line) for line in lines if line.strip("\0 \r\n") and not line.startswith("commit\t")]
 
 
 def read_stats(folder: Path) -> dict:
@@ -640,66 +608,64 @@ def parse_stats(path: Path, written_ns: int) -> dict:
     return stats if isinstance(record, dict) and isinstance(record.get("identity"), str) else {}
 
 
-def load_record(folder: Path) -> dict:
-    """What the books need of a run, from its stats.json; worked out again where that is lost or damaged."""
-    if record := read_stats(folder).get("record"):
-        return record
-    return compute_record(load_folder(folder, folder.name), load_facts(folder.parent, []), Origin(folder.name))
-
-
-def is_run_complete(folder: Path) -> bool:
-    """Whether a run's pages were all written: its statistics are written last."""
-    return "verdict" in read_stats(folder) and (folder / ANALYSIS).exists()
-
-
-def load_facts(archive: Path, problems: list[str]) -> dict:
-    """What the archive began with: the values of its first valid run."""
-    return read_fields(archive / FACTS, problems) or {}
-
-
-def load_records(archive: Path, problems: list[str]) -> tuple[dict[str, dict], dict[str, str]]:
-    """Name to record of every run, and identity to name. A copy of a run's folder is no second run."""
-    records = {folder.name: load_record(folder) for folder in run_folders(archive)}
-    identities: dict[str, str] = {}
-    for name, record in sorted(records.items(), key=lambda item: item[1].get("name", item[0]) != item[0]):
-        first = identities.setdefault(record["identity"], name)
+def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, dict]:
+    """Name to record of every run; worked out again where it is lost. A copy of a run's folder is no second run."""
+    records = {}
+    for folder in run_folders(archive):
+        record = read_stats(folder).get("record")
+        records[folder.name] = record or compute_record(load_folder(folder, folder.name), facts, Origin(folder.name))
+    names: dict[str, str] = {}
+    for name in sorted(records, key=lambda name: records[name].get("name", name) != name):
+        first = names.setdefault(records[name]["identity"], name)
         if first != name:
             problems.append(f"{name} is a copy of {first}: left out")
             del records[name]
-    return records, identities
+    return records
 
 
 def load_book(archive: Path) -> Book:
-    """Rows and records joined, in the order of the rows. Damaged rows and rows without a run are named, not counted."""
+    """Rows and records joined. A line that is no row of a run is named and left out; a run without a row has one made
+    of its record, before those that started later."""
     problems: list[str] = []
-    rows, facts = load_rows(archive), load_facts(archive, problems)
-    records, identities = load_records(archive, problems)
-    entries, seen, damaged = [], set(), []
-    for i, row in enumerate(rows, 2):
-        problem = row.problem
-        if problem is None and row.name in seen:
-            problem = f"a second row of {row.name}"
-        elif problem is None and row.name not in records:
-            problem = f"no files of a run {clip(row.name, 40)!r} in the archive"
-        if problem:
-            problems.append(f"{RESULTS} line {i}: {problem}: not counted")
-            damaged.append(row)
-            continue
-        seen.add(row.name)
-        this = Entry(row.name, row.status, row.description, records[row.name], read_stats(archive / row.name))
-        entries.append(this)
-        if None not in (row.val_bpb, this.val_bpb) and abs(row.val_bpb - this.val_bpb) > 1e-6:
-            problems.append(
-                f"{RESULTS} line {i}: {row.val_bpb:.6f} is not what {row.name} scored: {this.val_bpb:.6f} counts"
-            )
-    unbooked = sorted(records.keys() - seen, key=lambda name: number(records[name].get("started_unix")) or math.inf)
-    return Book(entries, [row for row in rows if row not in damaged], unbooked, facts, problems, identities, damaged)
+    facts = read_fields(archive / FACTS, problems)
+    records = load_records(archive, facts, problems)
+    entries: dict[str, Entry] = {}
+    for i, line in enumerate((read_text(archive / RESULTS) or "").splitlines(keepends=True), 1):
+        if line.strip("\0 \r\n") and not line.startswith("commit\t"):
+            try:
+                this = read_row(line, records, entries)
+            except ValueError as e:
+                problems.append(f"{RESULTS} line {i}: {e}: not counted")
+                continue
+            entries[this.name] = this
+            said = line.split("\t")[1].strip()
+            if this.val_bpb is not None and said != f"{this.val_bpb:.6f}":
+                problems.append(f"{RESULTS} line {i}: {said} is not what {this.name} scored: {this.val_bpb:.6f} counts")
+    ordered = add_missing_rows([*entries.values()], records, problems)
+    return Book([replace(e, stats=read_stats(archive / e.name)) for e in ordered], problems, facts)
 
 
-def save_rows(archive: Path, rows: list[Row]) -> None:
-    """All rows, those that were not touched byte for byte as they were."""
-    lines = [row.line if row.line.endswith("\n") else row.line + "\n" for row in rows]
-    write_atomic(archive / RESULTS, HEADER + "\n" + "".join(lines))
+def add_missing_rows(entries: list[Entry], records: dict[str, dict], problems: list[str]) -> list[Entry]:
+    booked = {e.name for e in entries}
+    for name in sorted(records.keys() - booked, key=lambda name: started_unix(records[name])):
+        record = records[name]
+        status, description = filing_status(record), record.get("description") or ""
+        new = Entry(name, status, description, record, row=format_row(name, record, status, description))
+        later = [i for i, e in enumerate(entries) if started_unix(e.record) > started_unix(record)]
+        entries.insert(later[0] if later else len(entries), new)
+        problems.append(f"{name} had no row in {RESULTS}: added, as {status}")
+    return entries
+
+
+def started_unix(record: dict) -> float:
+    return number(record.get("started_unix")) or 0.0
+
+
+def save_table(archive: Path, entries: list[Entry]) -> None:
+    """results.tsv, rows that were not touched byte for byte as they were."""
+    text = HEADER + "\n" + "".join(e.row for e in entries)
+    if entries and text != read_text(archive / RESULTS):
+        write_atomic(archive / RESULTS, text)
 
 
 def load_runs(archive: Path | None = None) -> pd.DataFrame:
@@ -709,17 +675,14 @@ def load_runs(archive: Path | None = None) -> pd.DataFrame:
 
     rows = []
     for e in load_book(archive or archive_dir()).entries:
+        first = [e.name, e.val_bpb, e.record.get("memory_gb"), e.status, e.description, e.is_valid]
+        row = dict(zip([*HEADER.split("\t"), "is_valid"], first, strict=True))
         facts = {k: v for k, v in e.record.items() if not isinstance(v, dict | list)}
-        own = {"commit": e.name, "val_bpb": e.val_bpb, "memory_gb": e.record.get("memory_gb"), "status": e.status}
-        own |= {"description": e.description, "is_valid": e.is_valid}
-        rows.append(e.record.get("config", {}) | facts | own)
-    first = [*HEADER.split("\t"), "is_valid"]
-    if not rows:
-        return pd.DataFrame(columns=first)
-    frame = pd.DataFrame(rows)
-    frame = frame[first + [c for c in frame.columns if c not in first]]
-    for column in [c for c in frame.columns if frame[c].map(lambda v: v is None or number(v) is not None).all()]:
-        frame[column] = frame[column].astype(float)
+        rows.append(row | e.record.get("config", {}) | facts | row)
+    frame = pd.DataFrame(rows, columns=None if rows else [*HEADER.split("\t"), "is_valid"])
+    for column in frame.columns:
+        if all(v is None or number(v) is not None for v in frame[column]):
+            frame[column] = frame[column].astype(float)
     return frame
 
 
@@ -732,10 +695,11 @@ SEEDING = ("manual_seed", "manual_seed_all", "seed", "seed_all", "default_rng", 
 
 class _Functional(ast.NodeTransformer):
     """Drops docstrings and, on request, the seed in whatever form it is given: what is assigned or passed to a name
-    that is called seed, arguments of functions that take one, and what is added to one."""
+    that is called seed, arguments of functions that take one, and what is added to one. `hide_config`: and the
+    constants of the class Config and what is passed to it or replaced in it."""
 
-    def __init__(self, hide_seed: bool):
-        self.hide_seed = hide_seed
+    def __init__(self, hide_seed: bool, hide_config: bool):
+        self.hide_seed, self.hide_config = hide_seed, hide_config
 
     def generic_visit(self, node: ast.AST) -> ast.AST | None:
         super().generic_visit(node)
@@ -743,21 +707,24 @@ class _Functional(ast.NodeTransformer):
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
                 node.body = node.body[1:] or [ast.Pass()]
+        if self.hide_config and isinstance(node, ast.ClassDef) and node.name == "Config":
+            node.body = [part for part in node.body if config_constant(part) is None] or [ast.Pass()]
+        if self.hide_config and isinstance(node, ast.Call) and name_of(node.func) in ("Config", "replace"):
+            node.keywords = [k for k in node.keywords if not is_literal(k.value)]
         return self.without_seed(node) if self.hide_seed else node
 
     def without_seed(self, node: ast.AST) -> ast.AST | None:
-        nothing = ast.Constant(0)
         if isinstance(node, ast.Call):
             node.keywords = [k for k in node.keywords if not is_seed(k.arg)]
             if name_of(node.func) in SEEDING:
                 node.args = []
             if name_of(node.func) == "replace" and len(node.args) == 1 and not node.keywords:
                 return node.args[0]
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(is_seed(name_of(target)) for target in targets) and node.value:
-                return ast.Assign(targets, nothing, lineno=0)
-            if node.value and ast.dump(ast.Expr(node.value)) == ast.dump(ast.Expr(targets[0])).replace("Store", "Load"):
+            if any(is_seed(name_of(target)) for target in targets):
+                return ast.Assign(targets, ast.Constant(0), lineno=0)
+            if ast.unparse(node.value) == ast.unparse(targets[0]):
                 return None  # CONFIG = replace(CONFIG, seed=7) does nothing else
         elif isinstance(node, ast.AugAssign) and is_seed(name_of(node.target)):
             return None
@@ -776,16 +743,18 @@ def is_seed(name: str | None) -> bool:
     return name is not None and (name.lower() == "seed" or name.lower().endswith("_seed"))
 
 
-def program_hash(text: str | None, hide_seed: bool = True, modules: dict | None = None) -> str | None:
+def program_hash(
+    text: str | None, hide_seed: bool = True, modules: dict | None = None, hide_config: bool = False
+) -> str | None:
     """Equal for programs that do the same: comments, formatting, docstrings and (by default) the seed do not count.
     `modules` are the files beside the program that it imports, by name."""
     if text is None:
         return None
     hashes = []
     for name, source in [("", text), *sorted((modules or {}).items())]:
-        source = str(normal(str(source)))
+        source = normal(str(source))
         try:
-            source = ast.unparse(_Functional(hide_seed).visit(ast.parse(source)))
+            source = ast.unparse(_Functional(hide_seed, hide_config).visit(ast.parse(source)))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             source = "not a program\n" + source
         hashes.append(name + sha256(source))
@@ -800,19 +769,28 @@ def configuration(summary: dict) -> dict:
 
 @cache
 def analyze_program() -> str:
-    return program_hash(Path(__file__).read_text(encoding="utf-8"))
+    """Of this file; lines of comment do not count. To parse it for the same takes half a second."""
+    return sha256(re.sub(r"^\s*(#.*)?\n", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M))[:16]
 
 
 def static_config(text: str) -> dict:
-    """The configuration as it can be read without running the program: the constants of the class Config."""
-    values = {}
-    for node in ast.walk(ast.parse(str(normal(text)))):
+    """The configuration as it can be read without running the program: the constants of the class Config, and those
+    that are passed to it."""
+    found: dict[str, ast.expr] = {}
+    for node in ast.walk(ast.parse(normal(text))):
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            for part in node.body:
-                if isinstance(part, ast.AnnAssign) and part.value and is_literal(part.value):
-                    value = eval(compile(ast.Expression(part.value), "train.py", "eval"), {"__builtins__": {}})
-                    values[name_of(part.target)] = list(value) if isinstance(value, tuple) else value
-    return values
+            found = {name: part.value for part in node.body if (name := config_constant(part))} | found
+        elif isinstance(node, ast.Call) and name_of(node.func) in ("Config", "replace"):
+            found |= {k.arg: k.value for k in node.keywords if k.arg and is_literal(k.value)}
+    values = {name: eval(ast.unparse(value), {"__builtins__": {}}) for name, value in found.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def config_constant(node: ast.AST) -> str | None:
+    """The name in a line such as `depth: int = 2**3`."""
+    if isinstance(node, ast.AnnAssign) and node.value and is_literal(node.value):
+        return name_of(node.target)
+    return None
 
 
 def is_literal(node: ast.AST) -> bool:
@@ -833,22 +811,8 @@ class Origin:
 
     name: str  # of its folder, without the number of a replicate
     commit: str | None = None
-    is_dirty: bool | None = None
     train_py: str | None = None
     description: str = ""
-    notes: tuple[str, ...] = ()
-
-
-def identity_of(run: Run) -> str:
-    """What makes this run this run: its id, or where it has none, the contents it left."""
-    run_id = run.start.get("run_id") or run.summary.get("run_id") or log_run_id(run.log)
-    if run_id:
-        return f"run:{run_id}"
-    if run.summary or run.records:
-        return "contents:" + sha256(json.dumps([run.summary, run.records[-1:]], sort_keys=True) + (run.log or ""))[:16]
-    path = run.path / LOG
-    written_ns = path.stat().st_mtime_ns if path.exists() else 0
-    return f"log:{sha256(run.log or '')[:16]}:{written_ns}"
 
 
 def compute_comparable(run: Run) -> dict:
@@ -861,16 +825,14 @@ def compute_comparable(run: Run) -> dict:
 
 def compute_invalid(run: Run, facts: dict) -> list[str]:
     """Why a finished run's score must not be compared, each reason with what can be done; empty for a valid run."""
-    summary, record, reasons = run.summary, run.evaluation, []
-    val = number(summary.get("val_bpb"))
+    reasons = []
+    val = number(run.summary.get("val_bpb"))
     if val is None or val <= 0:
-        reasons.append(f"val_bpb is {summary.get('val_bpb')!r}: the loss of `reduction=\"none\"` is no cross-entropy")
-    if record is None:
+        reasons.append(f"val_bpb is {val}: the loss of `reduction=\"none\"` is no cross-entropy")
+    if run.evaluation is None:
         reasons.append(f"no readable {EVAL}: the score did not come from evaluate_bpb; call it, once, at the end")
     else:
-        reasons += compute_evaluation_faults(record, val)
-    if facts.get("analyze_sha256") and not facts.get("analyze_program"):
-        reasons.append("an earlier analyze.py began this archive: `uv run analyze.py new-archive` begins another")
+        reasons += compute_evaluation_faults(run.evaluation, val)
     for key, mine in compute_comparable(run).items():
         began, (what, remedy) = facts.get(key), COMPARABLE[key]
         if None not in (mine, began) and mine != began:
@@ -911,29 +873,25 @@ def compute_evaluation_faults(record: dict, val_bpb: float | None) -> list[str]:
                       "positions: attention without its mask, a shift, a norm over the sequence")
     elif record.get("causal") is None and not record.get("faults"):
         faults.append(f"whether the model looks ahead could not be tested{finding}: make it repeatable in evaluation")
-    calls = number(record.get("num_calls"))
-    if calls is not None and calls > 1:
-        faults.append(f"evaluation was called {calls:.0f} times: call it once, at the end")
+    if (number(record.get("num_calls")) or 0) > 1:
+        faults.append(f"evaluation was called {record['num_calls']} times: call it once, at the end")
     return faults
 
 
-def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | None = None) -> dict:
+def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
     """What the books keep of a run: identity, program, configuration and the few numbers that history needs."""
-    s, loss = run.summary, run.series("train/loss")
-    peak_mb, config = number(s.get("peak_vram_mb")), configuration(s)
+    s, config = run.summary, configuration(run.summary)
     ended = str(run.start.get("ended") or "")
     is_stopped = not s and ended.startswith("stopped")
     crash = None if s or is_stopped else compute_crash(run)
     modules = run.start.get("modules") or {}
-    started = number(run.start.get("started_unix")) or started_unix
-    elapsed_s = number(s.get("total_seconds")) or compute_elapsed(run)
+    started, elapsed_s = run_start_unix(run), number(s.get("total_seconds")) or compute_elapsed(run)
     return {
-        "identity": identity_of(run),
+        "identity": run.identity,
         "name": run.name,
+        "folder": str(run.path),
         "description": origin.description,
-        "run_id": run.start.get("run_id") or s.get("run_id"),
-        "git_commit": origin.commit or run.start.get("git_commit") or s.get("git_commit"),
-        "is_dirty": origin.is_dirty,
+        "git_commit": origin.commit or run.first_of("git_commit"),
         "started_unix": started,
         "ended_unix": started + elapsed_s if started and elapsed_s else None,
         "is_finished": bool(s),
@@ -942,11 +900,12 @@ def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | 
         "was_killed": bool(crash) and crash["is_killed"],
         "stopped": ended if is_stopped else None,
         "val_bpb": number(s.get("val_bpb")),
-        "memory_gb": peak_mb / 1024 if peak_mb is not None else None,
+        "memory_gb": None if (peak_mb := number(s.get("peak_vram_mb"))) is None else peak_mb / 1024,
         "train_sha256": sha256(normal(run.train_py)) if run.train_py else None,
         "modules": {name: sha256(normal(str(text))) for name, text in modules.items()},
         "program": program_hash(run.train_py, modules=modules),
         "program_and_seed": program_hash(run.train_py, hide_seed=False, modules=modules),
+        "code": program_hash(run.train_py, modules=modules, hide_config=True),
         "seed": number(s.get("seed")),
         "seed_offset": number(run.first_of("seed_offset")),
         **compute_comparable(run),
@@ -958,13 +917,9 @@ def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | 
         "step_ms": run.step_ms,
         "mfu_percent": number(s.get("mfu_percent")),
         "pace": compute_pace(run),
-        "num_params_m": number(s.get("num_params_M")),
-        "first_loss": number(loss[0]) if len(loss) else None,
-        "last_loss": number(loss[-1]) if len(loss) else None,
         "config": config,
         "config_sha256": sha256(json.dumps(config, sort_keys=True))[:16],
         "damage": list(run.damage),
-        "notes": list(origin.notes),
     }
 
 
@@ -974,9 +929,15 @@ def filing_status(record: dict) -> str:
         return record["status"]
     if record.get("stopped"):
         return "discard"
-    if not record["is_finished"]:
+    if not record.get("is_finished"):
         return "crash"
-    return "invalid" if record["invalid"] else "pending"
+    return "invalid" if record.get("invalid") else "pending"
+
+
+def run_start_unix(run: Run) -> float | None:
+    """When it started; where it does not say, the age of its files tells."""
+    written = [path.stat().st_mtime for path in run.files if path.exists()]
+    return number(run.start.get("started_unix")) or min(written, default=None)
 
 
 def compute_elapsed(run: Run) -> float | None:
@@ -991,7 +952,7 @@ def compute_idle(entries: list[Entry]) -> dict[str, float]:
     Nights lie apart by two hours: no pause within a night is that long, and none between two is shorter."""
     idle: dict[str, float] = {}
     last_end: dict[str, float] = {}
-    for e in sorted(entries, key=lambda e: e.record.get("started_unix") or 0.0):
+    for e in sorted(entries, key=lambda e: started_unix(e.record)):
         started, ended, where = e.record.get("started_unix"), e.record.get("ended_unix"), str(e.record.get("folder"))
         if started is None or ended is None:
             continue
@@ -1010,8 +971,8 @@ def compute_gpu_share(entries: list[Entry]) -> float | None:
 
 
 def log_lines(log: str | None) -> list[str]:
-    """The last lines of a log that hold anything; progress written over itself counts as lines."""
-    return [line.rstrip() for line in printable(log or "")[-100_000:].split("\n") if line.strip()]
+    """The last lines of a log that hold anything."""
+    return [line.rstrip() for line in (log or "")[-100_000:].split("\n") if line.strip()]
 
 
 def environment_failure(run: Run) -> str | None:
@@ -1019,44 +980,39 @@ def environment_failure(run: Run) -> str | None:
     ended, lines = str(run.start.get("ended") or ""), log_lines(run.log)
     if run.summary or ended.startswith("stopped"):
         return None
-    if ended.startswith("error:"):
-        return ended
-    for line in lines[-3:]:
+    for line in (ended, *lines[-3:]):
         if line.startswith("error:"):
             return line
-    signs = (line.strip() for line in reversed([ended, *lines[-40:]]) if ENVIRONMENT_SIGNS.search(line))
-    return next(signs, None)
+    return next((line.strip() for line in [*lines[:-41:-1], ended] if ENVIRONMENT_SIGNS.search(line)), None)
 
 
 def compute_crash(run: Run) -> dict:
     """Why a run without a summary ended: `reason`, the one line of the exception, the last frames in the program's own
     files, known `cause` and `help`, last step and loss."""
     lines, loss = log_lines(run.log), run.series("train/loss")
-    ended = str(run.start.get("ended") or "")
-    said = next((line for line in reversed(lines[-3:]) if line.startswith("crash:")), None)
-    said = said or (ended if ended.startswith("crash:") else None)
-    raised = next((x for x in reversed(lines[-60:]) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", x)), None)
     end = "\n".join(lines[-60:])
+    said = re.findall(r"^crash: *(.+)", f"{run.start.get('ended')}\n{end}", re.M)
+    raised = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", end, re.M)
     # torch.compile tells what really happened in the middle of an explanation.
     inner = re.findall(r"\bgot (\w*Error\(.*\))", end)
-    raised = inner[-1] if inner else raised
-    reason = raised if inner else said or raised
-    cause, helps = find_cause(reason, end)
-    is_killed = reason is None
-    if is_killed:
-        reason, cause, helps = "the log just stops: killed" if lines else "no log was kept", KILLED, KILLED_HELP
-    reason = reason.removeprefix("crash:").strip()
-    return {
-        "reason": reason,
-        "exception": raised if raised and raised not in reason else None,
+    reason = next((found[-1] for found in (inner, said, raised) if found), None)
+    crash = {
+        "reason": reason or ("the log just stops: killed" if lines else "no log was kept"),
+        "exception": raised[-1] if raised and raised[-1] not in (reason or "") and not inner else None,
         "frames": find_frames(lines, run.start.get("modules") or {}),
-        "cause": cause,
-        "help": helps,
-        "is_killed": is_killed,
+        "cause": None,
+        "help": None,
+        "is_killed": reason is None,
         "last_step": number(run.records[-1].get("step")) if run.records else None,
         "last_loss": number(loss[-1]) if len(loss) else None,
         "elapsed_s": compute_elapsed(run),
     }
+    if reason is None:
+        return crash | {"cause": KILLED, "help": KILLED_HELP}
+    for cause, signs, helps in CRASH_CAUSES:
+        if re.search(signs, reason, re.I):
+            return crash | {"cause": cause, "help": helps}
+    return crash
 
 
 def find_frames(lines: list[str], modules: dict) -> list[str]:
@@ -1070,15 +1026,6 @@ def find_frames(lines: list[str], modules: dict) -> list[str]:
             where = f" in {found[3]}" if found[3] else ""
             frames.append(f"{Path(found[1]).name} line {found[2]}{where}: `{code}`")
     return frames[-2:]
-
-
-def find_cause(reason: str | None, end: str) -> tuple[str | None, str | None]:
-    """The known cause of a crash and what helps, by its reason first, then by the end of the log."""
-    for text in (reason, end):
-        for cause, signs, helps in CRASH_CAUSES:
-            if reason and re.search(signs, text, re.I):
-                return cause, helps
-    return None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2567,144 +2514,107 @@ def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[lis
 # File: from the working folder into the archive
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """One run found in a folder, not necessarily filed yet: which files are its own, and what to say about them."""
-
-    run: Run
-    identity: str
-    files: dict[str, Path]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def written_unix(self) -> list[float]:
-        return [path.stat().st_mtime for path in self.files.values()]
-
-
-def outputs_of(folder: Path, files: set[str], *notes: str) -> Outputs:
-    run = load_folder(folder, files=files)
-    present = {f: folder / f for f in sorted(files) if (folder / f).exists()}
-    return Outputs(run, identity_of(run), present, notes)
-
-
-def find_outputs(folder: Path) -> list[Outputs]:
-    """The runs whose outputs lie in the folder, oldest first: none, one, or two. Two where the log is of a start that
-    died before it could put the earlier run's files away (a syntax error)."""
-    log = printable(read_log(folder / LOG) or "")
-    start = read_fields(folder / START, [])
-    if not start:
-        return find_unmarked_outputs(folder, log)
-    files, notes = {START, METRICS, EVAL, SUMMARY}, []
-    owner = (read_fields(folder / SUMMARY, []) or {}).get("run_id")
-    if owner not in (None, start.get("run_id")):
-        files -= {SUMMARY, EVAL}
-        notes.append(f"{SUMMARY} is of run {owner}, not of {start.get('run_id')}: left out")
-    if not log.strip() or log_run_id(log) == start.get("run_id"):
-        return [outputs_of(folder, files | {LOG}, *notes)]
-    others = outputs_of(folder, files, *notes, f"{LOG} is of another run: left out")
-    if log_run_id(log) or not ENDED.search(log):
-        return [others]
-    alone = outputs_of(folder, {LOG}, "train.py ended before it could start a run: only the log is its own")
-    return sorted([others, alone], key=lambda outputs: max(outputs.written_unix))
-
-
 # What the log of a program shows that died before it could write its start file. Without one of these the log is of a
 # program that has only just been started, or of something else.
 ENDED = re.compile(
     r"crash:|Error\b|error:|Exception|Traceback|Interrupt|Killed|Terminated|not found|core dumped|No such file"
 )
+STARTING_S = 120.0  # importing torch from a cold disk takes a minute
 
 
-def find_unmarked_outputs(folder: Path, log: str) -> list[Outputs]:
+def find_outputs(folder: Path) -> list[Run]:
+    """The runs whose outputs lie in the folder, oldest first: none, one, or two. Two where the log is of a start that
+    died before it could put the earlier run's files away (a syntax error)."""
+    log = printable(read_log(folder / LOG) or "")
+    start, summary = read_fields(folder / START, []), read_fields(folder / SUMMARY, [])
+    if not start:
+        return find_unmarked_outputs(folder, log, summary)
+    run_id, owner = start.get("run_id"), summary.get("run_id")
+    if owner in (None, run_id):
+        files, remarks = [START, METRICS, EVAL, SUMMARY], ()
+    else:
+        files, remarks = [START, METRICS], (f"{SUMMARY} is of run {owner}, not of {run_id}: left out",)
+    if not log.strip() or log_run_id(log) == run_id:
+        return [with_remarks(load_folder(folder, files=[*files, LOG]), *remarks)]
+    run = with_remarks(load_folder(folder, files=files), *remarks, f"{LOG} is of another run: left out")
+    if log_run_id(log) or not ENDED.search(log):
+        return [run]
+    return sorted([run, load_folder(folder, files=[LOG])], key=lambda run: max(p.stat().st_mtime for p in run.files))
+
+
+def find_unmarked_outputs(folder: Path, log: str, summary: dict) -> list[Run]:
     """Outputs without a start file, which every program leaves that loads the data: of one that died before that, or
     that was run with an earlier prepare.py. A summary that the log does not confirm is an older run's."""
-    scored = parse_closing_block(log).get("val_bpb")
-    summary = read_fields(folder / SUMMARY, []) or {}
-    is_confirmed = not log.strip() or abs((number(scored) or 0) - (number(summary.get("val_bpb")) or 0)) < 2e-6
-    if summary and is_confirmed:
-        return [outputs_of(folder, {LOG, METRICS, EVAL, SUMMARY})]
-    if scored is not None or ENDED.search(log):
-        note = [f"{SUMMARY} is not of the run that wrote {LOG}: left out"] if summary else []
-        return [outputs_of(folder, {LOG}, *note)]
-    return []
+    scored = number(parse_closing_block(log).get("val_bpb"))
+    if summary and (not log.strip() or abs((scored or 0) - (number(summary.get("val_bpb")) or 0)) < 2e-6):
+        return [load_folder(folder, files=[LOG, METRICS, EVAL, SUMMARY])]
+    return [load_folder(folder, files=[LOG])] if scored is not None or ENDED.search(log) else []
 
 
-def is_running(run: Run) -> bool:
-    """Whether this run is under way: it holds a lock on its metrics for its whole life."""
-    return is_locked(run.path / METRICS)
+def with_remarks(run: Run, *remarks: str) -> Run:
+    return replace(run, damage=(*run.damage, *remarks))
 
 
-def find_origin(outputs: Outputs, folder: Path) -> Origin:
+def is_starting(folder: Path) -> bool:
+    """Whether the log is that of a program which was started a moment ago and has not come to say what run it is."""
+    log = read_log(folder / LOG)
+    if log is None or log_run_id(log) or ENDED.search(log) or parse_closing_block(log):
+        return False
+    return abs(time.time() - (folder / LOG).stat().st_mtime) < STARTING_S
+
+
+def find_origin(run: Run, folder: Path) -> Origin:
     """Never HEAD by default: a run says what it was trained from. One that cannot say is given to HEAD only where it
     is younger than HEAD's commit."""
-    run, notes = outputs.run, [*outputs.notes]
-    head = (git(folder, "rev-parse", "HEAD") or "").strip() or None
-    text, commit = run.start.get("train_py"), run.start.get("git_commit") or run.summary.get("git_commit")
-    if not re.fullmatch(r"[0-9a-f]{7,40}", commit or ""):
-        commit = None
-    began_unix = min(outputs.written_unix) - (number(run.summary.get("total_seconds")) or 0.0)
-    if commit is None and not run.start and head:
-        commit = head if began_unix >= int(git(folder, "log", "-1", "--format=%ct") or 0) else None
-        if commit is None:
-            notes.append(
-                f"nothing says which commit these outputs are of, and HEAD {head[:7]} is younger: not credited"
-            )
-    committed = git(folder, "show", f"{commit}:./train.py") if commit else None
-    if text is None:
-        # A program that keeps no copy of itself: what it ran is what lay here when it began, committed or not.
-        path = folder / "train.py"
-        is_older = path.exists() and path.stat().st_mtime < began_unix + 1
-        text = read_text(path) if is_older or not head else committed
-    if commit is None:
-        mark = sha256(normal(text) if text else outputs.identity)[:7]
-        return Origin(f"{'unknown' if head else 'nogit'}-{mark}", None, None, text, "(no commit)", tuple(notes))
-    is_changed = committed is not None and normal(text) != normal(committed)
-    is_dirty = bool(is_changed or run.start.get("git_dirty"))
-    if is_dirty:
-        what = "train.py" if is_changed else "a file that it used, other than train.py,"
-        notes.append(f"{what} had uncommitted changes: the run is not credited to commit {commit[:7]}")
-    if head and not head.startswith(commit):
-        notes.append(f"trained from commit {commit[:7]}, HEAD is now {head[:7]}: filed under {commit[:7]}")
+    head = (git(folder, "rev-parse", "HEAD") or "").strip()
+    commit = run.start.get("git_commit") or run.summary.get("git_commit") or ""
+    if not commit and not run.start and head:
+        began_unix = run_start_unix(run) - (number(run.summary.get("total_seconds")) or 0.0)
+        commit = head if began_unix >= int(git(folder, "log", "-1", "--format=%ct")) else ""
+    is_known = re.fullmatch(r"[0-9a-f]{7,40}", commit) is not None
+    committed = git(folder, "show", f"{commit}:./train.py") if is_known else None
+    text = run.start.get("train_py") or (committed if head else read_text(folder / "train.py"))
+    if not is_known:
+        return Origin(f"unknown-{sha256(normal(text) or run.identity)[:7]}", None, text, "(no commit)")
     subject = one_line(git(folder, "log", "-1", "--format=%s", commit) or "") or "(commit not in this repository)"
-    description = subject + (" (with uncommitted changes)" if is_dirty else "")
-    return Origin(commit[:7] + ("-dirty" if is_dirty else ""), commit, is_dirty, text, description, tuple(notes))
+    if run.start.get("git_dirty") or (committed is not None and normal(text) != normal(committed)):
+        return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)")
+    return Origin(commit[:7], commit, text, subject)
 
 
-def file_run(outputs: Outputs, archive: Path, folder: Path, book: Book) -> str:
-    """Put the run's files and record into the archive, then its row into the books. Returns its name.
+def is_news(run: Run, filed: Entry | None) -> bool:
+    """Whether a run is to be filed: not yet, or without the score that it has now."""
+    return filed is None or bool(run.summary and not filed.record.get("is_finished"))
+
+
+def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
+    """Put the run's files, record and row into the archive. Returns its name.
 
     The folder appears whole, under its final name, by one rename. A run that was filed before it had a score is filed
     again in its own folder, the record last. A kill in between is mended by the next call."""
-    check_git(folder)
-    origin, facts = find_origin(outputs, folder), load_facts(archive, [])
-    run = replace(outputs.run, train_py=origin.train_py)
-    taken = {p.name for p in archive.iterdir()} | {row.name for row in book.rows}
-    name = book.named(outputs.identity)
-    is_again = name is not None
-    if not is_again:
-        name = next(n for i in range(1, 10**6) if (n := origin.name + (f".{i}" if i > 1 else "")) not in taken)
-    record = compute_record(run, facts, origin, min(outputs.written_unix))
-    # Where it was trained, or put away: not always where it is filed from.
-    record |= {"name": name, "identity": outputs.identity, "folder": str(outputs.run.path)}
+    origin, old = find_origin(run, folder), book.find(run)
+    taken = {path.name for path in archive.iterdir()}
+    name = old.name if old else first_free(origin.name, taken.__contains__, ".")
+    run = replace(run, name=name, train_py=origin.train_py)
+    record = compute_record(run, book.facts, origin)
     if record["is_finished"] and not record["invalid"]:
-        begun = {key: record[key] for key in COMPARABLE if facts.get(key) is None and record[key] is not None}
+        begun = {key: record[key] for key in COMPARABLE if book.facts.get(key) is None and record[key] is not None}
         if begun:
-            write_json(archive / FACTS, {"created_unix": time.time()} | facts | begun)
+            write_json(archive / FACTS, {"created_unix": time.time()} | book.facts | begun)
     # Two levels down, where train.py does not take it for archived.
-    target = archive / name if is_again else archive / f".tmp-{os.getpid()}" / name
+    target = archive / name if old else archive / f".tmp-{os.getpid()}" / name
     target.mkdir(parents=True, exist_ok=True)
-    for file, path in outputs.files.items():
-        copy_file(path, target / file)
-    if origin.train_py is not None:
-        write_atomic(target / "train.py", origin.train_py)
-    if is_again:
-        book_run(archive, name, record, book)
+    for path in run.files:
+        copy_file(path, target / path.name)
+    if run.train_py is not None:
+        write_atomic(target / "train.py", run.train_py)
+    if old:
+        save_table(archive, [e for e in book.entries if e is not old])
     write_json(target / STATS, {"record": record})
-    if not is_again:
+    if not old:
         os.rename(target, archive / name)
         target.parent.rmdir()
-        book_run(archive, name, record, book)
+    save_table(archive, load_book(archive).entries)
     return name
 
 
@@ -2717,76 +2627,35 @@ def copy_file(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def new_row(name: str, record: dict) -> Row:
-    return parse_row(format_row(name, record, filing_status(record), record.get("description") or ""))
-
-
-def book_run(archive: Path, name: str, record: dict, book: Book) -> None:
-    """The row of a filed run: in place of its old one, else at the end."""
-    new, names = new_row(name, record), [row.name for row in book.rows]
-    save_rows(archive, [new if row.name == name else row for row in book.rows] + ([] if name in names else [new]))
-
-
-def repair_books(archive: Path, book: Book) -> list[str]:
-    """Records that were lost; rows for runs that have none, before those that started later; and the lines that are no
-    rows, as a spreadsheet leaves them, into a file of their own. Says what was done."""
-    for name in [e.name for e in book.entries if not read_stats(archive / e.name)]:
-        write_json(archive / name / STATS, {"record": load_record(archive / name)})
-    told, rows = [], book.rows
-    starts = {e.name: e.record.get("started_unix") or 0.0 for e in book.entries}
-    for name in book.unbooked:
-        record = load_record(archive / name)
-        starts[name] = record.get("started_unix") or math.inf
-        at = next((i for i, row in enumerate(rows) if starts.get(row.name, 0.0) > starts[name]), len(rows))
-        rows = [*rows[:at], new_row(name, record), *rows[at:]]
-        told.append(f"{name} had no row in {RESULTS}: added, as {filing_status(record)}")
-    if book.damaged:
-        with open(archive / DAMAGED, "ab") as f:
-            f.writelines(row.line.encode("utf-8", "surrogateescape") for row in book.damaged)
-        told.append(f"{len(book.damaged)} line(s) of {RESULTS} were no rows: moved to {DAMAGED}")
-    if told:
-        save_rows(archive, rows)
-    return told
-
-
 def file_unfiled(archive: Path, folder: Path) -> list[str]:
-    """File the runs that a later start put away before they were analyzed, by time of start. Says what was done."""
+    """File the runs that a later start put away before they were analyzed, by time of start. Says what was done. One
+    that is still on its way there has a hidden name."""
     told, found = [], []
-    for path in (archive / "unfiled").glob("*"):
-        if path.name.startswith("."):  # on its way: it gets its name once it is whole
-            continue
+    for path in (archive / "unfiled").glob("[!.]*"):
         run = load_folder(path)
         if path.is_symlink() or not run.start:
             told.append(f"unfiled/{path.name} is {'a link' if path.is_symlink() else 'no readable run'}: left there")
-        elif not is_running(run):
-            found.append((number(run.start.get("started_unix")) or 0.0, path.name, path, run))
-    for _, _, path, run in sorted(found, key=lambda item: item[:2]):
-        told.append(f"unfiled run {path.name} {file_one_unfiled(archive, folder, path, run)}")
+        elif not is_running(path):
+            found.append(run)
+    for run in sorted(found, key=lambda run: (run_start_unix(run), run.path.name)):
+        told.append(f"unfiled run {run.path.name} {file_one_unfiled(run, archive, folder)}")
     return told
 
 
-def file_one_unfiled(archive: Path, folder: Path, path: Path, run: Run) -> str:
-    """File what a later start put away, and remove it from there. Nothing that has metrics is removed unfiled."""
-    book, outputs = load_book(archive), outputs_of(path, {START, METRICS, EVAL, SUMMARY, LOG})
-    log = read_log(folder / LOG)
-    if log and log_run_id(log) == run.start.get("run_id"):
-        outputs = replace(outputs, run=replace(run, log=printable(log)), files=outputs.files | {LOG: folder / LOG})
-    elif LOG not in outputs.files:
-        outputs = replace(outputs, notes=("the next run was started before this one was analyzed: its log is lost",))
-    name, said = book.named(outputs.identity), ""
-    if name and not (run.summary and book.is_unscored(name)):
-        said = f"was filed already as {name}"
-    elif environment_failure(outputs.run):
-        said = "failed over its environment: not an experiment, removed"
-        if run.records:
-            target = archive / "failed" / path.name
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            os.rename(path, target)
-            return f"failed over its environment: not an experiment, kept in failed/{path.name}"
+def file_one_unfiled(run: Run, archive: Path, folder: Path) -> str:
+    book = load_book(archive)
+    if LOG not in {path.name for path in run.files}:
+        run = with_remarks(run, "the next run was started before this one was analyzed: its log is lost")
+    filed = book.find(run)
+    if not is_news(run, filed):
+        said = f"was filed already as {filed.name}"
+    elif environment_failure(run):
+        (archive / "failed").mkdir(exist_ok=True)
+        os.rename(run.path, archive / "failed" / first_free(run.path.name, lambda n: (archive / "failed" / n).exists()))
+        return "failed over its environment: not an experiment, put into failed/"
     else:
-        said = f"filed as {file_run(outputs, archive, folder, book)}"
-    shutil.rmtree(path)
+        said = f"filed as {file_run(run, archive, folder, book)}"
+    shutil.rmtree(run.path)
     return said
 
 
@@ -2795,24 +2664,35 @@ def file_one_unfiled(archive: Path, folder: Path, path: Path, run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_run_pages(archive: Path, name: str) -> None:
-    """Statistics, diff, pictures and analysis of one archived run."""
+def write_pages(archive: Path) -> None:
+    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those of the archive."""
     book = load_book(archive)
-    this = next((e for e in book.entries if e.name == name), None)
-    if this is None:  # its row was removed by hand
+    if not book.entries:
         return
-    before = book.entries[: book.entries.index(this)]
-    run = load_folder(archive / name, name)
-    best_runs = [load_folder(archive / n, n) for n in best_names(compute_best(before, this))]
+    for name in [e.name for e in book.entries]:
+        if "verdict" not in read_stats(archive / name) or not (archive / name / ANALYSIS).exists():
+            write_run_pages(archive, book, book.entry(name))
+            book = load_book(archive)
+    table, report = archive / RESULTS, archive / "report.md"  # the report is written last
+    update_insights(archive, render_current_best(book.entries))
+    if not report.exists() or report.stat().st_mtime_ns < table.stat().st_mtime_ns:
+        write_morning(archive, book)
+
+
+def write_run_pages(archive: Path, book: Book, this: Entry) -> None:
+    """Statistics, diff, pictures and analysis of one archived run."""
+    before, folder = book.entries[: book.entries.index(this)], archive / this.name
+    run = load_folder(folder, this.name)
+    best_runs = [load_folder(archive / name, name) for name in best_names(compute_best(before, this))]
     best_run = best_runs[0] if best_runs else None
     stats = compute_stats(run, this, [*before, this], best_runs)
     diff = diff_lines(best_run.train_py, run.train_py, best_run.name) if best_run else []
-    write_atomic(archive / name / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
+    write_atomic(folder / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
     pictures, failed = write_pictures(run, best_run, stats.get("paired"))
     stats["failed"] |= failed
-    stats["record"]["name"] = name
-    write_analysis(archive / name, render_analysis(stats, pictures))
-    write_json(archive / name / STATS, stats)  # last: a run whose statistics stand has all its pages
+    stats["record"]["name"] = this.name
+    write_analysis(folder, render_analysis(stats, pictures))
+    write_json(folder / STATS, stats)  # last: a run whose statistics stand has all its pages
 
 
 def best_names(best: Best | None) -> list[str]:
@@ -2832,12 +2712,12 @@ def update_insights(archive: Path, content: str) -> None:
     for _ in range(50):
         with open(path, "rb") as old:
             data = old.read()
-            text = data.decode("utf-8", "surrogateescape")
-            new = replace_best_section(text, content)
-            if new == text:
+            new = replace_best_section(data.decode("utf-8", "surrogateescape"), content)
+            new = new.encode("utf-8", "surrogateescape")
+            if new == data:
                 return
             temporary = path.with_name(f".tmp-{os.getpid()}-{INSIGHTS}")
-            temporary.write_bytes(new.encode("utf-8", "surrogateescape"))
+            temporary.write_bytes(new)
             if path.read_bytes() != data:
                 continue
             os.replace(temporary, path)
@@ -2847,17 +2727,6 @@ def update_insights(archive: Path, content: str) -> None:
                     with open(path, "ab") as f:
                         f.write(late)
             return
-
-
-def write_archive_pages(archive: Path, is_stale: bool = True) -> None:
-    """What depends on all runs: Current Best in insights.md, and progress.png and report.md if they are stale."""
-    if not (archive / RESULTS).exists():
-        return
-    book = load_book(archive)
-    update_insights(archive, render_current_best(book.entries))
-    if not is_stale:
-        return
-    write_morning(archive, book)
 
 
 def write_morning(archive: Path, book: Book) -> None:
@@ -2875,53 +2744,63 @@ def write_morning(archive: Path, book: Book) -> None:
     write_atomic(archive / "report.md", render_report(book, h, archive, pictures))
 
 
-def are_archive_pages_stale(archive: Path) -> bool:
-    books, report = archive / RESULTS, archive / "report.md"  # the report is written last
-    if not books.exists():
-        return False
-    return not report.exists() or report.stat().st_mtime_ns < books.stat().st_mtime_ns
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Status
 # ---------------------------------------------------------------------------------------------------------------------
 
+FILE, WAIT = "uv run analyze.py", "uv run analyze.py --wait"
+AGAIN = "train the same commit again"
 
-def describe_outputs(folder: Path, book: Book) -> str:
-    """One line on the newest run whose outputs lie in the folder."""
-    outputs = find_outputs(folder)
+
+def describe_here(archive: Path, folder: Path, book: Book) -> tuple[str, str | None]:
+    """The newest run whose outputs lie in the folder, and what is to be done about it, None where that is nothing."""
+    if is_running(folder):
+        num_steps = len((read_text(folder / METRICS) or "").splitlines())
+        return f"run {read_fields(folder / START, []).get('run_id')} is in progress, {num_steps} steps so far", WAIT
     if is_starting(folder):
-        return f"a start that has written nothing to {LOG} yet: it has just begun, or was killed before it could"
-    if not outputs:
-        return "no run's outputs"
-    newest = outputs[-1].run
-    run_id = newest.start.get("run_id") or "without an id"
-    if is_running(newest):
-        return f"run {run_id} is in progress, {len(newest.records)} steps so far"
-    name = book.named(outputs[-1].identity)
-    if name and not (newest.summary and book.is_unscored(name)):
-        return describe_filed(name, book)
-    if failure := environment_failure(newest):
-        return f"run {run_id} failed over its environment: {clip(failure, 150)}"
-    return f"run {run_id} is not filed yet: `uv run analyze.py`"
+        return f"a start that has written nothing to {LOG} yet", WAIT
+    runs = find_outputs(folder)
+    if not runs:
+        return "no run's outputs", None
+    run, filed = runs[-1], book.find(runs[-1])
+    run_id = run.run_id or "without an id"
+    if not is_news(run, filed):
+        return describe_filed(filed, archive, folder, book)
+    if failure := environment_failure(run):
+        return f"run {run_id} failed over its environment: {clip(failure, 150)}", "mend that, then train again"
+    return f"run {run_id} is not filed yet: `{FILE}`", FILE
 
 
-def describe_filed(name: str, book: Book) -> str:
-    e = next((e for e in book.entries if e.name == name), None)
-    if e is None:
-        return f"run {name}, filed, but without a row: `uv run analyze.py`"
-    later = book.entries[book.entries.index(e) + 1 :]
-    if e.record.get("was_killed") and not any(other.group[0] == e.group[0] for other in later):
-        return f"run {name}, filed, {KILLED}: the idea was not tested; train the same commit again"
-    kind = " (hampered by the machine: train the same commit again)" if e.record.get("hampered") else ""
-    return f"run {name}, filed, {e.status}{kind}: {clip(e.description, 80)}"
+def describe_filed(e: Entry, archive: Path, folder: Path, book: Book) -> tuple[str, str | None]:
+    later, best = book.entries[book.entries.index(e) + 1 :], compute_best(book.entries)
+    told = f"run {e.name}, filed, {e.status}: {clip(e.description, 80)}"
+    if not any(other.group[0] == e.group[0] for other in later):  # not trained again since
+        if e.record.get("was_killed"):
+            return f"run {e.name}, filed, {KILLED}: the idea was not tested; {AGAIN}", AGAIN
+        if e.record.get("hampered"):
+            return f"run {e.name}, filed, {e.status} (hampered by the machine: {AGAIN})", AGAIN
+    if e.status == "pending":
+        return told, f"read {archive / e.name / ANALYSIS}, then keep or discard {e.name}"
+    own = e.record.get("train_sha256")
+    is_left = own == sha256(normal(read_text(folder / "train.py")) or "")
+    if e.status != "keep" and is_left and best and best.is_kept and own != book.entry(best.name).record["train_sha256"]:
+        return told, f"{FILE} discard"
+    return told, None
 
 
-def is_starting(folder: Path) -> bool:
-    """Whether the log is that of a program which has not come to say what run it is, nor why it ended."""
-    log = read_log(folder / LOG)
-    is_silent = log is not None and log_run_id(log) is None and not ENDED.search(log)
-    return is_silent and not parse_closing_block(log)
+def compute_next(archive: Path, folder: Path, book: Book) -> str:
+    """What to do where no run's outputs ask for anything."""
+    text, committed = (normal(x) for x in (read_text(folder / "train.py"), git(folder, "show", "HEAD:./train.py")))
+    if not book.entries:
+        branch = git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or ""
+        if not branch.startswith("autoresearch/") or not (archive / INSIGHTS).exists():
+            return f"{FILE} start"
+        return "train the baseline (program.md, step 2)"
+    if committed is not None and text != committed:
+        return "finish that edit (git diff), then check, commit, train"
+    if sha256(text or "") not in {e.record.get("train_sha256") for e in book.entries}:
+        return "train (this commit has no run)"
+    return "the next idea (program.md, step 8)"
 
 
 def find_running(book: Book, folder: Path) -> list[Run]:
@@ -2930,13 +2809,13 @@ def find_running(book: Book, folder: Path) -> list[Run]:
     listed = git(folder, "worktree", "list", "--porcelain") or ""
     folders |= set(re.findall(r"^worktree (.+)$", listed, re.M))
     others = sorted(Path(name) for name in folders - {None, str(folder)})
-    return [load_folder(path, files={START}) for path in others if is_locked(path / METRICS)]
+    return [load_folder(path, files=[START]) for path in others if is_running(path)]
 
 
 def describe_running(run: Run) -> str:
-    commit = run.start.get("git_commit") or "no commit"
-    subject = git(run.path, "log", "-1", "--format=%s", commit) if run.start.get("git_commit") else None
-    return f"{commit[:7]} in {run.path}: {clip(one_line(subject or 'unknown'), 70)}"
+    commit = run.start.get("git_commit")
+    subject = git(run.path, "log", "-1", "--format=%s", commit) if commit else None
+    return f"{(commit or 'no commit')[:7]} in {run.path}: {clip(one_line(subject or 'unknown'), 70)}"
 
 
 def list_items(text: str | None) -> list[str]:
@@ -2947,18 +2826,18 @@ def list_items(text: str | None) -> list[str]:
 def compute_status(archive: Path, folder: Path) -> dict:
     book = load_book(archive)
     best, noise, history = compute_best(book.entries), compute_noise(book.entries), compute_history(book.entries)
-    unfiled = sorted(p.name for p in (archive / "unfiled").glob("[!.]*") if p.is_dir())
     started, insights = history["first_start_unix"], read_text(archive / INSIGHTS)
+    here, todo = describe_here(archive, folder, book)
     return {
         "demo": is_demo(),
         "best": {"name": best.name, "val_bpb": best.mean, "runs": list(best.names), "is_kept": best.is_kept}
         | {"description": book.entry(best.name).description} if best else None,
         "noise": {"sigma": noise.sigma, "source": noise.source},
-        "here": describe_outputs(folder, book),
+        "here": here,
         "live": compute_live(archive, folder, book, best),
         "elsewhere": [describe_running(run) for run in find_running(book, folder)],
         "pending": [e.name for e in book.entries if e.status == "pending"],
-        "unfiled": unfiled + book.unbooked,
+        "unfiled": sorted(p.name for p in (archive / "unfiled").glob("[!.]*/")),
         **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "gain")},
         "queue": list_items(read_text(archive / QUEUE)),
         "claims": list_items((insights or "").partition("## Claims")[2]),
@@ -2968,6 +2847,7 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "hours_since_first_start": (time.time() - started) / 3600 if started else None,
         "gpu_share": compute_gpu_share(book.entries),
         "problems": book.problems,
+        "next": todo or compute_next(archive, folder, book),
     }
 
 
@@ -2975,9 +2855,9 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
     """How the run in progress here stands: share of the budget, and the difference from the best on the same text. It
     is hopeless where it is further behind than any run of this archive was, at that share, that came within the noise
     in the end; nothing is said in the first quarter, in which learning rates and batch sizes mislead."""
-    if not is_locked(folder / METRICS):
+    if not is_running(folder):
         return []
-    run = load_folder(folder, "this run", {START, METRICS})
+    run = load_folder(folder, "this run", [START, METRICS])
     trained_s = number(run.records[-1].get("time/training_s")) if run.records else None
     budget_s = number(book.entry(best.name).record.get("time_budget")) if best else None
     if trained_s is None or not budget_s:
@@ -3011,9 +2891,9 @@ def farthest_behind(entries: list[Entry], share: float) -> float | None:
 
 
 def render_status(s: dict) -> str:
-    """At most STATUS_LINES lines; where they do not suffice, claims are left out, and counted."""
-    best = s["best"]
-    lines = ["demo (AUTORESEARCH_DEMO): its archive is its own"] if s["demo"] else []
+    """At most STATUS_LINES lines, of which the last says what to do; where they do not suffice, claims are left out,
+    and counted."""
+    best, lines = s["best"], ["demo (AUTORESEARCH_DEMO): its archive is its own"] if s["demo"] else []
     if best:
         mean = f"mean of {len(best['runs'])} runs" if len(best["runs"]) > 1 else "one run"
         stands_in = "" if best["is_kept"] else " (nothing is kept yet: the first valid run stands in)"
@@ -3031,20 +2911,20 @@ def render_status(s: dict) -> str:
         f"pending, decide keep or discard: {', '.join(s['pending'][-10:]) or 'none'}",
     ]
     if s["unfiled"]:
-        lines.append(f"not filed yet, run `uv run analyze.py`: {', '.join(s['unfiled'][:10])}")
+        lines.append(f"not filed yet, run `{FILE}`: {', '.join(s['unfiled'][:10])}")
     lines += [f"problem: {p}" for p in s["problems"][:5]]
     lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {d}" for n, v, status, d in s["last"]]
-    lines.append(f"queue: {len(s['queue'])} idea(s) in {QUEUE}" + (", the first:" if s["queue"] else ""))
-    lines += [f"  {item}" for item in s["queue"][:3]]
+    lines += [f"queue: {len(s['queue'])} idea(s) in {QUEUE}", *(f"  {item}" for item in s["queue"][:3])]
     if s["effects"]:
         lines += ["effects on val_bpb:", *(f"  {line}" for line in s["effects"][:11])]
     lines += [f"doubtful: {line}" for line in s["doubts"][:5]]
-    room = STATUS_LINES - len(lines) - 1
-    claims = s["claims"] if len(s["claims"]) <= room else s["claims"][: room - 1]
-    lines.append(f"claims in {INSIGHTS}: {len(s['claims'])}" + (":" if claims else ""))
-    lines += [f"  {item}" for item in claims]
-    if len(claims) < len(s["claims"]):
-        lines.append(f"  and {len(s['claims']) - len(claims)} more")
+    room = STATUS_LINES - len(lines) - 2
+    lines.append(f"claims in {INSIGHTS}: {len(s['claims'])}")
+    if len(s["claims"]) <= room:
+        lines += [f"  {item}" for item in s["claims"]]
+    else:
+        lines += [f"  {item}" for item in s["claims"][: room - 1]] + [f"  and {len(s['claims']) - room + 1} more"]
+    lines.append(f"next: {s['next']}")
     return "\n".join(clip(one_line(line) if line[0] != " " else "  " + one_line(line), 160) for line in lines) + "\n"
 
 
@@ -3060,8 +2940,7 @@ def imported_modules(folder: Path, text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     waiting = [text]
     while waiting:
-        names = re.findall(r"^\s*(?:from|import)\s+(\w+)", waiting.pop(), re.M)
-        for name in names:
+        for name in re.findall(r"^\s*(?:from|import)\s+(\w+)", waiting.pop(), re.M):
             source = read_text(folder / f"{name}.py")
             if source is not None and f"{name}.py" not in found and name not in ("prepare", "analyze", "train"):
                 found[f"{name}.py"] = source
@@ -3077,38 +2956,46 @@ def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
     except (SyntaxError, ValueError, RecursionError) as e:
         return [f"train.py does not parse: line {getattr(e, 'lineno', '?')}: {getattr(e, 'msg', e)}"], []
     book, modules = load_book(archive), imported_modules(folder, text)
-    faults = find_repeats(book, folder, text, modules)
-    faults += find_changed_files(folder, modules) + find_batch_fault(folder, values)
+    faults = find_repeats(book, folder, text, modules, values) + find_batch_fault(folder, values)
+    changed = git(folder, "status", "--porcelain", "--", "prepare.py", "analyze.py", *modules) or ""
+    if names := sorted(line[3:].strip() for line in changed.splitlines()):
+        faults.append(f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest")
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < DISK_GB:
         faults.append(f"the disk is nearly full: {free_gb:.1f} GB are free; a run needs {DISK_GB:.0f}")
-    return faults, describe_change(archive, book, text, values)
+    told = describe_change(archive, book, text, values)
+    return faults, told[:1] if faults else told
 
 
-def find_repeats(book: Book, folder: Path, text: str, modules: dict) -> list[str]:
-    """The newest run that this program would repeat, and those under way elsewhere."""
+def find_repeats(book: Book, folder: Path, text: str, modules: dict, values: dict) -> list[str]:
+    """The newest run that this program would repeat, or that had its code and its configuration written in another
+    way; and those under way elsewhere. A run that was hampered or killed, and a first failed launch, say nothing."""
     program, exact = program_hash(text, modules=modules), program_hash(text, hide_seed=False, modules=modules)
-    same = [e for e in book.entries if e.record.get("program") == program and not e.record.get("was_killed")]
-    best, faults = compute_best(book.entries), []
-    for e in same[-1:]:
+    code, faults, best = program_hash(text, modules=modules, hide_config=True), [], compute_best(book.entries)
+    same = [e for e in book.entries if e.record.get("program") == program
+            or (e.record.get("code") == code and values and has_configuration(e, values))]
+    for e in [] if is_inconclusive(same) else same[-1:]:
         seed = "" if e.record.get("program_and_seed") == exact else " but for its seed"
+        what = f"program{seed}" if e.record.get("program") == program else "configuration"
         again = "; `uv run analyze.py rerun` runs the best again" if best and e.group == best.group else ""
         result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}{again}"
-        faults.append(f"this program{seed} was trained before: {result}")
+        faults.append(f"this {what} was trained before: {result}")
     for run in find_running(book, folder):
         if program_hash(run.start.get("train_py"), modules=run.start.get("modules")) == program:
             faults.append(f"this program is being trained now: {describe_running(run)}")
     return faults
 
 
-def find_changed_files(folder: Path, modules: dict) -> list[str]:
-    """Files other than train.py that a run would use and that differ from HEAD."""
-    used = ["prepare.py", "analyze.py", *modules]
-    changed = git(folder, "status", "--porcelain", "--", *used) or ""
-    names = sorted(line[3:].strip() for line in changed.splitlines())
-    if not names:
-        return []
-    return [f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest"]
+def has_configuration(e: Entry, values: dict) -> bool:
+    theirs = e.record.get("config") or {}
+    return bool(theirs) and all(theirs.get(k) == v for k, v in values.items() if not is_seed(k))
+
+
+def is_inconclusive(runs: list[Entry]) -> bool:
+    """Whether the last of these runs of one program asks for another."""
+    last = runs[-1].record if runs else {}
+    is_launch = len(runs) == 1 and re.search(LAUNCH, last.get("crash") or "", re.I)
+    return bool(last.get("was_killed") or last.get("hampered") or is_launch)
 
 
 def find_batch_fault(folder: Path, values: dict) -> list[str]:
@@ -3124,7 +3011,7 @@ def find_batch_fault(folder: Path, values: dict) -> list[str]:
 
 
 def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[str]:
-    """What a program changes against the best, and which other runs had its configuration."""
+    """What a program changes against the best, and which other run had its configuration."""
     best = compute_best(book.entries)
     if best is None:
         return ["nothing to compare with: this is the first program"]
@@ -3133,12 +3020,10 @@ def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[
     diff = diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), best.name)
     added, removed = (sum(d.startswith(sign) and not d.startswith(sign * 3) for d in diff) for sign in "+-")
     told = [f"against {best.name}: {', '.join([*knobs, f'+{added} -{removed} lines of train.py'])}"]
-    for e in book.entries if knobs else []:
-        theirs = e.record.get("config", {})
-        if theirs and all(theirs.get(k, v) == v for k, v in values.items() if not is_seed(k)):
-            result = f"{e.name} scored {show(e.val_bpb)}, {e.status}"
-            told.append(f"this configuration, with other code, was trained before: {result}")
-    return told[:1] + told[1:][-1:]
+    for e in [e for e in book.entries if knobs and has_configuration(e, values)][-1:]:
+        result = f"{e.name} scored {show(e.val_bpb)}, {e.status}"
+        told.append(f"this configuration, with other code, was trained before: {result}")
+    return told
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3170,62 +3055,50 @@ TRAIN = "uv run train.py > run.log 2>&1"
 
 def wait_for_run(folder: Path) -> None:
     """Block until no run is in progress here. One that was started a moment ago has not said anything yet."""
-    deadline = time.monotonic() + 120  # importing torch from a cold disk takes a minute
-    while is_locked(folder / METRICS) or (is_starting(folder) and time.monotonic() < deadline):
+    while is_running(folder) or is_starting(folder):
         time.sleep(0.2)
+
+
+def mend_table(archive: Path) -> Book:
+    """The books, and results.tsv as they have it: without lines that are no rows, with those that were lost."""
+    book = load_book(archive)
+    save_table(archive, book.entries)
+    return book
 
 
 def command_file(archive: Path, folder: Path) -> int:
     """File whatever is not filed yet and write the pages. Returns the exit status."""
-    remove_leftovers(folder)
     with locked(archive):
-        told = repair_books(archive, load_book(archive)) + file_unfiled(archive, folder)
-        outputs, name, is_new = find_outputs(folder), None, False
-        if outputs and is_running(outputs[-1].run):
-            finish_pages(archive, told)
-            raise AnalyzeError(f"run {outputs[-1].run.start.get('run_id')} is still in progress (process "
-                               f"{show(number(outputs[-1].run.start.get('pid')), '.0f')}): wait for it to end "
-                               "(`uv run analyze.py --wait`), then call this again")
-        for found in outputs:
+        told = mend_table(archive).problems + file_unfiled(archive, folder)
+        print("".join(f"{line}\n" for line in told), end="")
+        runs = [] if is_running(folder) else find_outputs(folder)
+        failed, name, is_new = None, None, False
+        for run in runs:
             book = load_book(archive)
-            name = book.named(found.identity)
-            is_new = name is None or bool(found.run.summary and book.is_unscored(name))
-            if is_new and not environment_failure(found.run):
-                name = file_run(found, archive, folder, book)
-        finish_pages(archive, told)
-        if not outputs:
-            if told:
-                return 0
-            starting = f" ({describe_outputs(folder, load_book(archive))})" if is_starting(folder) else ""
-            raise AnalyzeError(f"no run's outputs in {folder}{starting}: run `{TRAIN}` there first")
-        if name is None:
-            return report_environment(outputs[-1])
+            filed = book.find(run)
+            is_new = is_news(run, filed)
+            failed = environment_failure(run) if is_new else None
+            name = filed.name if filed else None
+            if is_new and not failed:
+                name = file_run(run, archive, folder, book)
+        write_pages(archive)
+    if name:
         print_verdict(archive, name, is_new)
+    elif failed:
+        return report_environment(runs[-1], failed.removeprefix("error:").strip())
+    elif is_running(folder):
+        raise AnalyzeError(f"{describe_here(archive, folder, load_book(archive))[0]}: wait for its end (`{WAIT}`), "
+                           "then call this again")
+    elif not told:
+        raise AnalyzeError(f"no run's outputs in {folder}: run `{TRAIN}` there first")
     return 0
 
 
-def remove_leftovers(folder: Path) -> None:
-    """What a call that was killed half way left of a file of this folder."""
-    for path in folder.glob(".tmp-*-train.py"):
-        path.unlink(missing_ok=True)
-
-
-def finish_pages(archive: Path, told: list[str]) -> None:
-    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those of the archive."""
-    for line in told:
-        print(line)
-    for e in load_book(archive).entries:
-        if not is_run_complete(archive / e.name):
-            write_run_pages(archive, e.name)
-    write_archive_pages(archive, are_archive_pages_stale(archive))
-
-
-def report_environment(outputs: Outputs) -> int:
+def report_environment(run: Run, failure: str) -> int:
     """Say what is broken, and note it in the run's start file: its log will be gone once the next run has begun."""
-    said, start = environment_failure(outputs.run).removeprefix("error:").strip(), outputs.files.get(START)
-    if start and not outputs.run.start.get("ended"):
-        write_json(start, outputs.run.start | {"ended": f"error: {said}"})
-    print(f"error: the environment failed, not the experiment; nothing was filed. {said}", file=sys.stderr)
+    if run.start and not run.start.get("ended"):
+        write_json(run.path / START, run.start | {"ended": f"error: {failure}"})
+    print(f"error: the environment failed, not the experiment; nothing was filed. {failure}", file=sys.stderr)
     return 2
 
 
@@ -3237,56 +3110,48 @@ def print_verdict(archive: Path, name: str, is_new: bool) -> None:
     print(printable(f"run {name}\n{verdict}\nanalysis: {archive / name / ANALYSIS}"))
 
 
-def decided_run(name: str | None, archive: Path, folder: Path, book: Book) -> Entry:
+def decided_run(name: str | None, folder: Path, book: Book) -> Entry:
     """The run a decision is about: the one named, else the newest whose outputs lie here, else the only one
     pending that was trained here. Never another folder's in a shared archive: its agent has yet to decide."""
     if name is not None:
         return book.entry(resolve_name(name, [e.name for e in book.entries]))
-    outputs = find_outputs(folder)
-    if outputs:
-        filed = book.named(outputs[-1].identity)
-        if filed is None:
-            raise AnalyzeError(f"{describe_outputs(folder, book)}; or name the run you mean")
-        return book.entry(filed)
-    pending = {e.name: e.record.get("folder") for e in book.entries if e.status == "pending"}
-    mine = [n for n, trained_in in pending.items() if trained_in == str(folder)]
-    if len(mine) != 1:
-        listed = ", ".join(f"{n} (trained in {where or 'an unknown folder'})" for n, where in [*pending.items()][-5:])
-        raise AnalyzeError(f"no run's outputs in {folder}, and {len(mine)} pending runs were trained there; pending: "
-                           f"{listed or 'none'}; name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`")
-    return book.entry(mine[0])
+    if runs := find_outputs(folder):
+        if filed := book.find(runs[-1]):
+            return filed
+        raise AnalyzeError(f"the run here is not filed yet: `{FILE}`; or name the run you mean")
+    pending = [e for e in book.entries if e.status == "pending"]
+    mine = [e for e in pending if e.record.get("folder") == str(folder)]
+    if len(mine) == 1:
+        return mine[0]
+    listed = ", ".join(f"{e.name} (trained in {e.record.get('folder')})" for e in pending[-5:])
+    raise AnalyzeError(f"no run's outputs in {folder}, and {len(mine)} pending runs were trained there; pending: "
+                       f"{listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`")
 
 
-def set_status(archive: Path, book: Book, name: str, status: str) -> None:
+def set_status(archive: Path, book: Book, this: Entry, status: str) -> None:
     """In the run's row, and in its folder, from which a lost row is made again."""
-    stats = read_stats(archive / name)
+    stats = read_stats(archive / this.name)
     if stats and stats["record"].get("status") != status:
-        write_json(archive / name / STATS, stats | {"record": stats["record"] | {"status": status}})
-    rows = []
-    for row in book.rows:
-        if row.name == name and row.problem is None and row.status != status:
-            cells = row.line.split("\t", 4)
-            cells[3] = status
-            row = parse_row("\t".join(cells))
-        rows.append(row)
-    save_rows(archive, rows)
+        write_json(archive / this.name / STATS, stats | {"record": stats["record"] | {"status": status}})
+    cells = this.row.split("\t", 4)
+    new = replace(this, row="\t".join([*cells[:3], status, cells[4]]))
+    save_table(archive, [new if e is this else e for e in book.entries])
+    write_pages(archive)
 
 
 def command_keep(name: str | None, archive: Path, folder: Path) -> None:
     with locked(archive):
-        repair_books(archive, load_book(archive))
-        book = load_book(archive)
-        this = decided_run(name, archive, folder, book)
+        book = mend_table(archive)
+        this = decided_run(name, folder, book)
         if not this.is_valid:
             reasons = this.record.get("invalid") or this.record.get("hampered") or ["it is invalid"]
             why = "it has no score" if this.val_bpb is None else "; ".join(reasons)
             raise AnalyzeError(f"{this.name} cannot be kept: {why}")
         verdict = compute_verdict(this, book.entries)
-        set_status(archive, book, this.name, "keep")
-        write_archive_pages(archive)
+        set_status(archive, book, this, "keep")
         best = compute_best(load_book(archive).entries)
     print(f"{this.name} kept; the best is {best.name} at {best.mean:.6f} ({len(best.names)} run(s))")
-    if verdict["kind"] in ("within noise", "unproven"):
+    if verdict["kind"] == "unproven":
         print(f"mind: {verdict['difference']:+.6f} bpb is inside the noise: kept, and not claimed")
     elif verdict["kind"] == "not better":
         print(f"mind: it is worse than {verdict['best']} by {verdict['difference']:.6f} bpb")
@@ -3294,26 +3159,21 @@ def command_keep(name: str | None, archive: Path, folder: Path) -> None:
 
 def command_discard(name: str | None, archive: Path, folder: Path) -> None:
     """Set the status and go back to the best's program. Refuses, with nothing changed, if a text would be lost."""
-    remove_leftovers(folder)
-    check_git(folder)
     with locked(archive):
-        repair_books(archive, load_book(archive))
-        book = load_book(archive)
-        this = decided_run(name, archive, folder, book)
-        left = [replace(e, status="discard") if e.name == this.name else e for e in book.entries]
-        best = compute_best(left)
+        book = mend_table(archive)
+        this = decided_run(name, folder, book)
+        best = compute_best([replace(e, status="discard") if e is this else e for e in book.entries])
         check_nothing_is_lost(archive, folder, book, [this.name, *([best.name] if best else [])])
-        is_scored = this.val_bpb is not None and this.status != "invalid"
-        if is_scored:
-            set_status(archive, book, this.name, "discard")
-        write_archive_pages(archive)
-        status = "discarded" if is_scored else f"stays {this.status}"
-        print(f"{this.name} {status}; {restore_best(this, best, archive, folder)}")
+        told = f"{this.name} stays {this.status}"
+        if this.val_bpb is not None and this.status != "invalid":
+            set_status(archive, book, this, "discard")
+            told = f"{this.name} discarded"
+        print(f"{told}; {restore_best(this, best, archive, folder)}")
 
 
 def program_files(archive: Path, name: str) -> dict[str, str]:
     """The texts of an archived run's train.py and of the modules that it imported."""
-    modules = (read_fields(archive / name / START, []) or {}).get("modules") or {}
+    modules = read_fields(archive / name / START, []).get("modules") or {}
     files = {file: str(text) for file, text in modules.items() if ".." not in file and not file.startswith("/")}
     text = read_text(archive / name / "train.py")
     return files | ({} if text is None else {"train.py": text})
@@ -3336,9 +3196,7 @@ def restore_best(this: Entry, best: Best | None, archive: Path, folder: Path) ->
     if best is None or not best.is_kept:
         return "no run is kept yet, train.py is left as it is"
     here = normal(read_text(folder / "train.py"))
-    if here is not None and here not in [
-        normal(program_files(archive, name).get("train.py")) for name in (best.name, this.name)
-    ]:
+    if here not in [None, *(normal(read_text(archive / name / "train.py")) for name in (best.name, this.name))]:
         return "train.py has moved on since that run: left as it is"
     return bring_back(best.name, archive, folder, f"Back to the best, {best.name}, after {this.name}")
 
@@ -3348,15 +3206,13 @@ def bring_back(name: str, archive: Path, folder: Path, message: str) -> str:
     files = program_files(archive, name)
     if "train.py" not in files:
         raise AnalyzeError(f"the archive has no train.py of {name}: restore it by hand")
+    for leftover in folder.glob(".tmp-*.py"):  # of a call that was killed here
+        leftover.unlink(missing_ok=True)
     has_git = git(folder, "rev-parse", "HEAD") is not None
     changed = [f for f in files if normal(read_text(folder / f)) != normal(files[f])]
     new = [f for f in files if has_git and normal(git(folder, "show", f"HEAD:./{f}")) != normal(files[f])]
     for file in changed:
-        path = folder / file
-        mode = path.stat().st_mode if path.exists() else None
-        write_atomic(path, files[file])
-        if mode:
-            path.chmod(mode)
+        write_atomic(folder / file, files[file])
     if not changed and not new:
         return f"train.py is that of the best, {name}: nothing to commit"
     if new:
@@ -3364,13 +3220,13 @@ def bring_back(name: str, archive: Path, folder: Path, message: str) -> str:
             git_commit(folder, message, new)
         except AnalyzeError as e:
             raise AnalyzeError(f"train.py is back to that of {name} but {e}") from None
-    how = "" if has_git else " (no git: not committed)"
-    return f"train.py is back to that of the best, {name}" + (", and committed" if new else how)
+    done = ", and committed" if new else ("" if has_git else " (no git: not committed)")
+    return f"train.py is back to that of the best, {name}{done}"
 
 
 def command_status(archive: Path, folder: Path, is_json: bool) -> None:
     status = compute_status(archive, folder)
-    print(json.dumps(plain(status), indent=1) if is_json else render_status(status), end="\n" if is_json else "")
+    print(json.dumps(plain(status), indent=1) + "\n" if is_json else render_status(status), end="")
 
 
 def command_compare(names: list[str], archive: Path) -> None:
@@ -3379,23 +3235,20 @@ def command_compare(names: list[str], archive: Path) -> None:
 
 
 def command_check(archive: Path, folder: Path) -> int:
-    check_git(folder)
     faults, told = compute_check(archive, folder)
-    for line in [*faults, *told] or ["nothing is known against it: it is the first program"]:
+    for line in [*faults, *told]:
         print(clip(one_line(line), 300))
     return 1 if faults else 0
 
 
 def command_start(tag: str | None, archive: Path, folder: Path) -> None:
     """A branch for the night, the agent's two files where they are missing, the data checked; then what to do next."""
-    check_git(folder)
     if git(folder, "rev-parse", "HEAD") is None:
         raise AnalyzeError(f"{folder} has no commit yet: `git init && git add . && git commit -m start`")
     branch = (git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or "").strip()
     if not branch.startswith("autoresearch/"):
-        wanted = f"autoresearch/{tag or time.strftime('%Y-%m-%d')}"
-        names = (wanted + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
-        branch = next(n for n in names if git(folder, "rev-parse", "--verify", "--quiet", f"refs/heads/{n}") is None)
+        taken = (git(folder, "for-each-ref", "--format=%(refname:short)", "refs/heads") or "").split()
+        branch = first_free(f"autoresearch/{tag or time.strftime('%Y-%m-%d')}", taken.__contains__)
         done = run_git(folder, "switch", "--create", branch)
         if done.returncode:
             raise AnalyzeError(f"git: {one_line(done.stderr.decode(errors='replace'))}")
@@ -3414,7 +3267,6 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
 
 def command_rerun(archive: Path, folder: Path) -> None:
     """The best's program in place and committed, and the command that trains it under a seed it has not had."""
-    check_git(folder)
     with locked(archive):
         book = load_book(archive)
         best = compute_best(book.entries)
@@ -3429,9 +3281,9 @@ def command_rerun(archive: Path, folder: Path) -> None:
 
 def command_stop(folder: Path) -> None:
     """End the run in progress here: ask, then insist. It is filed as stopped by the next `analyze.py`."""
-    start = read_fields(folder / START, []) or {}
+    start = read_fields(folder / START, [])
     pid, host = number(start.get("pid")), start.get("host")
-    if not is_locked(folder / METRICS):
+    if not is_running(folder):
         raise AnalyzeError(f"no run is in progress in {folder}")
     if pid is None or host not in (None, os.uname().nodename):
         raise AnalyzeError(f"the run in progress here is process {pid} on {host}: it can only be stopped there")
@@ -3439,17 +3291,14 @@ def command_stop(folder: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), sign)
         deadline = time.monotonic() + patience_s
-        while is_locked(folder / METRICS) and time.monotonic() < deadline:
+        while is_running(folder) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if not is_locked(folder / METRICS):
+        if not is_running(folder):
             break
-    now = read_fields(folder / START, []) or {}
-    if (folder / SUMMARY).exists() or now.get("run_id") != start.get("run_id"):
-        print("it had ended by itself: `uv run analyze.py` files it")
-        return
-    if not str(now.get("ended") or "").startswith("stopped"):
+    now = read_fields(folder / START, [])
+    if not (folder / SUMMARY).exists() and not str(now.get("ended") or "").startswith("stopped"):
         write_json(folder / START, now | {"ended": "stopped: by `analyze.py stop`"})
-    print(f"run {start.get('run_id')} is stopped: `uv run analyze.py` files it, with its metrics")
+    print(f"run {start.get('run_id')} has ended: `{FILE}` files it, with its metrics")
 
 
 def command_new_archive(archive: Path, folder: Path) -> None:
@@ -3457,12 +3306,25 @@ def command_new_archive(archive: Path, folder: Path) -> None:
     if not archive.is_dir():
         raise AnalyzeError(f"there is no archive at {archive}: the first run begins one")
     with locked(archive):
-        if is_locked(folder / METRICS):
+        if is_running(folder):
             raise AnalyzeError("a run is in progress here: wait for its end, or stop it")
-        names = (f"{archive.name}.{time.strftime('%Y-%m-%d')}" + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
-        target = next(path for path in map(archive.with_name, names) if not path.exists())
+        aside = f"{archive.name}.{time.strftime('%Y-%m-%d')}"
+        target = archive.with_name(first_free(aside, lambda name: archive.with_name(name).exists()))
         os.rename(archive, target)
     print(f"the archive so far is {target}, with its {INSIGHTS} and {QUEUE}; the next run begins a new one")
+
+
+COMMANDS = {
+    "keep": "keep a run",
+    "discard": "discard a run and go back to the best train.py",
+    "status": "where the search stands, and what to do next",
+    "compare": "archived runs side by side",
+    "check": "whether train.py as it is now is worth a run; exit status 0 or 1",
+    "start": "begin a night",
+    "rerun": "the best's train.py, and the command that trains it under another seed",
+    "stop": "end the run in progress here",
+    "new-archive": "put the archive aside and begin another",
+}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -3471,27 +3333,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--wait", action="store_true", help="first wait for the end of the run here")
     commands = parser.add_subparsers(dest="command")
-    for name, text in (("keep", "keep a run"), ("discard", "discard a run and go back to the best train.py")):
-        commands.add_parser(name, help=text).add_argument(
-            "run", nargs="?", help="as in results.tsv; default: the run here"
-        )
-    commands.add_parser("status", help="where the search stands").add_argument("--json", action="store_true")
-    commands.add_parser("compare", help="archived runs side by side").add_argument("runs", nargs="+", metavar="run")
-    commands.add_parser("check", help="whether train.py as it is now is worth a run; exit status 0 or 1")
-    commands.add_parser("start", help="begin a night").add_argument("tag", nargs="?", help="default: today's date")
-    commands.add_parser("rerun", help="the best's train.py, and the command that trains it under another seed")
-    commands.add_parser("stop", help="end the run in progress here")
-    commands.add_parser("new-archive", help="put the archive aside and begin another")
+    parsers = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
+    for name in ("keep", "discard"):
+        parsers[name].add_argument("run", nargs="?", help="as in results.tsv; default: the run here")
+    parsers["status"].add_argument("--json", action="store_true")
+    parsers["compare"].add_argument("runs", nargs="+", metavar="run")
+    parsers["start"].add_argument("tag", nargs="?", help="default: today's date")
     return parser.parse_args(arguments)
 
 
 def run_command(given: argparse.Namespace, folder: Path) -> int | None:
     """The exit status, None for success."""
+    check_git(folder)
     if given.wait:
         wait_for_run(folder)
     # What is about the run here follows that run; what is about the search follows the environment.
-    is_demo_run = (read_fields(folder / START, []) or {}).get("demo")
-    here, archive = archive_dir(is_demo_run), archive_dir()
+    here, archive = archive_dir(read_fields(folder / START, []).get("demo")), archive_dir()
     commands: dict[str | None, Callable[[], int | None]] = {
         None: lambda: command_file(here, folder),
         "keep": lambda: command_keep(given.run, here, folder),

@@ -70,7 +70,7 @@ def render_report(book, archive, pictures):
 
 
 def book(entries, *problems):
-    return Book(entries, rows=[], damaged=[], unbooked=[], facts={}, problems=list(problems), identities={})
+    return Book(entries, problems=list(problems))
 
 
 def night():
