@@ -1212,7 +1212,8 @@ def next_of(lab):
 
 
 def test_the_last_line_of_the_status_says_what_to_do_now(lab):
-    (lab.folder / "prepare.py").write_text("def load_manifest():\n    return {'source': 'here', 'fingerprint': 'f00'}\n")
+    manifest = "def load_manifest():\n    return {'source': 'here', 'fingerprint': 'f00'}\n"
+    (lab.folder / "prepare.py").write_text(manifest)
     lab.commit("baseline")
     assert next_of(lab) == "uv run analyze.py start"
     lab.analyze("start", "tag")
