@@ -271,7 +271,7 @@ def test_a_night_of_experiments_leaves_exactly_these_rows(lab):
     broken = lab.commit("huge model", variant(depth=900))
     lab.crash("Traceback (most recent call last):\ntorch.OutOfMemoryError: CUDA out of memory.\n"
               "crash: out of GPU memory at step 0, loss 9.0\n")
-    assert "**CRASHED**: out of GPU memory at step 0" in lab.analyze()[1]
+    assert "**CRASH**: out of GPU memory at step 0" in lab.analyze()[1]
     assert "stays crash; train.py is back to that of the best" in lab.analyze("discard")[1]
 
     seeded = lab.commit("lucky seed", variant(depth=9, seed=1337))
@@ -354,7 +354,7 @@ def test_a_summary_of_another_run_is_not_taken_for_this_one(lab):
     lab.crash("crash: the loss is NaN at step 12, loss nan\n", make_records(12))
     (lab.folder / "run_summary.json").write_text(stale)
     said = lab.analyze()[1]
-    assert "**CRASHED**: the loss is NaN at step 12" in said
+    assert "**CRASH**: the loss is NaN at step 12" in said
     assert "run_summary.json is of run 20260301-000001-abcd, not of 20260301-000002-abcd: left out" in said
     assert [row[1:4] for row in lab.rows()] == [("0.998000", "44.0", "keep"), ("0.000000", "0.0", "crash")]
     assert analyze.compute_best(analyze.load_book(lab.archive).entries).name == base
@@ -364,7 +364,7 @@ def test_a_syntax_error_is_a_crash_of_its_own_commit_and_leaves_the_old_run_alon
     base = lab.baseline()
     broken = lab.commit("typo", PROGRAM + "def broken(:\n")
     (lab.folder / "run.log").write_text('  File "train.py", line 15\n    def broken(:\nSyntaxError: invalid syntax\n')
-    assert "**CRASHED**: SyntaxError: invalid syntax" in lab.analyze()[1]
+    assert "**CRASH**: SyntaxError: invalid syntax" in lab.analyze()[1]
     assert [row[:4] for row in lab.rows()] == [
         (base, "0.998000", "44.0", "keep"), (broken, "0.000000", "0.0", "crash")]
     assert f"{broken} is filed already" in lab.analyze()[1]
@@ -463,7 +463,7 @@ def test_an_invalid_run_is_named_with_its_reason_and_never_the_best(lab, fault, 
     name = lab.commit("too good", variant(depth=9))
     lab.train(0.9, make_records(30), **fault)
     said = lab.analyze()[1]
-    assert "**INVALID**, not a result: val_bpb" in said
+    assert "**INVALID**: val_bpb" in said
     assert f"- {reason}" in said
     assert lab.rows()[1] == (name, "0.900000", "44.0", "invalid", "too good")
     code, _, complaint = lab.analyze("keep")
@@ -560,7 +560,7 @@ crash: TorchRuntimeError: RuntimeError when making fake tensor call before the f
 def test_a_crash_shows_its_reason_and_a_known_cause_with_what_helps(lab, ending, reason, cause):
     name = lab.commit("baseline")
     lab.crash(ending, make_records(8))
-    assert f"**CRASHED**: {reason}" in lab.analyze()[1]
+    assert f"**CRASH**: {reason}" in lab.analyze()[1]
     assert lab.stats(name)["crash"]["cause"] == cause
     assert "Ended: step 7, last loss " in lab.page(name)
     assert (f"Looks like: {cause}. What usually helps: " in lab.page(name)) == (cause is not None)
@@ -583,7 +583,7 @@ def test_a_run_in_progress_is_left_alone_whatever_the_clock_says(lab):
         assert (code, said) == (1, "")
         assert "is in progress, 10 steps so far: wait for its end (`uv run analyze.py --wait`), then call" in complaint
         assert "in progress, 10 steps so far" in lab.analyze("status")[1]
-    assert "**CRASHED**: the log just stops: killed" in lab.analyze()[1]
+    assert "**CRASH**: the log just stops: killed" in lab.analyze()[1]
     assert "this folder: run" in (said := lab.analyze("status")[1])
     assert "killed from outside, or out of time: the idea was not tested; train the same commit again" in said
 
@@ -739,7 +739,7 @@ def test_text_that_is_no_utf8_is_kept_as_it_is_and_shown_with_question_marks(lab
     lab.crash("ValueError: \n")
     with open(lab.folder / "run.log", "ab") as f:
         f.write(b"crash: ValueError: caf\xe9 $x$ before the first step\n")
-    assert "**CRASHED**: ValueError: caf? $x$ before the first step" in lab.analyze()[1]
+    assert "**CRASH**: ValueError: caf? $x$ before the first step" in lab.analyze()[1]
     assert (lab.archive / name / "run.log").read_bytes() == (lab.folder / "run.log").read_bytes()
     table = lab.archive / "results.tsv"
     table.write_bytes(table.read_bytes().replace(b"\tbaseline", b"\tba\xffse $\\bad{$"))
@@ -1690,7 +1690,7 @@ def test_an_old_summary_of_the_original_program_is_not_given_to_its_crash(lab):
         json.dumps({"val_bpb": 0.97, "git_commit": lab.git("rev-parse", "HEAD")})
     )
     (lab.folder / "run.log").write_text("Traceback (most recent call last):\nNameError: name 'x' is not defined\n")
-    assert "**CRASHED**: NameError: name 'x' is not defined" in lab.analyze()[1]
+    assert "**CRASH**: NameError: name 'x' is not defined" in lab.analyze()[1]
     assert [row[1:4] for row in lab.rows()] == [("0.000000", "0.0", "crash")]
 
 

@@ -767,7 +767,8 @@ def refusal(run, capsys) -> str:
 
 
 def test_missing_data_is_an_error_of_the_environment(work, cache, capsys):
-    assert refusal(start_here(work), capsys).startswith(f"error: {cache}: no data that are complete and undamaged; run `uv")
+    said = refusal(start_here(work), capsys)
+    assert said.startswith(f"error: {cache}: no data that are complete and undamaged; run `uv run prepare.py` first")
     assert json.loads((work / "run_start.json").read_text())["ended"].startswith("error: ")
 
 
