@@ -3262,7 +3262,7 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
     if done.returncode:
         said = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1])
         raise AnalyzeError(f"the data are not ready: {said}; run `uv run prepare.py`, then this again")
-    print(f"{one_line(done.stdout)}\nnext, the baseline: timeout --kill-after=10 600 {TRAIN}")
+    print(f"{one_line(done.stdout)}\nnext, the baseline: setsid timeout --kill-after=10 600 {TRAIN} &")
 
 
 def command_rerun(archive: Path, folder: Path) -> None:
@@ -3276,7 +3276,7 @@ def command_rerun(archive: Path, folder: Path) -> None:
         print(bring_back(best.name, archive, folder, f"Run the best, {best.name}, again"))
     offsets = [number(book.entry(name).record.get("seed_offset")) or 0 for name in best.names]
     offset = int(max(max(offsets) + 1, len(offsets)))
-    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} timeout --kill-after=10 600 {TRAIN}")
+    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} setsid timeout --kill-after=10 600 {TRAIN} &")
 
 
 def command_stop(folder: Path) -> None:

@@ -99,19 +99,17 @@ class Agent:
             time.sleep(0.1)
 
     def think(self) -> None:
-        """Steps 4 to 6 for the newest run that was filed, if that has not been done."""
-        last = self.status()["last"]
-        if not last or f" {last[-1][0]} " in (ARCHIVE / "insights.md").read_text():
-            return
-        name = last[-1][0]
-        self.follow("load_runs()")
-        for path, line in (
-            (ARCHIVE / name / "analysis.md", f"Expected nothing, saw {name}.\n"),
-            (ARCHIVE / "insights.md", f"- the stand-in learned from {name} ({name})\n"),
-            (ARCHIVE / "ideas_queue.md", f"- one after {name} | more | -0.001 | not better\n"),
-        ):
-            with open(path, "a") as f:
-                f.write(line)
+        """Steps 4 to 6 for the runs that were filed and not thought about yet."""
+        done = (ARCHIVE / "insights.md").read_text()
+        for name in [row[0] for row in self.status()["last"] if f" {row[0]} " not in done]:
+            self.follow("load_runs()")
+            for path, line in (
+                (ARCHIVE / name / "analysis.md", f"Expected nothing, saw {name}.\n"),
+                (ARCHIVE / "insights.md", f"- the stand-in learned from {name} ({name})\n"),
+                (ARCHIVE / "ideas_queue.md", f"- one after {name} | more | -0.001 | not better\n"),
+            ):
+                with open(path, "a") as f:
+                    f.write(line)
 
     def analyze_and_decide(self, done: int) -> None:
         """Steps 3 and 7."""
