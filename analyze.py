@@ -1110,11 +1110,14 @@ class Noise:
 
     @property
     def source(self) -> str:
-        if self.sigma is None:
-            return "run the baseline again first"
-        measured = f"{self.freedom} degree(s) of freedom measured"
-        prior = f", and a prior of {PRIOR_SIGMA} for the five-minute run, counted as {PRIOR_WEIGHT}"
-        return measured + prior * self.has_prior
+        told = []
+        if self.has_prior:
+            told.append(f"prior of the five-minute run: {PRIOR_SIGMA:.6f}, counted as {PRIOR_WEIGHT}; here")
+        if self.freedom:
+            told.append(f"measured with {self.freedom} degree(s) of freedom")
+        elif self.has_prior:
+            told.append("no other seed was run yet")
+        return " ".join(told) or "run the baseline again first"
 
     @property
     def claim_errors(self) -> float:
@@ -1123,8 +1126,9 @@ class Noise:
 
 
 def describe_noise(noise: Noise) -> str:
-    known = "unknown:" if noise.sigma is None else f"sigma {noise.sigma:.6f} bpb,"
-    return f"{known} {noise.source}"
+    if noise.sigma is None:
+        return f"unknown: {noise.source}"
+    return f"sigma {noise.sigma:.6f} bpb ({noise.source})"
 
 
 @dataclass(frozen=True)
@@ -1926,8 +1930,8 @@ KINDS = {
 def render_verdict(stats: dict) -> list[str]:
     """What it is, why, and in the last line what to do."""
     v = stats["verdict"]
-    what = v["kind"].upper() + "** of the best, no new idea" * (v["kind"] == "replicate")
-    lines = [f"**{what}{'' if '**' in what else '**'}: {render_comparison(stats)}."]
+    what = " of the best, no new idea" if v["kind"] == "replicate" else ""
+    lines = [f"**{v['kind'].upper()}**{what}: {render_comparison(stats)}."]
     lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
     lines += render_replicates(v)
     lines += [line for line in (KINDS.get(v["kind"]), stats["prediction"]) if line]
