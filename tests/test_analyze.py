@@ -1804,7 +1804,7 @@ def test_a_program_tried_before_is_named(lab):
 
 def test_other_kernels_are_one_line_and_no_other_configuration(lab):
     here = {"attention_backend": "windowed", "kernels": "loss, mlp, window attention"}
-    base = lab.baseline(config=here)
+    lab.baseline(config=here)
     same = lab.commit("same kernels", PROGRAM + "A = 1\n")
     lab.train(1.0, config=here)
     lab.analyze()
