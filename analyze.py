@@ -14,7 +14,7 @@
 Reads, in the current folder: run_start.json, run.log, metrics.jsonl, eval_record.json, run_summary.json.
 Writes the archive, .auto-log-research/ or $AUTO_LOG_RESEARCH_DIR (the demo's is demo/ in there): a folder for each run,
 results.tsv, insights.md ("Current Best" only), archive.json (what the archive began with); for the morning report.md,
-report.html (the same with its pictures), progress.png and best.patch (baseline to best).
+progress.png and best.patch (baseline to best).
 
 The folders are the truth: a run is whatever has one. results.tsv gives each its status and description, and may be
 edited; a row that is removed or damaged comes back (to leave a run out, write `discard` or `invalid` as its status).
@@ -32,12 +32,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import contextlib
 import difflib
 import fcntl
 import hashlib
-import html
 import io
 import itertools
 import json
@@ -65,14 +63,10 @@ if TYPE_CHECKING:  # imported where they are used: pandas takes 0.4 s and matplo
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-START, LOG, METRICS, EVAL, SUMMARY = (
-    "run_start.json",
-    "run.log",
-    "metrics.jsonl",
-    "eval_record.json",
-    "run_summary.json",
-)
-RESULTS, DAMAGED, FACTS = "results.tsv", "results.damaged.tsv", "archive.json"
+START, LOG, METRICS = "run_start.json", "run.log", "metrics.jsonl"
+EVAL, SUMMARY = "eval_record.json", "run_summary.json"
+OUTPUTS = (START, LOG, METRICS, EVAL, SUMMARY)
+RESULTS, FACTS = "results.tsv", "archive.json"
 INSIGHTS, QUEUE = "insights.md", "ideas_queue.md"
 STATS, ANALYSIS = "stats.json", "analysis.md"
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
@@ -119,13 +113,14 @@ COMPARABLE = {
     "demo": ("AUTORESEARCH_DEMO", "set it as before"),
 }
 # Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go through number().
-FIELD_TYPES = {"modules": dict, "faults": list, "demo": bool, "git_dirty": bool, "causal": bool} | dict.fromkeys(
-    (
-        *("run_id", "git_commit", "train_py", "measurement_sha256", "analyze_program", "analyze_sha256"),
-        *("data_fingerprint", "ended", "host", "finding", *MACHINE_KEYS),
-    ),
-    str,
-)
+TEXTS = ("run_id", "git_commit", "train_py", "measurement_sha256", "analyze_program", "data_fingerprint", "ended")
+FIELD_TYPES = dict.fromkeys((*TEXTS, "host", "finding", *MACHINE_KEYS), str) | {
+    "modules": dict,
+    "faults": list,
+    "demo": bool,
+    "git_dirty": bool,
+    "causal": bool,
+}
 
 # Failures of the machine or its set-up: reported, and not filed as an experiment.
 ENVIRONMENT_SIGNS = re.compile(
@@ -138,26 +133,15 @@ ENVIRONMENT_SIGNS = re.compile(
     r"|Permission denied: '[^']*(?:torchinductor|triton|\.cache)|uv: (?:command )?not found"
     r"|No module named '(?:torch|numpy|pyarrow|tiktoken|rustbpe|requests|prepare)'"
 )
-# Known causes of a crash, the first that matches the end of the log, with what usually helps.
+LAUNCH = r"unspecified launch failure|illegal memory access|CUDA_ERROR_LAUNCH_FAILED|CUBLAS_STATUS_\w+"
+# Known causes of a crash, as its reason shows them, with what usually helps.
 CRASH_CAUSES = (
-    ("out of memory", r"out of memory|OutOfMemoryError|out of GPU memory",
-     "halve device_batch_size (gradient accumulation keeps the total batch), or shrink what grew; look for another job "
-     "on the GPU if the program is small"),
-    ("a failed launch on the GPU: the machine's fault or the program's",
-     r"unspecified launch failure|illegal memory access|CUDA_ERROR_LAUNCH_FAILED|CUBLAS_STATUS_\w+|cudaErrorLaunch",
+    ("out of memory", r"out of (?:GPU )?memory|OutOfMemoryError",
+     "halve device_batch_size (gradient accumulation keeps the total batch), or shrink what grew"),
+    ("not a number, or the loss exploded", r"\bnan\b|not finite|non-finite|loss above",
+     "lower the learning rate that changed, or look for a division, log or square root near zero"),
+    ("a failed launch on the GPU: the machine's fault or the program's", LAUNCH,
      "train the same commit once more; if it fails again it is the program's"),
-    ("not a number, or the loss exploded", r"\bnan\b|not finite|non-finite|\binf\b|explod|loss above",
-     "lower the learning rate that changed, add warm-up, or look for a division, log or square root near zero"),
-    ("shapes do not fit", r"shapes? .*cannot be multiplied|size mismatch|must match the size|invalid for input of size"
-     r"|not divisible|shape mismatch|Expected size|same number of dimensions|not compatible with"
-     r"|reduction dim|broadcast",
-     "print the shapes at the line named; width is depth x aspect_ratio rounded up to a multiple of head_dim"),
-    ("compile failure", r"torch\._dynamo|torch\._inductor|InductorError|BackendCompilerFailed|\btriton\b",
-     "compile the smallest function that fails; data-dependent shapes and Python side effects are the usual reason"),
-    ("the program does not parse or a name is wrong",
-     r"SyntaxError|IndentationError|NameError|ImportError|ModuleNotFound|AttributeError|TypeError",
-     "a slip in the edit: fix it and run again"),
-    ("an assertion of the program failed", r"AssertionError", "the change broke what the assertion guards"),
 )
 KILLED = "killed from outside, or out of time"
 KILLED_HELP = "the idea was not tested: train the same commit again; see whether the machine's own memory ran out"
@@ -166,6 +150,7 @@ UNPRINTABLE = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
+SWITCH = dict.fromkeys(("", "0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
 
 
 class AnalyzeError(ValueError):
@@ -178,10 +163,10 @@ class AnalyzeError(ValueError):
 
 
 def is_demo() -> bool:
-    value = os.environ.get("AUTORESEARCH_DEMO", "").lower()
-    if value not in ("", "0", "false", "no", "off", "1", "true", "yes", "on"):
+    value = os.environ.get("AUTORESEARCH_DEMO", "")
+    if value.lower() not in SWITCH:
         raise AnalyzeError(f"AUTORESEARCH_DEMO={value} is neither yes nor no: set it to 1, or unset it")
-    return value in ("1", "true", "yes", "on")
+    return SWITCH[value.lower()]
 
 
 def archive_dir(demo: bool | None = None) -> Path:
@@ -193,15 +178,12 @@ def archive_dir(demo: bool | None = None) -> Path:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write the whole file or nothing: a reader never sees half of it."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
-            if isinstance(data, str):  # the books must outlive a power cut; a picture can be drawn again
-                f.flush()
-                os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open(temporary, "wb") as f:
+        f.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
+        if isinstance(data, str):  # the books must outlive a power cut; a picture can be drawn again
+            f.flush()
+            os.fsync(f.fileno())
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -229,16 +211,13 @@ def read_text(path: Path) -> str | None:
 
 def read_log(path: Path) -> str | None:
     """The log, of a very long one both ends. None where there is none."""
-    try:
-        with open(path, "rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(0)
-            data = f.read(LOG_BYTES if size <= LOG_BYTES else LOG_BYTES // 4)
-            if size > LOG_BYTES:
-                f.seek(-LOG_BYTES // 2, os.SEEK_END)
-                data += f"\n[{size - LOG_BYTES * 3 // 4} bytes left out]\n".encode() + f.read()
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    with open(path, "rb") as f:
+        data = f.read(LOG_BYTES)
+        if f.read(1):
+            f.seek(-LOG_BYTES // 2, os.SEEK_END)
+            data = data[: LOG_BYTES // 4] + b"\n[the middle is left out]\n" + f.read()
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -270,21 +249,22 @@ def read_json(path: Path) -> dict | None:
     return value
 
 
-def read_fields(path: Path, damage: list[str]) -> dict | None:
-    """A JSON object whose known fields have the right types, None where there is none. The rest goes into `damage`."""
+def read_fields(path: Path, damage: list[str]) -> dict:
+    """A JSON object whose known fields have the right types, empty where there is none. What has not is added to
+    `damage`."""
     try:
-        value = read_json(path)
+        value = read_json(path) or {}
     except ValueError as e:
         damage.append(str(e))
-        return None
+        return {}
     for key, kind in FIELD_TYPES.items():
-        if value and not isinstance(value.get(key), kind | None):
+        if not isinstance(value.get(key), kind | None):
             damage.append(f"{path.name}: {key} is {clip(repr(value.pop(key)), 40)}, taken for missing")
     return value
 
 
-def sha256(data: str | bytes) -> str:
-    return hashlib.sha256(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data).hexdigest()
+def sha256(data: str) -> str:
+    return hashlib.sha256(data.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def number(value: object) -> float | None:
@@ -310,37 +290,41 @@ def clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def first_free(name: str, is_taken: Callable[[str], bool], mark: str = "-") -> str:
+    """The name, or with the lowest number behind it that is not taken."""
+    names = itertools.chain([name], (f"{name}{mark}{i}" for i in itertools.count(2)))
+    return next(n for n in names if not is_taken(n))
+
+
 def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     """git without hooks, prompts, colors and signatures, whatever its configuration says, and in English."""
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_EDITOR": "true", "LC_ALL": "C"}
     options = ["-c", "core.hooksPath=/dev/null", "-c", "log.showSignature=false", "-c", "color.ui=false"]
     command = ["git", "-C", str(folder), *options, *arguments]
-    return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=os.environ | quiet)
+    try:
+        return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=os.environ | quiet)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, b"", b"not a git repository: git is not installed")
 
 
 def git(folder: Path, *arguments: str) -> str | None:
     """What git printed, None where it failed: no git, no repository, no such commit."""
-    try:
-        done = run_git(folder, *arguments)
-    except FileNotFoundError:
-        return None
+    done = run_git(folder, *arguments)
     return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
 
 
 def check_git(folder: Path) -> None:
     """AnalyzeError with git's own reason where there is a repository that git refuses to read."""
-    with contextlib.suppress(FileNotFoundError):
-        done = run_git(folder, "rev-parse", "--git-dir")
-        said = done.stderr.decode(errors="replace").strip()
-        if done.returncode and "not a git repository" not in said:
-            raise AnalyzeError(f"git cannot read this repository: {one_line(said)}")
+    done = run_git(folder, "rev-parse", "--git-dir")
+    if done.returncode and b"not a git repository" not in done.stderr:
+        raise AnalyzeError(f"git cannot read this repository: {one_line(done.stderr.decode(errors='replace'))}")
 
 
 def git_commit(folder: Path, message: str, files: list[str]) -> None:
     """Commit these files and no others. Without hooks and signing: nobody is there to answer a prompt."""
     run_git(folder, "add", "--", *files)
     who = []
-    if run_git(folder, "var", "GIT_COMMITTER_IDENT").returncode:  # as in a container without a home
+    if git(folder, "var", "GIT_COMMITTER_IDENT") is None:  # as in a container without a home
         who = ["-c", "user.name=auto-log-research", "-c", "user.email=auto-log-research@localhost"]
     done = run_git(folder, *who, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "-m", message, "--", *files)
     if done.returncode:
@@ -357,11 +341,13 @@ def try_lock(file: IO, how: int) -> bool:
     return True
 
 
-def is_locked(path: Path) -> bool:
+def is_running(folder: Path) -> bool:
+    """Whether a run is under way there: it holds a lock on its metrics for its whole life. Asking takes the lock for
+    an instant."""
     try:
-        with open(path, "rb") as f:
+        with open(folder / METRICS, "rb") as f:
             return not try_lock(f, fcntl.LOCK_SH)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -378,10 +364,9 @@ def locked(archive: Path) -> Iterator[None]:
             time.sleep(0.02)
         lock.truncate(0)
         print(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)[:200]}", file=lock, flush=True)
-        # What a killed process left half written: nobody else writes under the lock.
-        for leftover in [*archive.glob(".tmp-*"), *archive.glob("*/.tmp-*")]:
-            if leftover.parent.name not in ("unfiled", "demo"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        for path in [*archive.glob(".tmp-*"), *archive.glob("*/.tmp-*")]:  # of a process that was killed
+            if path.parent.name not in ("unfiled", "demo"):  # where others write without this lock
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if not (archive / ".gitignore").exists():
             write_atomic(archive / ".gitignore", "*\n")
         yield
@@ -395,7 +380,7 @@ def locked(archive: Path) -> Iterator[None]:
 @dataclass(frozen=True)
 class Run:
     """What one run left. A run that crashed has an empty summary and no evaluation; one that died before it could
-    begin has no `start`. `damage` names what could not be read."""
+    begin has no `start`. `damage` names what could not be read; `files` are those of its folder that are its own."""
 
     name: str
     path: Path
@@ -406,6 +391,7 @@ class Run:
     log: str | None = field(repr=False)
     train_py: str | None = field(repr=False)
     damage: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -444,35 +430,43 @@ class Run:
         found = (part.get(key) for part in (self.evaluation or {}, self.summary, self.start))
         return next((value for value in found if value is not None), None)
 
+    @property
+    def run_id(self) -> str | None:
+        return self.start.get("run_id") or self.summary.get("run_id") or log_run_id(self.log)
+
+    @cached_property
+    def identity(self) -> str:
+        """What makes this run this run: its id, or where it has none, the contents it left and when."""
+        if self.run_id:
+            return f"run:{self.run_id}"
+        written_ns = [path.stat().st_mtime_ns for path in self.files if path.name == LOG]
+        return "contents:" + sha256(json.dumps([self.summary, self.records[-1:], self.log, written_ns]))[:16]
+
 
 def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
     """The records of a metrics.jsonl and the damage, if any. A last line cut short, as a kill leaves it, is none."""
     records, bad = [], []
     lines = text.split("\n")
     for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
-        elif i < len(lines):
-            bad.append(i)
+        elif line.strip() and i < len(lines):
+            bad.append(str(i))
     if not bad:
         return records, []
-    named = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-    return records, [f"{METRICS}: {len(bad)} damaged line(s) left out (line {named})"]
+    return records, [f"{METRICS}: {len(bad)} damaged line(s) left out (line {clip(', '.join(bad), 40)})"]
 
 
 def parse_closing_block(log: str | None) -> dict:
     """The closing `key: value` block of a finished run, numbers where they are numbers; empty if there is none."""
-    block = (log or "").replace("\r", "\n").rpartition("\n---\n")[2]
     values: dict = {}
-    for key, value in re.findall(r"^(\w+):\s+(\S+)\s*$", block, re.M):
+    for key, value in re.findall(r"^(\w+):\s+(\S+)\s*$", (log or "").rpartition("\n---\n")[2], re.M):
         is_number = re.fullmatch(r"-?\d{1,15}(\.\d+)?", value)
-        values[key] = (float(value) if "." in value else int(value)) if is_number else value
+        values[key] = float(value) if is_number else value
     return values if number(values.get("val_bpb")) is not None else {}
 
 
@@ -482,24 +476,18 @@ def log_run_id(log: str | None) -> str | None:
     return found[1] if found else None
 
 
-def load_folder(folder: Path, name: str = "", files: set[str] | None = None) -> Run:
+def load_folder(folder: Path, name: str = "", files: Iterable[str] | None = None) -> Run:
     """The run whose files lie in `folder`; `files` limits it to those that are this run's."""
     damage: list[str] = []
-
-    def is_own(file: str) -> bool:
-        return files is None or file in files
-
-    start, summary, evaluation = (
-        read_fields(folder / file, damage) if is_own(file) else None for file in (START, SUMMARY, EVAL)
-    )
-    log = read_log(folder / LOG) if is_own(LOG) else None
-    log = None if log is None else printable(log)
-    if summary is None and (block := parse_closing_block(log)):
-        summary = block  # a program that writes no summary, or a summary that was lost
+    own = {file: folder / file for file in files or (*OUTPUTS, "train.py") if (folder / file).exists()}
+    start, summary, evaluation = (read_fields(own[f], damage) if f in own else {} for f in (START, SUMMARY, EVAL))
+    log = printable(read_log(own[LOG])) if LOG in own else None
+    if not summary and (summary := parse_closing_block(log)):  # a program that writes none, or one that was lost
         damage.append(f"{SUMMARY} is missing: the closing block of {LOG} stands in")
-    records, bad_lines = parse_metrics((read_text(folder / METRICS) or "") if is_own(METRICS) else "")
-    train_py = (start or {}).get("train_py") or (read_text(folder / "train.py") if is_own("train.py") else None)
-    return Run(name, folder, start or {}, summary or {}, evaluation, records, log, train_py, (*damage, *bad_lines))
+    records, bad_lines = parse_metrics(read_text(own[METRICS])) if METRICS in own else ([], [])
+    train_py = start.get("train_py") or (read_text(own["train.py"]) if "train.py" in own else None)
+    remarks = (*damage, *bad_lines)
+    return Run(name, folder, start, summary, evaluation or None, records, log, train_py, remarks, (*own.values(),))
 
 
 def load_run(name: str, archive: Path | None = None) -> Run:
@@ -522,10 +510,9 @@ def resolve_name(wanted: str, names: list[str]) -> str:
 
 def run_folders(archive: Path) -> list[Path]:
     """The folders of filed runs, by name."""
-    if not archive.is_dir():
-        return []
-    folders = (p for p in archive.iterdir() if not p.name.startswith("."))
-    return sorted(p for p in folders if any((p / file).exists() for file in (STATS, START, SUMMARY)))
+    marks = (STATS, START, SUMMARY)
+    folders = sorted(archive.glob("[!.]*/"))
+    return [folder for folder in folders if any((folder / mark).exists() for mark in marks)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,27 +521,16 @@ def run_folders(archive: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of results.tsv. `problem` says why a line cannot be read."""
-
-    line: str
-    name: str = ""
-    val_bpb: float | None = None
-    status: str = ""
-    description: str = ""
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
 class Entry:
-    """A run in the books: its row (status and description are the row's, so that hand edits hold) and its record, whose
-    score counts whatever the row says. `stats` is the rest of what was computed when it was analyzed."""
+    """A run in the books: its row of results.tsv, whose status and description hold, so that they can be edited, and
+    its record, whose score counts whatever the row says. `stats`: the rest of what its analysis computed."""
 
     name: str
     status: str
     description: str
     record: dict = field(repr=False)
     stats: dict = field(repr=False, default_factory=dict)
+    row: str = ""
 
     @property
     def val_bpb(self) -> float | None:
@@ -580,37 +556,32 @@ class Entry:
 
 @dataclass(frozen=True)
 class Book:
-    entries: list[Entry]
-    rows: list[Row]
-    unbooked: list[str]  # filed, without a row
-    facts: dict
+    entries: list[Entry]  # in the order of their rows
     problems: list[str]
-    identities: dict[str, str] = field(default_factory=dict)  # to the name under which that run is filed
-    damaged: list[Row] = field(default_factory=list)  # lines that are no row of a run
+    facts: dict = field(default_factory=dict)  # what the archive began with: of its first valid run
 
     def entry(self, name: str) -> Entry:
         return next(e for e in self.entries if e.name == name)
 
-    def named(self, identity: str) -> str | None:
-        return self.identities.get(identity)
-
-    def is_unscored(self, name: str) -> bool:
-        return any(e.name == name and not e.record.get("is_finished") for e in self.entries)
+    def find(self, run: Run) -> Entry | None:
+        """The entry under which this run is filed."""
+        return next((e for e in self.entries if e.record["identity"] == run.identity), None)
 
 
-def parse_row(line: str) -> Row:
-    cells = line.rstrip("\r\n").split("\t", 4)
+def read_row(line: str, records: dict[str, dict], entries: dict[str, Entry]) -> Entry:
+    """The entry that a line of results.tsv is about. ValueError says why it is about none, or about one of those that
+    earlier lines gave."""
+    cells = [cell.strip() for cell in line.split("\t", 4)]
     if len(cells) != 5:
-        return Row(line, problem=f"{len(cells)} columns where five are due")
-    name, val, memory, status, description = (cell.strip() for cell in cells)
-    try:
-        val_bpb, _ = float(val), float(memory)
-    except ValueError:
-        return Row(line, problem=f"val_bpb {val!r} or memory_gb {memory!r} is not a number")
+        raise ValueError(f"{len(cells)} columns where five are due")
+    name, _, _, status, description = cells
+    if name not in records:
+        raise ValueError(f"no files of a run {clip(name, 40)!r} in the archive")
+    if name in entries:
+        raise ValueError(f"a second row of {name}")
     if status not in STATUSES:
-        return Row(line, problem=f"status {status!r} is none of {', '.join(STATUSES)}")
-    is_score = status != "crash" and math.isfinite(val_bpb)
-    return Row(line, name, val_bpb if is_score else None, status, one_line(description))
+        raise ValueError(f"status {clip(status, 40)!r} is none of {', '.join(STATUSES)}")
+    return Entry(name, status, one_line(description), records[name], row=line.rstrip("\n") + "\n")
 
 
 def format_row(name: str, record: dict, status: str, description: str) -> str:
@@ -619,11 +590,6 @@ def format_row(name: str, record: dict, status: str, description: str) -> str:
     val, memory = (math.nan if x is None else x for x in (val, memory))
     cells = ["0.000000", "0.0"] if status == "crash" else [f"{val:.6f}", f"{memory:.1f}"]
     return "\t".join([name, *cells, status, one_line(description)]) + "\n"
-
-
-def load_rows(archive: Path) -> list[Row]:
-    lines = (read_text(archive / RESULTS) or "").splitlines(keepends=True)
-    return [parse_row(line) for line in lines if line.strip("\0 \r\n") and not line.startswith("commit\t")]
 
 
 def read_stats(folder: Path) -> dict:
@@ -642,66 +608,64 @@ def parse_stats(path: Path, written_ns: int) -> dict:
     return stats if isinstance(record, dict) and isinstance(record.get("identity"), str) else {}
 
 
-def load_record(folder: Path) -> dict:
-    """What the books need of a run, from its stats.json; worked out again where that is lost or damaged."""
-    if record := read_stats(folder).get("record"):
-        return record
-    return compute_record(load_folder(folder, folder.name), load_facts(folder.parent, []), Origin(folder.name))
-
-
-def is_run_complete(folder: Path) -> bool:
-    """Whether a run's pages were all written: its statistics are written last."""
-    return "verdict" in read_stats(folder) and (folder / ANALYSIS).exists()
-
-
-def load_facts(archive: Path, problems: list[str]) -> dict:
-    """What the archive began with: the values of its first valid run."""
-    return read_fields(archive / FACTS, problems) or {}
-
-
-def load_records(archive: Path, problems: list[str]) -> tuple[dict[str, dict], dict[str, str]]:
-    """Name to record of every run, and identity to name. A copy of a run's folder is no second run."""
-    records = {folder.name: load_record(folder) for folder in run_folders(archive)}
-    identities: dict[str, str] = {}
-    for name, record in sorted(records.items(), key=lambda item: item[1].get("name", item[0]) != item[0]):
-        first = identities.setdefault(record["identity"], name)
+def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, dict]:
+    """Name to record of every run; worked out again where it is lost. A copy of a run's folder is no second run."""
+    records = {}
+    for folder in run_folders(archive):
+        record = read_stats(folder).get("record")
+        records[folder.name] = record or compute_record(load_folder(folder, folder.name), facts, Origin(folder.name))
+    names: dict[str, str] = {}
+    for name in sorted(records, key=lambda name: records[name].get("name", name) != name):
+        first = names.setdefault(records[name]["identity"], name)
         if first != name:
             problems.append(f"{name} is a copy of {first}: left out")
             del records[name]
-    return records, identities
+    return records
 
 
 def load_book(archive: Path) -> Book:
-    """Rows and records joined, in the order of the rows. Damaged rows and rows without a run are named, not counted."""
+    """Rows and records joined. A line that is no row of a run is named and left out; a run without a row has one made
+    of its record, before those that started later."""
     problems: list[str] = []
-    rows, facts = load_rows(archive), load_facts(archive, problems)
-    records, identities = load_records(archive, problems)
-    entries, seen, damaged = [], set(), []
-    for i, row in enumerate(rows, 2):
-        problem = row.problem
-        if problem is None and row.name in seen:
-            problem = f"a second row of {row.name}"
-        elif problem is None and row.name not in records:
-            problem = f"no files of a run {clip(row.name, 40)!r} in the archive"
-        if problem:
-            problems.append(f"{RESULTS} line {i}: {problem}: not counted")
-            damaged.append(row)
-            continue
-        seen.add(row.name)
-        this = Entry(row.name, row.status, row.description, records[row.name], read_stats(archive / row.name))
-        entries.append(this)
-        if None not in (row.val_bpb, this.val_bpb) and abs(row.val_bpb - this.val_bpb) > 1e-6:
-            problems.append(
-                f"{RESULTS} line {i}: {row.val_bpb:.6f} is not what {row.name} scored: {this.val_bpb:.6f} counts"
-            )
-    unbooked = sorted(records.keys() - seen, key=lambda name: number(records[name].get("started_unix")) or math.inf)
-    return Book(entries, [row for row in rows if row not in damaged], unbooked, facts, problems, identities, damaged)
+    facts = read_fields(archive / FACTS, problems)
+    records = load_records(archive, facts, problems)
+    entries: dict[str, Entry] = {}
+    for i, line in enumerate((read_text(archive / RESULTS) or "").splitlines(keepends=True), 1):
+        if line.strip("\0 \r\n") and not line.startswith("commit\t"):
+            try:
+                this = read_row(line, records, entries)
+            except ValueError as e:
+                problems.append(f"{RESULTS} line {i}: {e}: not counted")
+                continue
+            entries[this.name] = this
+            said = line.split("\t")[1].strip()
+            if this.val_bpb is not None and said != f"{this.val_bpb:.6f}":
+                problems.append(f"{RESULTS} line {i}: {said} is not what {this.name} scored: {this.val_bpb:.6f} counts")
+    ordered = add_missing_rows([*entries.values()], records, problems)
+    return Book([replace(e, stats=read_stats(archive / e.name)) for e in ordered], problems, facts)
 
 
-def save_rows(archive: Path, rows: list[Row]) -> None:
-    """All rows, those that were not touched byte for byte as they were."""
-    lines = [row.line if row.line.endswith("\n") else row.line + "\n" for row in rows]
-    write_atomic(archive / RESULTS, HEADER + "\n" + "".join(lines))
+def add_missing_rows(entries: list[Entry], records: dict[str, dict], problems: list[str]) -> list[Entry]:
+    booked = {e.name for e in entries}
+    for name in sorted(records.keys() - booked, key=lambda name: started_unix(records[name])):
+        record = records[name]
+        status, description = filing_status(record), record.get("description") or ""
+        new = Entry(name, status, description, record, row=format_row(name, record, status, description))
+        later = [i for i, e in enumerate(entries) if started_unix(e.record) > started_unix(record)]
+        entries.insert(later[0] if later else len(entries), new)
+        problems.append(f"{name} had no row in {RESULTS}: added, as {status}")
+    return entries
+
+
+def started_unix(record: dict) -> float:
+    return number(record.get("started_unix")) or 0.0
+
+
+def save_table(archive: Path, entries: list[Entry]) -> None:
+    """results.tsv, rows that were not touched byte for byte as they were."""
+    text = HEADER + "\n" + "".join(e.row for e in entries)
+    if entries and text != read_text(archive / RESULTS):
+        write_atomic(archive / RESULTS, text)
 
 
 def load_runs(archive: Path | None = None) -> pd.DataFrame:
@@ -711,17 +675,14 @@ def load_runs(archive: Path | None = None) -> pd.DataFrame:
 
     rows = []
     for e in load_book(archive or archive_dir()).entries:
+        first = [e.name, e.val_bpb, e.record.get("memory_gb"), e.status, e.description, e.is_valid]
+        row = dict(zip([*HEADER.split("\t"), "is_valid"], first, strict=True))
         facts = {k: v for k, v in e.record.items() if not isinstance(v, dict | list)}
-        own = {"commit": e.name, "val_bpb": e.val_bpb, "memory_gb": e.record.get("memory_gb"), "status": e.status}
-        own |= {"description": e.description, "is_valid": e.is_valid}
-        rows.append(e.record.get("config", {}) | facts | own)
-    first = [*HEADER.split("\t"), "is_valid"]
-    if not rows:
-        return pd.DataFrame(columns=first)
-    frame = pd.DataFrame(rows)
-    frame = frame[first + [c for c in frame.columns if c not in first]]
-    for column in [c for c in frame.columns if frame[c].map(lambda v: v is None or number(v) is not None).all()]:
-        frame[column] = frame[column].astype(float)
+        rows.append(row | e.record.get("config", {}) | facts | row)
+    frame = pd.DataFrame(rows, columns=None if rows else [*HEADER.split("\t"), "is_valid"])
+    for column in frame.columns:
+        if all(v is None or number(v) is not None for v in frame[column]):
+            frame[column] = frame[column].astype(float)
     return frame
 
 
@@ -734,10 +695,11 @@ SEEDING = ("manual_seed", "manual_seed_all", "seed", "seed_all", "default_rng", 
 
 class _Functional(ast.NodeTransformer):
     """Drops docstrings and, on request, the seed in whatever form it is given: what is assigned or passed to a name
-    that is called seed, arguments of functions that take one, and what is added to one."""
+    that is called seed, arguments of functions that take one, and what is added to one. `hide_config`: and the
+    constants of the class Config and what is passed to it or replaced in it."""
 
-    def __init__(self, hide_seed: bool):
-        self.hide_seed = hide_seed
+    def __init__(self, hide_seed: bool, hide_config: bool):
+        self.hide_seed, self.hide_config = hide_seed, hide_config
 
     def generic_visit(self, node: ast.AST) -> ast.AST | None:
         super().generic_visit(node)
@@ -745,21 +707,24 @@ class _Functional(ast.NodeTransformer):
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
                 node.body = node.body[1:] or [ast.Pass()]
+        if self.hide_config and isinstance(node, ast.ClassDef) and node.name == "Config":
+            node.body = [part for part in node.body if config_constant(part) is None] or [ast.Pass()]
+        if self.hide_config and isinstance(node, ast.Call) and name_of(node.func) in ("Config", "replace"):
+            node.keywords = [k for k in node.keywords if not is_literal(k.value)]
         return self.without_seed(node) if self.hide_seed else node
 
     def without_seed(self, node: ast.AST) -> ast.AST | None:
-        nothing = ast.Constant(0)
         if isinstance(node, ast.Call):
             node.keywords = [k for k in node.keywords if not is_seed(k.arg)]
             if name_of(node.func) in SEEDING:
                 node.args = []
             if name_of(node.func) == "replace" and len(node.args) == 1 and not node.keywords:
                 return node.args[0]
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(is_seed(name_of(target)) for target in targets) and node.value:
-                return ast.Assign(targets, nothing, lineno=0)
-            if node.value and ast.dump(ast.Expr(node.value)) == ast.dump(ast.Expr(targets[0])).replace("Store", "Load"):
+            if any(is_seed(name_of(target)) for target in targets):
+                return ast.Assign(targets, ast.Constant(0), lineno=0)
+            if ast.unparse(node.value) == ast.unparse(targets[0]):
                 return None  # CONFIG = replace(CONFIG, seed=7) does nothing else
         elif isinstance(node, ast.AugAssign) and is_seed(name_of(node.target)):
             return None
@@ -778,16 +743,18 @@ def is_seed(name: str | None) -> bool:
     return name is not None and (name.lower() == "seed" or name.lower().endswith("_seed"))
 
 
-def program_hash(text: str | None, hide_seed: bool = True, modules: dict | None = None) -> str | None:
+def program_hash(
+    text: str | None, hide_seed: bool = True, modules: dict | None = None, hide_config: bool = False
+) -> str | None:
     """Equal for programs that do the same: comments, formatting, docstrings and (by default) the seed do not count.
     `modules` are the files beside the program that it imports, by name."""
     if text is None:
         return None
     hashes = []
     for name, source in [("", text), *sorted((modules or {}).items())]:
-        source = str(normal(str(source)))
+        source = normal(str(source))
         try:
-            source = ast.unparse(_Functional(hide_seed).visit(ast.parse(source)))
+            source = ast.unparse(_Functional(hide_seed, hide_config).visit(ast.parse(source)))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             source = "not a program\n" + source
         hashes.append(name + sha256(source))
@@ -802,19 +769,28 @@ def configuration(summary: dict) -> dict:
 
 @cache
 def analyze_program() -> str:
-    return program_hash(Path(__file__).read_text(encoding="utf-8"))
+    """Of this file; lines of comment do not count. To parse it for the same takes half a second."""
+    return sha256(re.sub(r"^\s*(#.*)?\n", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M))[:16]
 
 
 def static_config(text: str) -> dict:
-    """The configuration as it can be read without running the program: the constants of the class Config."""
-    values = {}
-    for node in ast.walk(ast.parse(str(normal(text)))):
+    """The configuration as it can be read without running the program: the constants of the class Config, and those
+    that are passed to it."""
+    found: dict[str, ast.expr] = {}
+    for node in ast.walk(ast.parse(normal(text))):
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            for part in node.body:
-                if isinstance(part, ast.AnnAssign) and part.value and is_literal(part.value):
-                    value = eval(compile(ast.Expression(part.value), "train.py", "eval"), {"__builtins__": {}})
-                    values[name_of(part.target)] = list(value) if isinstance(value, tuple) else value
-    return values
+            found = {name: part.value for part in node.body if (name := config_constant(part))} | found
+        elif isinstance(node, ast.Call) and name_of(node.func) in ("Config", "replace"):
+            found |= {k.arg: k.value for k in node.keywords if k.arg and is_literal(k.value)}
+    values = {name: eval(ast.unparse(value), {"__builtins__": {}}) for name, value in found.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def config_constant(node: ast.AST) -> str | None:
+    """The name in a line such as `depth: int = 2**3`."""
+    if isinstance(node, ast.AnnAssign) and node.value and is_literal(node.value):
+        return name_of(node.target)
+    return None
 
 
 def is_literal(node: ast.AST) -> bool:
@@ -835,22 +811,8 @@ class Origin:
 
     name: str  # of its folder, without the number of a replicate
     commit: str | None = None
-    is_dirty: bool | None = None
     train_py: str | None = None
     description: str = ""
-    notes: tuple[str, ...] = ()
-
-
-def identity_of(run: Run) -> str:
-    """What makes this run this run: its id, or where it has none, the contents it left."""
-    run_id = run.start.get("run_id") or run.summary.get("run_id") or log_run_id(run.log)
-    if run_id:
-        return f"run:{run_id}"
-    if run.summary or run.records:
-        return "contents:" + sha256(json.dumps([run.summary, run.records[-1:]], sort_keys=True) + (run.log or ""))[:16]
-    path = run.path / LOG
-    written_ns = path.stat().st_mtime_ns if path.exists() else 0
-    return f"log:{sha256(run.log or '')[:16]}:{written_ns}"
 
 
 def compute_comparable(run: Run) -> dict:
@@ -863,16 +825,14 @@ def compute_comparable(run: Run) -> dict:
 
 def compute_invalid(run: Run, facts: dict) -> list[str]:
     """Why a finished run's score must not be compared, each reason with what can be done; empty for a valid run."""
-    summary, record, reasons = run.summary, run.evaluation, []
-    val = number(summary.get("val_bpb"))
+    reasons = []
+    val = number(run.summary.get("val_bpb"))
     if val is None or val <= 0:
-        reasons.append(f"val_bpb is {summary.get('val_bpb')!r}: the loss of `reduction=\"none\"` is no cross-entropy")
-    if record is None:
+        reasons.append(f"val_bpb is {val}: the loss of `reduction=\"none\"` is no cross-entropy")
+    if run.evaluation is None:
         reasons.append(f"no readable {EVAL}: the score did not come from evaluate_bpb; call it, once, at the end")
     else:
-        reasons += compute_evaluation_faults(record, val)
-    if facts.get("analyze_sha256") and not facts.get("analyze_program"):
-        reasons.append("an earlier analyze.py began this archive: `uv run analyze.py new-archive` begins another")
+        reasons += compute_evaluation_faults(run.evaluation, val)
     for key, mine in compute_comparable(run).items():
         began, (what, remedy) = facts.get(key), COMPARABLE[key]
         if None not in (mine, began) and mine != began:
@@ -913,29 +873,25 @@ def compute_evaluation_faults(record: dict, val_bpb: float | None) -> list[str]:
                       "positions: attention without its mask, a shift, a norm over the sequence")
     elif record.get("causal") is None and not record.get("faults"):
         faults.append(f"whether the model looks ahead could not be tested{finding}: make it repeatable in evaluation")
-    calls = number(record.get("num_calls"))
-    if calls is not None and calls > 1:
-        faults.append(f"evaluation was called {calls:.0f} times: call it once, at the end")
+    if (number(record.get("num_calls")) or 0) > 1:
+        faults.append(f"evaluation was called {record['num_calls']} times: call it once, at the end")
     return faults
 
 
-def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | None = None) -> dict:
+def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
     """What the books keep of a run: identity, program, configuration and the few numbers that history needs."""
-    s, loss = run.summary, run.series("train/loss")
-    peak_mb, config = number(s.get("peak_vram_mb")), configuration(s)
+    s, config = run.summary, configuration(run.summary)
     ended = str(run.start.get("ended") or "")
     is_stopped = not s and ended.startswith("stopped")
     crash = None if s or is_stopped else compute_crash(run)
     modules = run.start.get("modules") or {}
-    started = number(run.start.get("started_unix")) or started_unix
-    elapsed_s = number(s.get("total_seconds")) or compute_elapsed(run)
+    started, elapsed_s = run_start_unix(run), number(s.get("total_seconds")) or compute_elapsed(run)
     return {
-        "identity": identity_of(run),
+        "identity": run.identity,
         "name": run.name,
+        "folder": str(run.path),
         "description": origin.description,
-        "run_id": run.start.get("run_id") or s.get("run_id"),
-        "git_commit": origin.commit or run.start.get("git_commit") or s.get("git_commit"),
-        "is_dirty": origin.is_dirty,
+        "git_commit": origin.commit or run.first_of("git_commit"),
         "started_unix": started,
         "ended_unix": started + elapsed_s if started and elapsed_s else None,
         "is_finished": bool(s),
@@ -944,11 +900,12 @@ def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | 
         "was_killed": bool(crash) and crash["is_killed"],
         "stopped": ended if is_stopped else None,
         "val_bpb": number(s.get("val_bpb")),
-        "memory_gb": peak_mb / 1024 if peak_mb is not None else None,
+        "memory_gb": None if (peak_mb := number(s.get("peak_vram_mb"))) is None else peak_mb / 1024,
         "train_sha256": sha256(normal(run.train_py)) if run.train_py else None,
         "modules": {name: sha256(normal(str(text))) for name, text in modules.items()},
         "program": program_hash(run.train_py, modules=modules),
         "program_and_seed": program_hash(run.train_py, hide_seed=False, modules=modules),
+        "code": program_hash(run.train_py, modules=modules, hide_config=True),
         "seed": number(s.get("seed")),
         "seed_offset": number(run.first_of("seed_offset")),
         **compute_comparable(run),
@@ -960,13 +917,9 @@ def compute_record(run: Run, facts: dict, origin: Origin, started_unix: float | 
         "step_ms": run.step_ms,
         "mfu_percent": number(s.get("mfu_percent")),
         "pace": compute_pace(run),
-        "num_params_m": number(s.get("num_params_M")),
-        "first_loss": number(loss[0]) if len(loss) else None,
-        "last_loss": number(loss[-1]) if len(loss) else None,
         "config": config,
         "config_sha256": sha256(json.dumps(config, sort_keys=True))[:16],
         "damage": list(run.damage),
-        "notes": list(origin.notes),
     }
 
 
@@ -976,9 +929,15 @@ def filing_status(record: dict) -> str:
         return record["status"]
     if record.get("stopped"):
         return "discard"
-    if not record["is_finished"]:
+    if not record.get("is_finished"):
         return "crash"
-    return "invalid" if record["invalid"] else "pending"
+    return "invalid" if record.get("invalid") else "pending"
+
+
+def run_start_unix(run: Run) -> float | None:
+    """When it started; where it does not say, the age of its files tells."""
+    written = [path.stat().st_mtime for path in run.files if path.exists()]
+    return number(run.start.get("started_unix")) or min(written, default=None)
 
 
 def compute_elapsed(run: Run) -> float | None:
@@ -993,7 +952,7 @@ def compute_idle(entries: list[Entry]) -> dict[str, float]:
     Nights lie apart by two hours: no pause within a night is that long, and none between two is shorter."""
     idle: dict[str, float] = {}
     last_end: dict[str, float] = {}
-    for e in sorted(entries, key=lambda e: e.record.get("started_unix") or 0.0):
+    for e in sorted(entries, key=lambda e: started_unix(e.record)):
         started, ended, where = e.record.get("started_unix"), e.record.get("ended_unix"), str(e.record.get("folder"))
         if started is None or ended is None:
             continue
@@ -1012,8 +971,8 @@ def compute_gpu_share(entries: list[Entry]) -> float | None:
 
 
 def log_lines(log: str | None) -> list[str]:
-    """The last lines of a log that hold anything; progress written over itself counts as lines."""
-    return [line.rstrip() for line in printable(log or "")[-100_000:].split("\n") if line.strip()]
+    """The last lines of a log that hold anything."""
+    return [line.rstrip() for line in (log or "")[-100_000:].split("\n") if line.strip()]
 
 
 def environment_failure(run: Run) -> str | None:
@@ -1021,44 +980,39 @@ def environment_failure(run: Run) -> str | None:
     ended, lines = str(run.start.get("ended") or ""), log_lines(run.log)
     if run.summary or ended.startswith("stopped"):
         return None
-    if ended.startswith("error:"):
-        return ended
-    for line in lines[-3:]:
+    for line in (ended, *lines[-3:]):
         if line.startswith("error:"):
             return line
-    signs = (line.strip() for line in reversed([ended, *lines[-40:]]) if ENVIRONMENT_SIGNS.search(line))
-    return next(signs, None)
+    return next((line.strip() for line in [*lines[:-41:-1], ended] if ENVIRONMENT_SIGNS.search(line)), None)
 
 
 def compute_crash(run: Run) -> dict:
     """Why a run without a summary ended: `reason`, the one line of the exception, the last frames in the program's own
     files, known `cause` and `help`, last step and loss."""
     lines, loss = log_lines(run.log), run.series("train/loss")
-    ended = str(run.start.get("ended") or "")
-    said = next((line for line in reversed(lines[-3:]) if line.startswith("crash:")), None)
-    said = said or (ended if ended.startswith("crash:") else None)
-    raised = next((x for x in reversed(lines[-60:]) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", x)), None)
     end = "\n".join(lines[-60:])
+    said = re.findall(r"^crash: *(.+)", f"{run.start.get('ended')}\n{end}", re.M)
+    raised = re.findall(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", end, re.M)
     # torch.compile tells what really happened in the middle of an explanation.
     inner = re.findall(r"\bgot (\w*Error\(.*\))", end)
-    raised = inner[-1] if inner else raised
-    reason = raised if inner else said or raised
-    cause, helps = find_cause(reason, end)
-    is_killed = reason is None
-    if is_killed:
-        reason, cause, helps = "the log just stops: killed" if lines else "no log was kept", KILLED, KILLED_HELP
-    reason = reason.removeprefix("crash:").strip()
-    return {
-        "reason": reason,
-        "exception": raised if raised and raised not in reason else None,
+    reason = next((found[-1] for found in (inner, said, raised) if found), None)
+    crash = {
+        "reason": reason or ("the log just stops: killed" if lines else "no log was kept"),
+        "exception": raised[-1] if raised and raised[-1] not in (reason or "") and not inner else None,
         "frames": find_frames(lines, run.start.get("modules") or {}),
-        "cause": cause,
-        "help": helps,
-        "is_killed": is_killed,
+        "cause": None,
+        "help": None,
+        "is_killed": reason is None,
         "last_step": number(run.records[-1].get("step")) if run.records else None,
         "last_loss": number(loss[-1]) if len(loss) else None,
         "elapsed_s": compute_elapsed(run),
     }
+    if reason is None:
+        return crash | {"cause": KILLED, "help": KILLED_HELP}
+    for cause, signs, helps in CRASH_CAUSES:
+        if re.search(signs, reason, re.I):
+            return crash | {"cause": cause, "help": helps}
+    return crash
 
 
 def find_frames(lines: list[str], modules: dict) -> list[str]:
@@ -1072,15 +1026,6 @@ def find_frames(lines: list[str], modules: dict) -> list[str]:
             where = f" in {found[3]}" if found[3] else ""
             frames.append(f"{Path(found[1]).name} line {found[2]}{where}: `{code}`")
     return frames[-2:]
-
-
-def find_cause(reason: str | None, end: str) -> tuple[str | None, str | None]:
-    """The known cause of a crash and what helps, by its reason first, then by the end of the log."""
-    for text in (reason, end):
-        for cause, signs, helps in CRASH_CAUSES:
-            if reason and re.search(signs, text, re.I):
-                return cause, helps
-    return None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1111,14 +1056,11 @@ class Noise:
 
     @property
     def source(self) -> str:
-        told = []
-        if self.has_prior:
-            told.append(f"prior of the five-minute run: {PRIOR_SIGMA:.6f}, counted as {PRIOR_WEIGHT}; here")
-        if self.freedom:
-            told.append(f"measured with {self.freedom} degree(s) of freedom")
-        elif self.has_prior:
-            told.append("no other seed was run yet")
-        return " ".join(told) or "run the baseline again first"
+        if self.sigma is None:
+            return "run the baseline again first"
+        measured = f"{self.freedom} degree(s) of freedom measured"
+        prior = f", and a prior of {PRIOR_SIGMA} for the five-minute run, counted as {PRIOR_WEIGHT}"
+        return measured + prior * self.has_prior
 
     @property
     def claim_errors(self) -> float:
@@ -1127,9 +1069,8 @@ class Noise:
 
 
 def describe_noise(noise: Noise) -> str:
-    if noise.sigma is None:
-        return f"unknown: {noise.source}"
-    return f"sigma {noise.sigma:.6f} bpb ({noise.source})"
+    known = "unknown:" if noise.sigma is None else f"sigma {noise.sigma:.6f} bpb,"
+    return f"{known} {noise.source}"
 
 
 @dataclass(frozen=True)
@@ -2181,49 +2122,53 @@ def replace_best_section(text: str | None, content: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The morning: effects, predictions, claims, report.md, report.html, best.patch
+# The morning: effects, predictions, claims, report.md, best.patch
 # ---------------------------------------------------------------------------------------------------------------------
 
 TRIED = ("new best", "unproven", "not better")  # verdicts on an idea; the others are on the run
-# What follows from the knobs, or is not train.py's to set: no idea of its own.
+# What follows from the knobs, or is not train.py's to set.
 DERIVED = re.compile(
     r"num_params\w*|flops_per_token|width|num_heads|window_sizes"
     r"|max_seq_len|time_budget|eval_tokens|demo|seed\w*"
 )
 # "expect -0.0006" in a commit's subject. A number without its sign, or of another unit, is none.
 EXPECTED = re.compile(
-    r",? *\b(?:expect|predict)\w*[^-+\d\u2212\u2013]{0,24}"
-    r"([-+\u2212\u2013] ?\d*[.,]?\d+(?:e-?\d+)?)(?![\d.]| ?(?:%|ms|x|M))", re.I)
-STYLE = """body {font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto} img {width: 100%}
-td {border-bottom: 1px solid #ddd; padding: .2rem .6rem} tr:first-child {font-weight: bold}"""
+    r",? *\b(?:expect|predict)\w*[^-+\d\u2212]{0,24}([-+\u2212]\d*\.\d+)(?!\d| ?(?:%|ms))", re.I
+)
 RUN_NAME = re.compile(r"\b(?:unknown-|nogit-)?[0-9a-f]{7}(?:-dirty)?(?:\.\d+)?\b")
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What one run changed against the best it was compared with, and what came of it, in bpb."""
-
-    knob: str
-    change: str
-    entry: Entry
-    difference: float
-    error: float | None  # None where the noise is unknown
-    kind: str
-
-    @property
-    def measured(self) -> str:
-        return f"{self.difference:+.5f} ± {show(self.error, '.5f')}"
-
-    @property
-    def is_inside_noise(self) -> bool:
-        if self.kind == "unproven" or not self.error:
-            return True
-        return abs(self.difference) < GAIN_ERRORS * self.error
 
 
 def verdict_of(e: Entry) -> dict:
     """As it stands on the run's own page: whatever is said of a run elsewhere has the same bar."""
     return e.stats.get("verdict") or {}
+
+
+def is_outside_noise(e: Entry) -> bool:
+    v = verdict_of(e)
+    return v["kind"] != "unproven" and abs(v.get("standard_errors") or 0.0) >= GAIN_ERRORS
+
+
+def compute_tried(entries: list[Entry]) -> list[Entry]:
+    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Of replicates the
+    last one speaks: its verdict is on all of them."""
+    last = {e.group: e for e in entries if verdict_of(e).get("kind") in TRIED}
+    return sorted(last.values(), key=lambda e: (not is_outside_noise(e), verdict_of(e)["difference"]))
+
+
+def show_outcome(e: Entry) -> str:
+    """The measured effect of an idea; of any other run what became of it."""
+    v = verdict_of(e)
+    if v.get("kind") not in TRIED:
+        return e.record.get("crash") or v.get("kind") or ""
+    return f"{v['difference']:+.5f} ± {show(v['standard_error'], '.5f')} ({v['kind']})"
+
+
+def read_subject(e: Entry) -> tuple[str, float | None]:
+    """The idea, and the difference that the subject expects of it, None where it expects none."""
+    found = EXPECTED.search(e.description)
+    if not found:
+        return e.description, None
+    return e.description[: found.start()], float(found[1].replace("\u2212", "-"))
 
 
 def changed_knobs(e: Entry) -> dict[str, str]:
@@ -2234,50 +2179,21 @@ def changed_knobs(e: Entry) -> dict[str, str]:
         knobs.pop("num_kv_heads", None)
     if not knobs:
         return {clip(read_subject(e)[0], 60): "code"}
-    told = {k: f"{json.dumps(before)} -> {json.dumps(after)}" for k, (before, after) in knobs.items()}
-    if len(told) == 1:
-        return told
-    return {k: f"{change}, one of {len(told)} changes" for k, change in told.items()}
+    rest = f", one of {len(knobs)} changes" if len(knobs) > 1 else ""
+    return {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
 
 
-def compute_effects(entries: list[Entry]) -> list[Effect]:
-    """Everything tried: gains, then losses, then what the noise hides; the largest first. Of replicates
-    the last one speaks, whose verdict is on the mean of all."""
-    found: dict[tuple, Effect] = {}
-    for e in entries:
-        v = verdict_of(e)
-        difference, error = number(v.get("difference")), number(v.get("standard_error"))
-        if v.get("kind") in TRIED and difference is not None:
-            for knob, change in changed_knobs(e).items():
-                found[knob, e.group] = Effect(knob, change, e, difference, error, v["kind"])
-    largest = sorted(found.values(), key=lambda x: -abs(x.difference))
-    return sorted(largest, key=lambda x: (x.is_inside_noise, x.difference > 0))
-
-
-def untouched_knobs(entries: list[Entry]) -> str:
-    configs = [e.record["config"] for e in entries if e.record.get("config")]
-    touched = {knob for e in entries for knob in changed_knobs(e)}
-    knobs = [k for k in (configs or [{}])[-1] if k not in touched]
-    return ", ".join(k for k in knobs if not DERIVED.fullmatch(k)) or "none"
-
-
-def render_effects(entries: list[Entry], limit: int) -> list[str]:
-    """A line for each of the `limit` knobs that matter most, then the knobs that nobody has touched."""
+def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
+    """A line a knob, of at most `limit`, those that matter most first; then the knobs nobody has touched."""
     by_knob: dict[str, list[str]] = {}
-    for x in compute_effects(entries):
-        told = f"{x.change} {x.measured} ({x.kind}, {x.entry.name})"
-        by_knob.setdefault(x.knob, []).append(told)
-    lines = [f"{knob}: {'; '.join(told[:3])}" for knob, told in by_knob.items()]
-    return [*lines[:limit], f"never touched: {untouched_knobs(entries)}"]
-
-
-def read_subject(e: Entry) -> tuple[str, float | None]:
-    """The idea, and the difference that the subject expects of it, None where it expects none."""
-    found = EXPECTED.search(e.description)
-    if not found:
-        return e.description, None
-    expected = re.sub("[\u2212\u2013]", "-", found[1]).replace(" ", "").replace(",", ".")
-    return e.description[: found.start()], float(expected)
+    for e in compute_tried(entries):
+        for knob, change in changed_knobs(e).items():
+            by_knob.setdefault(knob, []).append(f"{change} {show_outcome(e)} in {e.name}")
+    lines = [f"{knob}: {'; '.join(told)}" for knob, told in by_knob.items()]
+    touched = {knob for e in entries for knob in changed_knobs(e)}
+    config = next((e.record["config"] for e in reversed(entries) if e.record.get("config")), {})
+    untouched = [k for k in config if k not in touched and not DERIVED.fullmatch(k)]
+    return [*lines[:limit], f"never touched: {', '.join(untouched) or 'none'}"]
 
 
 def render_prediction(e: Entry, difference: float | None, error: float | None) -> str:
@@ -2285,326 +2201,260 @@ def render_prediction(e: Entry, difference: float | None, error: float | None) -
     _, expected = read_subject(e)
     if expected is None or difference is None or not error:
         return ""
-    miss, told = difference - expected, "the error allows both"
-    if abs(miss) > GAIN_ERRORS * error:
-        told = f"{'worse' if miss > 0 else 'better'} than expected by {abs(miss):.4f}"
-    return f"Expected {expected:+.4f}, came {difference:+.4f} ± {error:.4f}: {told}."
+    return f"Expected {expected:+.4f}, came {difference:+.4f} ± {error:.4f}."
 
 
 def render_calibration(entries: list[Entry]) -> str:
-    """How well the author of the subjects predicts; empty before the first that was measured."""
-    effects = {x.entry.name: x for x in compute_effects(entries) if x.error}
-    pairs = [(read_subject(x.entry)[1], x.difference, x.error) for x in effects.values()]
-    pairs = [pair for pair in pairs if pair[0] is not None]
-    if not pairs:
-        return ""
-    expected, came, errors = np.array(pairs).T
-    num_close = (abs(came - expected) <= GAIN_ERRORS * errors).sum()
-    return (f"{len(pairs)} prediction(s): expected {expected.mean():+.4f} in the mean, came "
-            f"{came.mean():+.4f}; the sign was right in {(expected * came > 0).sum()}, the size within "
-            f"two standard errors in {num_close}.")
+    """How well the subjects predict; empty before the first prediction that was measured."""
+    pairs = [(read_subject(e)[1], verdict_of(e)["difference"]) for e in compute_tried(entries)]
+    are_right = [expected * came > 0 for expected, came in pairs if expected is not None]
+    return f"Predictions with the right sign: {sum(are_right)} of {len(are_right)}." if are_right else ""
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
     """Claims of insights.md that cite runs which do not exist, or rest on runs inside the noise alone."""
-    names, lines = {e.name for e in entries}, []
-    is_inside = {x.entry.name: x.is_inside_noise for x in compute_effects(entries)}
+    programs = {e.group for e in compute_tried(entries) if not is_outside_noise(e)}
+    names, hidden = {e.name for e in entries}, {e.name for e in entries if e.group in programs}
+    lines = []
     claims = (text or "").partition("## Claims")[2]
     for claim in re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", claims, re.M):
-        cited = [n for n in RUN_NAME.findall(claim) if n in names or not n.isdecimal()]
-        if missing := [name for name in cited if name not in names]:
-            lines.append(f"no run is called {', '.join(missing)}: {clip(one_line(claim), 80)}")
-        elif cited and all(is_inside.get(name) for name in cited):
-            lines.append(f"rests on runs inside the noise alone: {clip(one_line(claim), 80)}")
+        cited = {n for n in RUN_NAME.findall(claim) if n in names or not n.isdecimal()}
+        told = clip(one_line(claim), 80)
+        if missing := sorted(cited - names):
+            lines.append(f"no run is called {', '.join(missing)}: {told}")
+        elif cited and cited <= hidden:
+            lines.append(f"rests on runs inside the noise alone: {told}")
     return lines
 
 
-def render_kept(entries: list[Entry], lineage: list[list]) -> list[list[str]]:
-    """The kept chain: run, mean, effect as its verdict has it, whether that is outside the noise, idea."""
-    by_name = {e.name: e for e in entries}
-    effects, rows = {x.entry.group: x for x in compute_effects(entries)}, []
-    for name, mean, _ in lineage:
-        cells = ["", ""]
-        if x := effects.get(by_name[name].group):
-            cells = [x.measured, "no" if x.is_inside_noise else "yes"]
-        rows.append([name, f"{mean:.6f}", *cells, read_subject(by_name[name])[0]])
-    return rows
+def render_audit(archive: Path, base: Iterable[str], best: Iterable[str], won: float) -> str:
+    """Whether validation text that no score used confirms the gain."""
+    means = []
+    for names in (base, best):
+        records = [read_json(archive / name / EVAL) or {} for name in names]
+        means.append(numbers(record.get("audit_bpb") for record in records).mean())
+    gain = means[0] - means[1]
+    if not math.isfinite(gain):
+        return "It is not confirmed: no text but the score's own was scored."
+    return (f"On validation text that no score used the gain is {gain:.6f}: the search may have fitted "
+            f"{max(won - gain, 0):.6f} to the text of the score.")
 
 
-def compute_audit(archive: Path, names: Iterable[str]) -> float | None:
-    """Mean score of these runs on validation text that no score used; None where there is none."""
-    records = [read_json(archive / name / EVAL) or {} for name in names]
-    scores = numbers(record.get("audit_bpb") for record in records)
-    return float(np.nanmean(scores)) if np.isfinite(scores).any() else None
-
-
-def render_gain(archive: Path, entries: list[Entry], h: dict, kept: list[list[str]]) -> str:
-    """The paragraph a person can forward."""
-    best = compute_best(entries)
-    took = f"{h['hours']:.1f} h" if h["hours"] >= 1 else f"{60 * h['hours']:.1f} minutes"
-    night = f"{render_counts(h)}, {took} of training"
-    night += f", the GPU at work {h['gpu_share']:.0%} of the time" if h["gpu_share"] else ""
-    if best is None or not h["lineage"] or h["lineage"][0][0] == best.name:
+def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
+    """The paragraph a person can forward. `h`: the history."""
+    night = f"{render_counts(h)}, {h['hours']:.2f} h of training"
+    if h["gpu_share"]:
+        night += f", the GPU at work {h['gpu_share']:.0%} of the time"
+    best, lineage = compute_best(entries), h["lineage"]
+    if best is None or not lineage or lineage[0][0] == best.name:
         return f"{night}. No gain over the first kept run."
-    base, start, _ = h["lineage"][0]
-    group = next(group for group in compute_groups(entries).values() if base in {e.name for e in group})
-    won, lent, sigma = start - best.mean, h["optimism"], compute_noise(entries).sigma
-    error = sigma and sigma * math.sqrt(1 / len(seed_scores(group)) + 1 / best.num_seeds)
-    text = (f"val_bpb went from {start:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} ± "
-            f"{show(error)} (standard error) over the first kept run, {base}: {night}. ")
-    if lent:
-        text += f"Chosen among equals, the best reads about {lent:.6f} too low: {won - lent:.6f} remain. "
-    audits = compute_audit(archive, (e.name for e in group)), compute_audit(archive, best.names)
-    if None in audits:
-        text += "It is not confirmed: no text but the score's own was scored. "
-    else:
-        text += (f"On validation text that no score used the gain is {audits[0] - audits[1]:.6f}: the search "
-                 f"may have fitted {max(won - audits[0] + audits[1], 0):.6f} to the text of the score. ")
-    proven = sorted((row for row in kept if row[3] == "yes"), key=lambda row: float(row[2].split()[0]))
-    helped = "; ".join(f"{idea} ({measured})" for _, _, measured, _, idea in proven[:6])
-    return f"{text}What helped: {helped or 'nothing that stands outside the noise'}."
+    first = next(e for e in entries if e.name == lineage[0][0])
+    base = compute_best(compute_groups(entries)[first.group])
+    won, sigma = base.mean - best.mean, compute_noise(entries).sigma
+    error = sigma and sigma * math.sqrt(1 / base.num_seeds + 1 / best.num_seeds)
+    told = [f"val_bpb went from {base.mean:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} "
+            f"± {show(error)} (standard error) over the first kept run, {base.name}: {night}."]
+    if h["optimism"]:
+        told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: "
+                    f"{h['gain']:.6f} remain.")
+    told.append(render_audit(archive, base.names, best.names, won))
+    proven = [e for e in compute_tried(entries) if e.status == "keep" and verdict_of(e)["kind"] == "new best"]
+    helped = "; ".join(f"{read_subject(e)[0]}: {show_outcome(e)}" for e in proven[:6])
+    told.append(f"What helped: {helped or 'nothing that stands outside the noise'}.")
+    return " ".join(told)
 
 
-def render_table(titles: str, rows: list[list[str]]) -> str:
-    lines = [titles.split(", "), ["---"] * len(titles.split(", ")), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
-
-
-def reason_of(e: Entry) -> str:
-    """Why a run has no score that counts; of one that has, the verdict."""
-    v = verdict_of(e)
-    told = e.record.get("crash") or e.record.get("invalid") or v.get("reasons") or v.get("kind") or ""
-    return clip(told if isinstance(told, str) else "; ".join(told), 200)
+def render_tried(entries: list[Entry]) -> str:
+    """A table of these runs: what was decided, and what came of each."""
+    rows = [["run", "val_bpb", "decision", "outcome", "description"], ["---"] * 5]
+    for e in entries:
+        rows.append([e.name, show(e.val_bpb), mark_of(e), show_outcome(e), e.description])
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
 
 
 def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -> str:
-    """The morning page for a person: what was gained, by what, and all that was tried. `h`: the history."""
-    entries, title = book.entries, "# Report"
-    kept = render_kept(entries, h["lineage"])
-    if any(e.record.get("demo") for e in entries):
-        title += " on the demo"
-    effects = [[x.knob, x.change, x.measured, x.kind, x.entry.name] for x in compute_effects(entries)]
-    tried = [[e.name, show(e.val_bpb), mark_of(e), reason_of(e), e.description] for e in entries]
+    """The morning page for a person: what was gained, by what, and all that was tried."""
+    entries = book.entries
+    is_demo_night = any(e.record.get("demo") for e in entries)
     blocks = [
-        title, render_gain(archive, entries, h, kept), "![](progress.png)",
-        "## Kept, from the first to the best",
-        render_table("run, val_bpb, effect, outside the noise, idea", kept),
-        "## Effects", render_table("knob, change, effect, verdict, run", effects),
-        f"Never touched: {untouched_knobs(entries)}. {render_calibration(entries)}",
+        "# Report on the demo" if is_demo_night else "# Report",
+        render_gain(archive, entries, h),
+        "![](progress.png)",
+        "## Effects",
+        "\n".join(f"- {line}" for line in render_effects(entries)),
+        render_calibration(entries),
         "## Everything tried",
-        render_table("run, val_bpb, decision, verdict or reason, description", tried),
-        *book.problems, "## Pictures of the best run", *(f"![]({name})" for name in pictures),
+        render_tried(entries),
+        *book.problems,
+        "## Pictures of the best run",
+        *(f"![]({name})" for name in pictures),
     ]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def render_html(report: str, pictures: dict[str, bytes]) -> str:
-    """report.md as one page that needs no other file: the pictures lie in it."""
-    text = re.sub(r"^\| ---.*\n", "", html.escape(report), flags=re.M)
-    text = re.sub(r"^\|(.*) \|$", lambda row: "<tr>" + f" |{row[1]}".replace(" | ", "<td>"), text, flags=re.M)
-    text = re.sub(r"((?:^<tr>.*\n)+)", r"<table>\n\1</table>\n", text, flags=re.M)
-    text = re.sub(r"^## (.*)$", r"<h2>\1</h2>", text, flags=re.M)
-    text = re.sub(r"^# (.*)$", r"<h1>\1</h1>", text, flags=re.M)
-    text = re.sub(r"\n\n(?=[^<\n])", "\n\n<p>", text)
-    for name, data in pictures.items():
-        image = f"<img src='data:image/png;base64,{base64.b64encode(data).decode()}'>"
-        text = text.replace(f"![]({name})", image)
-    return f"<!doctype html>\n<meta charset=utf-8>\n<title>Report</title>\n<style>{STYLE}</style>\n{text}"
+def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
+    """Baseline to best as one diff that `git apply` takes, below what was kept and what each brought."""
+    table = render_tried(kept).replace("\n", "\n# ")
+    lines = [f"# From {base.name} to {best.name}: git apply best.patch\n# {table}\n"]
+    before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
+    for name, text in after.items():
+        lines += diff_file(name, before.get(name), text)
+    return "".join(lines)
 
 
-def diff_file(name: str, before: str | None, after: str) -> str:
+def diff_file(name: str, before: str | None, after: str) -> list[str]:
     """What `git diff` would print; None: no such file yet. Only newlines end a line, as with git."""
     old, new = ([*io.StringIO(text, newline="\n")] for text in (before or "", after))
     source = "/dev/null" if before is None else f"a/{name}"
     lines = [*difflib.unified_diff(old, new, source, f"b/{name}")]
-    for i, line in enumerate(lines):
-        if not line.endswith("\n"):
-            lines[i] = f"{line}\n\\ No newline at end of file\n"
-    made = "new file mode 100644\n" if before is None else ""
-    return f"diff --git a/{name} b/{name}\n{made}{''.join(lines)}" if lines else ""
-
-
-def render_patch(kept: list[list[str]], base: Run, best: Run) -> str:
-    """All that was kept as one diff that `git apply` takes, below what was kept and what each brought."""
-    table = render_table("run, val_bpb, effect, outside the noise, idea", kept)
-    told = [f"# {line}\n" for line in table.split("\n")]
-    before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
-    diffs = [diff_file(name, before.get(name), text) for name, text in after.items()]
-    return f"# From {base.name} to {best.name}: git apply best.patch\n{''.join([*told, *diffs])}"
+    if not lines:
+        return []
+    lines = [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines]
+    return [f"diff --git a/{name} b/{name}\n", "new file mode 100644\n" * (before is None), *lines]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
+LOOK = {"font.size": 9, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.alpha": 0.25, "axes.xmargin": 0.01, "legend.frameon": False}
 # Okabe and Ito: told apart by colour-blind eyes. This run and the best have the same colour everywhere.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
 MARKS = {  # how progress.png shows a run: marker, colour, colour inside
-    "kept": ("o", GREEN, GREEN),
-    "kept, unproven": ("o", GREEN, "white"),
-    "discarded": ("o", GREY, GREY),
+    "keep": ("o", GREEN, GREEN),
+    "keep, unproven": ("o", GREEN, "white"),
+    "discard": ("o", GREY, GREY),
     "pending": ("D", ORANGE, ORANGE),
     "hampered": ("s", PURPLE, "white"),
     "stopped": ("|", BLUE, BLUE),
-    "crashed": ("x", VERMILION, VERMILION),
+    "crash": ("x", VERMILION, VERMILION),
     "invalid": ("*", "black", "white"),
 }
-SCORED = [*MARKS][:4]  # the others have no score that counts
+SERIES = {  # of schedule_and_machine.png, and the titles of its panels
+    "train/lr_multiplier": "learning rate, share of its peak",
+    "train/weight_decay": "weight decay",
+    "train/grad_norm": "gradient norm",
+    "perf/step_time_ms": "step time, ms",
+}
 MOST_ROWS = 100  # of a heat map: the names of more can be read on no screen
 
 
 def new_figure(title: str, *facts: dict, height: float = 7.5) -> Figure:
     """An empty figure, 1200 pixels wide. `facts`, of a run or of runs, tell whether they are the demo's."""
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
-    figure = Figure((12, height), dpi=100, layout="constrained")
-    title = "demo: " * any(fact.get("demo") for fact in facts) + title
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+    matplotlib.rcParams.update(LOOK)
+    figure = matplotlib.figure.Figure((12, height), dpi=100, layout="constrained")
+    demo = "demo: " * any(fact.get("demo") for fact in facts)
+    figure.suptitle(demo + title, x=0.01, ha="left", fontsize=13)
     return figure
-
-
-def dress(axes: Axes, title: str, xlabel: str, yscale: str = "linear") -> None:
-    """Titles, grid and legend of a panel whose curves are drawn."""
-    axes.set_title(title, fontsize=10.5, loc="left")
-    axes.set_xlabel(xlabel, fontsize=9.5)
-    axes.set_yscale(yscale)
-    axes.tick_params(labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.01)
-    axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8.5, frameon=False)
 
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # letters that the font lacks become boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 3})
+        figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def draw_noisy(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, is_best: bool) -> None:
-    """Every step as a thin line, the means over hundredths of x as a thick one; of the best these alone."""
-    is_known = np.isfinite(x) & np.isfinite(y)
-    x, y = x[is_known], y[is_known]
-    if not is_best:
-        axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
-    if len(x) > 100:
-        which = np.digitize(x, np.linspace(x[0], x[-1], 101)[1:-1])
-        x, y = ([values[which == i].mean() for i in np.unique(which)] for values in (x, y))
-    axes.plot(x, y, color=ORANGE if is_best else BLUE, lw=1.6, label=label)
+def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """x and y by run: every step of this run as a thin line, and means over hundredths of the steps."""
+    late = [np.array([])]
+    for name, (x, y) in curves.items():
+        is_known = np.isfinite(x + y)
+        x, y = x[is_known], y[is_known]
+        if name == this:
+            axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
+        size = max(len(x) // 100, 1)
+        means = [values[len(x) % size :].reshape(-1, size).mean(axis=1) for values in (x, y)]
+        label, color = (f"this: {name}", BLUE) if name == this else (f"best: {name}", ORANGE)
+        axes.plot(*means, color=color, lw=1.6, label=label)
+        late.append(y[x >= DWARFING * x.max(initial=0.0)])
+    # The start would flatten the rest, and so would single spikes; what is low is never cut off.
+    if (values := np.concatenate(late)).size:
+        low, high = values.min(), np.percentile(values, 99.5)
+        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    axes.set_title(title)
+    axes.legend()
 
 
 def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
     """Training loss by tokens; below it the paired difference to the best, where there is one."""
-    curves = [(r, curve) for r in (best, run) if r and (curve := compute_curve(r))]
-    if not curves or curves[-1][0] is not run:
+    curves = {r.name: compute_curve(r) for r in (best, run) if r}
+    if curves[run.name] is None:
         return None
     figure = new_figure(f"{run.name}: training loss", run.start)
-    grid = figure.add_gridspec(2, 1, height_ratios=(5, 3))
-    axes = figure.add_subplot(grid[0] if windows else grid[:])
-    for r, curve in curves:
-        label = f"{'best' if r is best else 'this'}: {r.name}"
-        draw_noisy(axes, curve.tokens_m, curve.loss, label, r is best)
-    # The start would flatten the rest, and so would single spikes; what is low is never cut off.
-    late = [c.loss[c.tokens_m > DWARFING * c.tokens_m[-1]] for _, c in curves]
-    low, high = min(loss.min() for loss in late), max(np.percentile(loss, 99.5) for loss in late)
-    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
-    dress(axes, "nats per token", "tokens, millions")
-    if windows:
-        draw_paired(figure.add_subplot(grid[1], sharex=axes), windows)
+    heights = [5, 3] if windows else [1]
+    axes, *below = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights).flat
+    losses = {name: (c.tokens_m, c.loss) for name, c in curves.items() if c}
+    draw_runs(axes, "nats per token", run.name, losses)
+    for panel in below:
+        draw_paired(panel, windows)
+    figure.supxlabel("tokens, millions")
     return figure
 
 
 def draw_paired(axes: Axes, windows: list[dict]) -> None:
     """Difference to the best by windows, with two standard errors; shaded where the text had been seen."""
-    starts, ends = (numbers(w[key] for w in windows) for key in ("from_m", "to_m"))
-    kinds = (("difference", "error", "tokens", BLUE),
-             ("at_progress", "at_progress_error", "progress", VERMILION))
-    for key, error, what, color in kinds:
-        values, errors = (numbers(w.get(k) for w in windows) for k in (key, error))
-        if np.isfinite(values).any():
-            axes.errorbar((starts + ends) / 2, values, 2 * errors, fmt="o", color=color, label=f"at equal {what}")
-    if repeats := [w["from_m"] for w in windows if w.get("is_repeat")]:
-        axes.axvspan(repeats[0], ends[-1], color="0.93", label="text seen before: no measure of learning")
+    table = {key: numbers(w.get(key) for w in windows) for key in windows[0]}
+    middles = (table["from_m"] + table["to_m"]) / 2
+    for what, key, error, color in (("tokens", "difference", "error", BLUE),
+                                    ("progress", "at_progress", "at_progress_error", VERMILION)):
+        bars = 2 * table[error]
+        axes.errorbar(middles, table[key], bars, fmt="o", color=color, label=f"at equal {what}")
+    repeats = [w["from_m"] for w in windows if w["is_repeat"]]
+    if repeats:
+        axes.axvspan(repeats[0], windows[-1]["to_m"], color="0.93", label="text seen before: no measure of learning")
     axes.axhline(0, color="black", lw=0.8)
-    dress(axes, "this minus best, bpb ± 2 standard errors; below zero is better", "tokens, millions")
+    axes.set_title("this minus best, bpb ± 2 standard errors; below zero is better")
+    axes.legend(loc="lower right", frameon=True)
 
 
 def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
-    """Schedules, learning rates, gradient norm and step time. None for a run without steps to draw."""
-    both = [r for r in (best, run) if r and r.step_ms is not None]
-    if run not in both:
+    """What is scheduled, what the gradient does and how fast it goes. None for a run without step times."""
+    if run.step_ms is None:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
-    schedules, rates, gradient, steps = figure.subplots(2, 2).flat
-    x = 100 * run.series("train/progress")
-    for key in ("train/lr_multiplier", "train/muon_momentum", "train/weight_decay"):
-        schedules.plot(x, run.series(key), label=key.removeprefix("train/"))
-    groups: dict[bytes, list[str]] = {}  # several of the same rate are one line with all their names
-    for key in sorted({k for r in run.records[:3] for k in r if k.startswith("lr/")}):
-        groups.setdefault(run.series(key).tobytes(), []).append(key.removeprefix("lr/"))
-    for names in groups.values():
-        rates.plot(x, run.series(f"lr/{names[0]}"), label=clip(", ".join(names), 60))
-    for r in both:
-        x, steps_ms = 100 * r.series("train/progress"), r.series("perf/step_time_ms")
-        draw_noisy(gradient, x, r.series("train/grad_norm"), r.name, r is best)
-        label = f"{r.name}: median {r.step_ms:.1f}, slowest {np.nanmax(steps_ms):.0f}"
-        draw_noisy(steps, x, steps_ms, label, r is best)
-    xlabel, medians = "progress, % of the budget", [r.step_ms for r in both]
-    steps.set_ylim(0.8 * min(medians), 1.4 * max(medians))  # a stall of ten seconds: see the legend
-    dress(schedules, "schedules", xlabel)
-    dress(rates, "resolved learning rates", xlabel, "log")
-    dress(gradient, "gradient norm", xlabel, "log")
-    dress(steps, "step time, ms", xlabel)
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, SERIES.items(), strict=True):
+        curves = {r.name: (100 * r.series("train/progress"), r.series(key)) for r in (best, run) if r}
+        draw_runs(axes, title, run.name, curves)
+    figure.supxlabel("progress, % of the budget")
     return figure
 
 
 def draw_layers(run: Run, best: Run | None) -> Figure | None:
-    """Three heat maps, over the run and beside the best's end, and the scalars. None without layers."""
-    kinds = (
-        ("output RMS, log10", "layers/names", lambda r: named_values(r, "layers/names", "layers/rms")),
+    """Two heat maps, over the run and beside the best's end. None without layers."""
+    looks = (
+        ("output RMS, log10", "layers/names", lambda record: named_values(record, "layers/names", "layers/rms")),
         ("update / weight, log10", "params/names", update_ratios),
-        ("inputs near zero, share", "layers/names",
-         lambda r: named_values(r, "layers/names", "layers/input_zeros")),
     )
-    num_rows = max((len(r[key]) for _, key, _ in kinds for r in run.records_with(key)), default=0)
-    if not num_rows:
+    if not any(run.records_with(key) for _, key, _ in looks):
         return None
-    height = 4.5 + 0.125 * min(num_rows, MOST_ROWS)
-    figure = new_figure(f"{run.name}: layers", run.start, height=height)
-    grid = figure.add_gridspec(2, 3, height_ratios=(3, 1))
-    for i, (title, key, look) in enumerate(kinds):
-        columns, theirs = ([look(record) for record in r.records_with(key)] if r else [] for r in (run, best))
-        draw_heat(figure.add_subplot(grid[0, i]), columns, theirs[-1:], len(run.records), title)
-    axes = figure.add_subplot(grid[1, :])
-    for r, style in ((run, "-"), (best, "--")):
-        for i, (name, logged) in enumerate(r.scalars.items() if r else ()):
-            axes.plot(numbers(logged[-1]), style, color=f"C{i}", label=name + " of the best" * (r is best))
-    dress(axes, "scalars at the end", "layer")
+    figure = new_figure(f"{run.name}: layers", run.start, height=10)
+    for axes, (title, key, look) in zip(figure.subplots(1, 2), looks, strict=True):
+        mine, theirs = ([look(record) for record in r.records_with(key)] if r else [] for r in (run, best))
+        axes.set_title(title + "; right of the gap, the best's end" * bool(theirs))
+        draw_heat(axes, mine, theirs[-1:], len(run.records))
+    figure.supxlabel("step; grey: zero or not finite")
     return figure
 
 
-def draw_heat(axes: Axes, columns: list[dict], theirs: list[dict], num_steps: int, title: str) -> None:
-    """Names down, time across, the value as colour; at the right the best's end in the same colours.
-    `columns` holds the values by name at each moment."""
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    if names:
-        values = np.array([[c.get(name, math.nan) for c in (*columns, *theirs)] for name in names])
-        if "log10" in title:
-            values = np.log10(np.where(values > 0, values, math.nan))
-        low, high = np.nanpercentile(values, [1, 99])
-        look = {"aspect": "auto", "vmin": low, "vmax": max(high, low + 1e-3), "interpolation": "nearest"}
-        rows, at = (len(names) - 0.5, -0.5), (1.04 * num_steps, 1.12 * num_steps)
-        image = axes.imshow(values[:, : len(columns)], extent=(0, num_steps, *rows), **look)
-        if theirs:
-            axes.imshow(values[:, len(columns) :], extent=(*at, *rows), **look)
-            axes.text(at[1], -0.8, "best", fontsize=8, ha="right")
-        axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=50).ax.tick_params(labelsize=8)
-    dress(axes, title, "step; grey: zero or not finite")
-    axes.set_xlim(0, (1.12 if theirs else 1.0) * num_steps)
+def draw_heat(axes: Axes, mine: list[dict], theirs: list[dict], num_steps: int) -> None:
+    """Values by name at each look as colours: names down, time across, then a gap and the best's end."""
+    names = list(dict.fromkeys(name for look in mine for name in look))
+    if not names:
+        return
+    width = 1 + len(mine) // 25
+    columns = [*mine, *[{}] * width, *theirs * width] if theirs else mine
+    values = np.array([[look.get(name, math.nan) for look in columns] for name in names])
+    values = np.log10(np.where(values > 0, values, math.nan))
+    low, high = np.nanpercentile(values, [1, 99])
+    extent = (0, num_steps * len(columns) / len(mine), len(names) - 0.5, -0.5)
+    image = axes.imshow(values, extent=extent, aspect="auto", interpolation="nearest", vmin=low, vmax=high)
+    axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=50)
     axes.set_facecolor("0.85")
     axes.grid(visible=False)
     shown = names if len(names) <= MOST_ROWS else []
@@ -2617,55 +2467,51 @@ def mark_of(e: Entry) -> str:
     kind = verdict_of(e).get("kind")
     if kind in ("hampered", "stopped"):
         return kind
-    if not e.is_valid:
-        return "crashed" if e.status == "crash" else "invalid"
-    if e.status == "keep":
-        return "kept, unproven" if kind in ("unproven", "not better") else "kept"
-    return "discarded" if e.status == "discard" else "pending"
+    if e.status == "keep" and kind in ("unproven", "not better"):
+        return "keep, unproven"
+    return e.status
 
 
 def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
     """Scores in the order of filing, what the best was at each time, and the steps that brought most."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries))
-    axes, marks = figure.subplots(), [(i, e, mark_of(e)) for i, e in enumerate(entries, 1)]
-    scores = [e.val_bpb for _, e, mark in marks if mark in SCORED] or [1.0]
-    kept = [e.val_bpb for _, e, mark in marks if mark.startswith("kept")]
+    axes, valid = figure.subplots(), [e for e in entries if e.is_valid]
+    scores = [e.val_bpb for e in valid] or [1.0]
+    kept = [e.val_bpb for e in valid if e.status == "keep"]
     low, high = min(scores), max([np.percentile(scores, 90), *kept])
     room = max(high - low, 0.004 * high)  # neither a bad run nor a single one sets the scale
+
+    def height(e: Entry) -> float:
+        return e.val_bpb if e.is_valid and e.val_bpb <= high else high + 0.13 * room
+
+    axes.axhline(high + 0.06 * room, color=GREY, ls=":", label="above: off the scale, or no score")
     for label, (marker, color, inside) in MARKS.items():
-        points = [(i, e.val_bpb) for i, e, mark in marks if mark == label]
-        is_scored, size = label in SCORED, 8 if "kept" in label else 5
-        points = [(i, y if is_scored and y <= high else high + 0.13 * room) for i, y in points]
+        points = [(i, height(e)) for i, e in enumerate(entries, 1) if mark_of(e) == label]
         if points:
-            axes.plot(*zip(*points, strict=True), marker, ms=size, color=color, mfc=inside, zorder=3,
+            axes.plot(*zip(*points, strict=True), marker, color=color, mfc=inside, zorder=3,
                       label=f"{label} ({len(points)})")
-    axes.axhline(high + 0.06 * room, color=GREY, lw=0.8, ls=":", label="above: off the scale, or no score")
-    end = len(entries) + max(0.6, 0.02 * len(entries))
+    margin = max(0.6, 0.02 * len(entries))
     if lineage:
-        draw_lineage(axes, entries, lineage, end)
-    dress(axes, "", "experiment")
-    axes.set_xlim(len(entries) + 1 - end, end)
-    axes.set_ylim(low - 0.1 * room, high + 0.2 * room)
+        draw_lineage(axes, entries, lineage, len(entries) + margin)
+    axes.set(xlim=(1 - margin, len(entries) + margin), ylim=(low - 0.1 * room, high + 0.2 * room), xlabel="experiment")
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
 def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: float) -> None:
-    """The baseline and the best as lines; a number at each of the eight largest steps, and in the margin
-    what they were, where no text is in another's way."""
+    """Lines for the baseline and the best; the eight largest steps are numbered, and told in the margin."""
     number_of = {e.name: i for i, e in enumerate(entries, 1)}
-    x, means = [number_of[name] for name, _, _ in lineage], [mean for _, mean, _ in lineage]
-    y, told = np.minimum.accumulate(means), []
+    x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
     axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
     axes.step([*x, end], [*y, y[-1]], where="post", color=GREEN, lw=1.8, label=f"best, {y[-1]:.4f}")
-    gains = np.diff(y, prepend=y[0])
+    gains, told = np.diff(y, prepend=y[0]), []
     for k, i in enumerate(sorted(i for i in np.argsort(gains)[:8] if gains[i] < 0), 1):
         axes.annotate(str(k), (x[i], y[i]), (4, 5), textcoords="offset points", weight="bold")
         idea = clip(read_subject(entries[x[i] - 1])[0], 80)
         told.append(textwrap.fill(f"{k}  {gains[i]:+.4f}  {idea}", 40, subsequent_indent="    "))
-    axes.text(1.02, 0.0, "\n".join(told), transform=axes.transAxes, fontsize=8.5, parse_math=False)
+    axes.text(1.02, 0.0, "\n".join(told), transform=axes.transAxes, parse_math=False)
 
 
 def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[list[str], dict[str, str]]:
@@ -2690,144 +2536,107 @@ def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[lis
 # File: from the working folder into the archive
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """One run found in a folder, not necessarily filed yet: which files are its own, and what to say about them."""
-
-    run: Run
-    identity: str
-    files: dict[str, Path]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def written_unix(self) -> list[float]:
-        return [path.stat().st_mtime for path in self.files.values()]
-
-
-def outputs_of(folder: Path, files: set[str], *notes: str) -> Outputs:
-    run = load_folder(folder, files=files)
-    present = {f: folder / f for f in sorted(files) if (folder / f).exists()}
-    return Outputs(run, identity_of(run), present, notes)
-
-
-def find_outputs(folder: Path) -> list[Outputs]:
-    """The runs whose outputs lie in the folder, oldest first: none, one, or two. Two where the log is of a start that
-    died before it could put the earlier run's files away (a syntax error)."""
-    log = printable(read_log(folder / LOG) or "")
-    start = read_fields(folder / START, [])
-    if not start:
-        return find_unmarked_outputs(folder, log)
-    files, notes = {START, METRICS, EVAL, SUMMARY}, []
-    owner = (read_fields(folder / SUMMARY, []) or {}).get("run_id")
-    if owner not in (None, start.get("run_id")):
-        files -= {SUMMARY, EVAL}
-        notes.append(f"{SUMMARY} is of run {owner}, not of {start.get('run_id')}: left out")
-    if not log.strip() or log_run_id(log) == start.get("run_id"):
-        return [outputs_of(folder, files | {LOG}, *notes)]
-    others = outputs_of(folder, files, *notes, f"{LOG} is of another run: left out")
-    if log_run_id(log) or not ENDED.search(log):
-        return [others]
-    alone = outputs_of(folder, {LOG}, "train.py ended before it could start a run: only the log is its own")
-    return sorted([others, alone], key=lambda outputs: max(outputs.written_unix))
-
-
 # What the log of a program shows that died before it could write its start file. Without one of these the log is of a
 # program that has only just been started, or of something else.
 ENDED = re.compile(
     r"crash:|Error\b|error:|Exception|Traceback|Interrupt|Killed|Terminated|not found|core dumped|No such file"
 )
+STARTING_S = 120.0  # importing torch from a cold disk takes a minute
 
 
-def find_unmarked_outputs(folder: Path, log: str) -> list[Outputs]:
+def find_outputs(folder: Path) -> list[Run]:
+    """The runs whose outputs lie in the folder, oldest first: none, one, or two. Two where the log is of a start that
+    died before it could put the earlier run's files away (a syntax error)."""
+    log = printable(read_log(folder / LOG) or "")
+    start, summary = read_fields(folder / START, []), read_fields(folder / SUMMARY, [])
+    if not start:
+        return find_unmarked_outputs(folder, log, summary)
+    run_id, owner = start.get("run_id"), summary.get("run_id")
+    if owner in (None, run_id):
+        files, remarks = [START, METRICS, EVAL, SUMMARY], ()
+    else:
+        files, remarks = [START, METRICS], (f"{SUMMARY} is of run {owner}, not of {run_id}: left out",)
+    if not log.strip() or log_run_id(log) == run_id:
+        return [with_remarks(load_folder(folder, files=[*files, LOG]), *remarks)]
+    run = with_remarks(load_folder(folder, files=files), *remarks, f"{LOG} is of another run: left out")
+    if log_run_id(log) or not ENDED.search(log):
+        return [run]
+    return sorted([run, load_folder(folder, files=[LOG])], key=lambda run: max(p.stat().st_mtime for p in run.files))
+
+
+def find_unmarked_outputs(folder: Path, log: str, summary: dict) -> list[Run]:
     """Outputs without a start file, which every program leaves that loads the data: of one that died before that, or
     that was run with an earlier prepare.py. A summary that the log does not confirm is an older run's."""
-    scored = parse_closing_block(log).get("val_bpb")
-    summary = read_fields(folder / SUMMARY, []) or {}
-    is_confirmed = not log.strip() or abs((number(scored) or 0) - (number(summary.get("val_bpb")) or 0)) < 2e-6
-    if summary and is_confirmed:
-        return [outputs_of(folder, {LOG, METRICS, EVAL, SUMMARY})]
-    if scored is not None or ENDED.search(log):
-        note = [f"{SUMMARY} is not of the run that wrote {LOG}: left out"] if summary else []
-        return [outputs_of(folder, {LOG}, *note)]
-    return []
+    scored = number(parse_closing_block(log).get("val_bpb"))
+    if summary and (not log.strip() or abs((scored or 0) - (number(summary.get("val_bpb")) or 0)) < 2e-6):
+        return [load_folder(folder, files=[LOG, METRICS, EVAL, SUMMARY])]
+    return [load_folder(folder, files=[LOG])] if scored is not None or ENDED.search(log) else []
 
 
-def is_running(run: Run) -> bool:
-    """Whether this run is under way: it holds a lock on its metrics for its whole life."""
-    return is_locked(run.path / METRICS)
+def with_remarks(run: Run, *remarks: str) -> Run:
+    return replace(run, damage=(*run.damage, *remarks))
 
 
-def find_origin(outputs: Outputs, folder: Path) -> Origin:
+def is_starting(folder: Path) -> bool:
+    """Whether the log is that of a program which was started a moment ago and has not come to say what run it is."""
+    log = read_log(folder / LOG)
+    if log is None or log_run_id(log) or ENDED.search(log) or parse_closing_block(log):
+        return False
+    return abs(time.time() - (folder / LOG).stat().st_mtime) < STARTING_S
+
+
+def find_origin(run: Run, folder: Path) -> Origin:
     """Never HEAD by default: a run says what it was trained from. One that cannot say is given to HEAD only where it
     is younger than HEAD's commit."""
-    run, notes = outputs.run, [*outputs.notes]
-    head = (git(folder, "rev-parse", "HEAD") or "").strip() or None
-    text, commit = run.start.get("train_py"), run.start.get("git_commit") or run.summary.get("git_commit")
-    if not re.fullmatch(r"[0-9a-f]{7,40}", commit or ""):
-        commit = None
-    began_unix = min(outputs.written_unix) - (number(run.summary.get("total_seconds")) or 0.0)
-    if commit is None and not run.start and head:
-        commit = head if began_unix >= int(git(folder, "log", "-1", "--format=%ct") or 0) else None
-        if commit is None:
-            notes.append(
-                f"nothing says which commit these outputs are of, and HEAD {head[:7]} is younger: not credited"
-            )
-    committed = git(folder, "show", f"{commit}:./train.py") if commit else None
-    if text is None:
-        # A program that keeps no copy of itself: what it ran is what lay here when it began, committed or not.
-        path = folder / "train.py"
-        is_older = path.exists() and path.stat().st_mtime < began_unix + 1
-        text = read_text(path) if is_older or not head else committed
-    if commit is None:
-        mark = sha256(normal(text) if text else outputs.identity)[:7]
-        return Origin(f"{'unknown' if head else 'nogit'}-{mark}", None, None, text, "(no commit)", tuple(notes))
-    is_changed = committed is not None and normal(text) != normal(committed)
-    is_dirty = bool(is_changed or run.start.get("git_dirty"))
-    if is_dirty:
-        what = "train.py" if is_changed else "a file that it used, other than train.py,"
-        notes.append(f"{what} had uncommitted changes: the run is not credited to commit {commit[:7]}")
-    if head and not head.startswith(commit):
-        notes.append(f"trained from commit {commit[:7]}, HEAD is now {head[:7]}: filed under {commit[:7]}")
+    head = (git(folder, "rev-parse", "HEAD") or "").strip()
+    commit = run.start.get("git_commit") or run.summary.get("git_commit") or ""
+    if not commit and not run.start and head:
+        began_unix = run_start_unix(run) - (number(run.summary.get("total_seconds")) or 0.0)
+        commit = head if began_unix >= int(git(folder, "log", "-1", "--format=%ct")) else ""
+    is_known = re.fullmatch(r"[0-9a-f]{7,40}", commit) is not None
+    committed = git(folder, "show", f"{commit}:./train.py") if is_known else None
+    text = run.start.get("train_py") or (committed if head else read_text(folder / "train.py"))
+    if not is_known:
+        return Origin(f"unknown-{sha256(normal(text) or run.identity)[:7]}", None, text, "(no commit)")
     subject = one_line(git(folder, "log", "-1", "--format=%s", commit) or "") or "(commit not in this repository)"
-    description = subject + (" (with uncommitted changes)" if is_dirty else "")
-    return Origin(commit[:7] + ("-dirty" if is_dirty else ""), commit, is_dirty, text, description, tuple(notes))
+    if run.start.get("git_dirty") or (committed is not None and normal(text) != normal(committed)):
+        return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)")
+    return Origin(commit[:7], commit, text, subject)
 
 
-def file_run(outputs: Outputs, archive: Path, folder: Path, book: Book) -> str:
-    """Put the run's files and record into the archive, then its row into the books. Returns its name.
+def is_news(run: Run, filed: Entry | None) -> bool:
+    """Whether a run is to be filed: not yet, or without the score that it has now."""
+    return filed is None or bool(run.summary and not filed.record.get("is_finished"))
+
+
+def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
+    """Put the run's files, record and row into the archive. Returns its name.
 
     The folder appears whole, under its final name, by one rename. A run that was filed before it had a score is filed
     again in its own folder, the record last. A kill in between is mended by the next call."""
-    check_git(folder)
-    origin, facts = find_origin(outputs, folder), load_facts(archive, [])
-    run = replace(outputs.run, train_py=origin.train_py)
-    taken = {p.name for p in archive.iterdir()} | {row.name for row in book.rows}
-    name = book.named(outputs.identity)
-    is_again = name is not None
-    if not is_again:
-        name = next(n for i in range(1, 10**6) if (n := origin.name + (f".{i}" if i > 1 else "")) not in taken)
-    record = compute_record(run, facts, origin, min(outputs.written_unix))
-    # Where it was trained, or put away: not always where it is filed from.
-    record |= {"name": name, "identity": outputs.identity, "folder": str(outputs.run.path)}
+    origin, old = find_origin(run, folder), book.find(run)
+    taken = {path.name for path in archive.iterdir()}
+    name = old.name if old else first_free(origin.name, taken.__contains__, ".")
+    run = replace(run, name=name, train_py=origin.train_py)
+    record = compute_record(run, book.facts, origin)
     if record["is_finished"] and not record["invalid"]:
-        begun = {key: record[key] for key in COMPARABLE if facts.get(key) is None and record[key] is not None}
+        begun = {key: record[key] for key in COMPARABLE if book.facts.get(key) is None and record[key] is not None}
         if begun:
-            write_json(archive / FACTS, {"created_unix": time.time()} | facts | begun)
+            write_json(archive / FACTS, {"created_unix": time.time()} | book.facts | begun)
     # Two levels down, where train.py does not take it for archived.
-    target = archive / name if is_again else archive / f".tmp-{os.getpid()}" / name
+    target = archive / name if old else archive / f".tmp-{os.getpid()}" / name
     target.mkdir(parents=True, exist_ok=True)
-    for file, path in outputs.files.items():
-        copy_file(path, target / file)
-    if origin.train_py is not None:
-        write_atomic(target / "train.py", origin.train_py)
-    if is_again:
-        book_run(archive, name, record, book)
+    for path in run.files:
+        copy_file(path, target / path.name)
+    if run.train_py is not None:
+        write_atomic(target / "train.py", run.train_py)
+    if old:
+        save_table(archive, [e for e in book.entries if e is not old])
     write_json(target / STATS, {"record": record})
-    if not is_again:
+    if not old:
         os.rename(target, archive / name)
         target.parent.rmdir()
-        book_run(archive, name, record, book)
+    save_table(archive, load_book(archive).entries)
     return name
 
 
@@ -2840,76 +2649,35 @@ def copy_file(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def new_row(name: str, record: dict) -> Row:
-    return parse_row(format_row(name, record, filing_status(record), record.get("description") or ""))
-
-
-def book_run(archive: Path, name: str, record: dict, book: Book) -> None:
-    """The row of a filed run: in place of its old one, else at the end."""
-    new, names = new_row(name, record), [row.name for row in book.rows]
-    save_rows(archive, [new if row.name == name else row for row in book.rows] + ([] if name in names else [new]))
-
-
-def repair_books(archive: Path, book: Book) -> list[str]:
-    """Records that were lost; rows for runs that have none, before those that started later; and the lines that are no
-    rows, as a spreadsheet leaves them, into a file of their own. Says what was done."""
-    for name in [e.name for e in book.entries if not read_stats(archive / e.name)]:
-        write_json(archive / name / STATS, {"record": load_record(archive / name)})
-    told, rows = [], book.rows
-    starts = {e.name: e.record.get("started_unix") or 0.0 for e in book.entries}
-    for name in book.unbooked:
-        record = load_record(archive / name)
-        starts[name] = record.get("started_unix") or math.inf
-        at = next((i for i, row in enumerate(rows) if starts.get(row.name, 0.0) > starts[name]), len(rows))
-        rows = [*rows[:at], new_row(name, record), *rows[at:]]
-        told.append(f"{name} had no row in {RESULTS}: added, as {filing_status(record)}")
-    if book.damaged:
-        with open(archive / DAMAGED, "ab") as f:
-            f.writelines(row.line.encode("utf-8", "surrogateescape") for row in book.damaged)
-        told.append(f"{len(book.damaged)} line(s) of {RESULTS} were no rows: moved to {DAMAGED}")
-    if told:
-        save_rows(archive, rows)
-    return told
-
-
 def file_unfiled(archive: Path, folder: Path) -> list[str]:
-    """File the runs that a later start put away before they were analyzed, by time of start. Says what was done."""
+    """File the runs that a later start put away before they were analyzed, by time of start. Says what was done. One
+    that is still on its way there has a hidden name."""
     told, found = [], []
-    for path in (archive / "unfiled").glob("*"):
-        if path.name.startswith("."):  # on its way: it gets its name once it is whole
-            continue
+    for path in (archive / "unfiled").glob("[!.]*"):
         run = load_folder(path)
         if path.is_symlink() or not run.start:
             told.append(f"unfiled/{path.name} is {'a link' if path.is_symlink() else 'no readable run'}: left there")
-        elif not is_running(run):
-            found.append((number(run.start.get("started_unix")) or 0.0, path.name, path, run))
-    for _, _, path, run in sorted(found, key=lambda item: item[:2]):
-        told.append(f"unfiled run {path.name} {file_one_unfiled(archive, folder, path, run)}")
+        elif not is_running(path):
+            found.append(run)
+    for run in sorted(found, key=lambda run: (run_start_unix(run), run.path.name)):
+        told.append(f"unfiled run {run.path.name} {file_one_unfiled(run, archive, folder)}")
     return told
 
 
-def file_one_unfiled(archive: Path, folder: Path, path: Path, run: Run) -> str:
-    """File what a later start put away, and remove it from there. Nothing that has metrics is removed unfiled."""
-    book, outputs = load_book(archive), outputs_of(path, {START, METRICS, EVAL, SUMMARY, LOG})
-    log = read_log(folder / LOG)
-    if log and log_run_id(log) == run.start.get("run_id"):
-        outputs = replace(outputs, run=replace(run, log=printable(log)), files=outputs.files | {LOG: folder / LOG})
-    elif LOG not in outputs.files:
-        outputs = replace(outputs, notes=("the next run was started before this one was analyzed: its log is lost",))
-    name, said = book.named(outputs.identity), ""
-    if name and not (run.summary and book.is_unscored(name)):
-        said = f"was filed already as {name}"
-    elif environment_failure(outputs.run):
-        said = "failed over its environment: not an experiment, removed"
-        if run.records:
-            target = archive / "failed" / path.name
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            os.rename(path, target)
-            return f"failed over its environment: not an experiment, kept in failed/{path.name}"
+def file_one_unfiled(run: Run, archive: Path, folder: Path) -> str:
+    book = load_book(archive)
+    if LOG not in {path.name for path in run.files}:
+        run = with_remarks(run, "the next run was started before this one was analyzed: its log is lost")
+    filed = book.find(run)
+    if not is_news(run, filed):
+        said = f"was filed already as {filed.name}"
+    elif environment_failure(run):
+        (archive / "failed").mkdir(exist_ok=True)
+        os.rename(run.path, archive / "failed" / first_free(run.path.name, lambda n: (archive / "failed" / n).exists()))
+        return "failed over its environment: not an experiment, put into failed/"
     else:
-        said = f"filed as {file_run(outputs, archive, folder, book)}"
-    shutil.rmtree(path)
+        said = f"filed as {file_run(run, archive, folder, book)}"
+    shutil.rmtree(run.path)
     return said
 
 
@@ -2918,24 +2686,35 @@ def file_one_unfiled(archive: Path, folder: Path, path: Path, run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_run_pages(archive: Path, name: str) -> None:
-    """Statistics, diff, pictures and analysis of one archived run."""
+def write_pages(archive: Path) -> None:
+    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those of the archive."""
     book = load_book(archive)
-    this = next((e for e in book.entries if e.name == name), None)
-    if this is None:  # its row was removed by hand
+    if not book.entries:
         return
-    before = book.entries[: book.entries.index(this)]
-    run = load_folder(archive / name, name)
-    best_runs = [load_folder(archive / n, n) for n in best_names(compute_best(before, this))]
+    for name in [e.name for e in book.entries]:
+        if "verdict" not in read_stats(archive / name) or not (archive / name / ANALYSIS).exists():
+            write_run_pages(archive, book, book.entry(name))
+            book = load_book(archive)
+    table, report = archive / RESULTS, archive / "report.md"  # the report is written last
+    update_insights(archive, render_current_best(book.entries))
+    if not report.exists() or report.stat().st_mtime_ns < table.stat().st_mtime_ns:
+        write_morning(archive, book)
+
+
+def write_run_pages(archive: Path, book: Book, this: Entry) -> None:
+    """Statistics, diff, pictures and analysis of one archived run."""
+    before, folder = book.entries[: book.entries.index(this)], archive / this.name
+    run = load_folder(folder, this.name)
+    best_runs = [load_folder(archive / name, name) for name in best_names(compute_best(before, this))]
     best_run = best_runs[0] if best_runs else None
     stats = compute_stats(run, this, [*before, this], best_runs)
     diff = diff_lines(best_run.train_py, run.train_py, best_run.name) if best_run else []
-    write_atomic(archive / name / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
+    write_atomic(folder / "train.diff", "".join(line if line.endswith("\n") else line + "\n" for line in diff))
     pictures, failed = write_pictures(run, best_run, stats.get("paired"))
     stats["failed"] |= failed
-    stats["record"]["name"] = name
-    write_analysis(archive / name, render_analysis(stats, pictures))
-    write_json(archive / name / STATS, stats)  # last: a run whose statistics stand has all its pages
+    stats["record"]["name"] = this.name
+    write_analysis(folder, render_analysis(stats, pictures))
+    write_json(folder / STATS, stats)  # last: a run whose statistics stand has all its pages
 
 
 def best_names(best: Best | None) -> list[str]:
@@ -2955,12 +2734,12 @@ def update_insights(archive: Path, content: str) -> None:
     for _ in range(50):
         with open(path, "rb") as old:
             data = old.read()
-            text = data.decode("utf-8", "surrogateescape")
-            new = replace_best_section(text, content)
-            if new == text:
+            new = replace_best_section(data.decode("utf-8", "surrogateescape"), content)
+            new = new.encode("utf-8", "surrogateescape")
+            if new == data:
                 return
             temporary = path.with_name(f".tmp-{os.getpid()}-{INSIGHTS}")
-            temporary.write_bytes(new.encode("utf-8", "surrogateescape"))
+            temporary.write_bytes(new)
             if path.read_bytes() != data:
                 continue
             os.replace(temporary, path)
@@ -2972,81 +2751,78 @@ def update_insights(archive: Path, content: str) -> None:
             return
 
 
-def write_archive_pages(archive: Path, is_stale: bool = True) -> None:
-    """What depends on all runs: Current Best in insights.md, and progress.png and report.md if they are stale."""
-    if not (archive / RESULTS).exists():
-        return
-    book = load_book(archive)
-    update_insights(archive, render_current_best(book.entries))
-    if not is_stale:
-        return
-    write_morning(archive, book)
-
-
 def write_morning(archive: Path, book: Book) -> None:
-    """progress.png, best.patch, report.html and, last, report.md: where it is new, all of them are."""
+    """progress.png, best.patch and, last, report.md: where it is new, all of them are."""
     entries, best, h = book.entries, compute_best(book.entries), compute_history(book.entries)
-    pictures = {"progress.png": png(draw_progress(entries, h["lineage"]))}
-    write_atomic(archive / "progress.png", pictures["progress.png"])
-    for picture in ("loss_curve.png", "layers.png", "schedule_and_machine.png"):
-        if best and (archive / best.name / picture).exists():
-            pictures[f"{best.name}/{picture}"] = (archive / best.name / picture).read_bytes()
+    write_atomic(archive / "progress.png", png(draw_progress(entries, h["lineage"])))
+    pictures = ["loss_curve.png", "layers.png", "schedule_and_machine.png"]
+    pictures = [f"{best.name}/{picture}" for picture in pictures if best]
+    pictures = [picture for picture in pictures if (archive / picture).exists()]
     (archive / "best.patch").unlink(missing_ok=True)
     if h["lineage"] and h["lineage"][0][0] != best.name:
         base, kept = (load_folder(archive / name, name) for name in (h["lineage"][0][0], best.name))
-        write_atomic(archive / "best.patch", render_patch(render_kept(entries, h["lineage"]), base, kept))
-    report = render_report(book, h, archive, [*pictures][1:])
-    write_atomic(archive / "report.html", render_html(report, pictures))
-    write_atomic(archive / "report.md", report)
-
-
-def are_archive_pages_stale(archive: Path) -> bool:
-    books, report = archive / RESULTS, archive / "report.md"  # the report is written last
-    if not books.exists():
-        return False
-    return not report.exists() or report.stat().st_mtime_ns < books.stat().st_mtime_ns
+        chain = [book.entry(name) for name, _, _ in h["lineage"]]
+        write_atomic(archive / "best.patch", render_patch(chain, base, kept))
+    write_atomic(archive / "report.md", render_report(book, h, archive, pictures))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Status
 # ---------------------------------------------------------------------------------------------------------------------
 
+FILE, WAIT = "uv run analyze.py", "uv run analyze.py --wait"
+AGAIN = "train the same commit again"
 
-def describe_outputs(folder: Path, book: Book) -> str:
-    """One line on the newest run whose outputs lie in the folder."""
-    outputs = find_outputs(folder)
+
+def describe_here(archive: Path, folder: Path, book: Book) -> tuple[str, str | None]:
+    """The newest run whose outputs lie in the folder, and what is to be done about it, None where that is nothing."""
+    if is_running(folder):
+        num_steps = len((read_text(folder / METRICS) or "").splitlines())
+        return f"run {read_fields(folder / START, []).get('run_id')} is in progress, {num_steps} steps so far", WAIT
     if is_starting(folder):
-        return f"a start that has written nothing to {LOG} yet: it has just begun, or was killed before it could"
-    if not outputs:
-        return "no run's outputs"
-    newest = outputs[-1].run
-    run_id = newest.start.get("run_id") or "without an id"
-    if is_running(newest):
-        return f"run {run_id} is in progress, {len(newest.records)} steps so far"
-    name = book.named(outputs[-1].identity)
-    if name and not (newest.summary and book.is_unscored(name)):
-        return describe_filed(name, book)
-    if failure := environment_failure(newest):
-        return f"run {run_id} failed over its environment: {clip(failure, 150)}"
-    return f"run {run_id} is not filed yet: `uv run analyze.py`"
+        return f"a start that has written nothing to {LOG} yet", WAIT
+    runs = find_outputs(folder)
+    if not runs:
+        return "no run's outputs", None
+    run, filed = runs[-1], book.find(runs[-1])
+    run_id = run.run_id or "without an id"
+    if not is_news(run, filed):
+        return describe_filed(filed, archive, folder, book)
+    if failure := environment_failure(run):
+        return f"run {run_id} failed over its environment: {clip(failure, 150)}", "mend that, then train again"
+    return f"run {run_id} is not filed yet: `{FILE}`", FILE
 
 
-def describe_filed(name: str, book: Book) -> str:
-    e = next((e for e in book.entries if e.name == name), None)
-    if e is None:
-        return f"run {name}, filed, but without a row: `uv run analyze.py`"
-    later = book.entries[book.entries.index(e) + 1 :]
-    if e.record.get("was_killed") and not any(other.group[0] == e.group[0] for other in later):
-        return f"run {name}, filed, {KILLED}: the idea was not tested; train the same commit again"
-    kind = " (hampered by the machine: train the same commit again)" if e.record.get("hampered") else ""
-    return f"run {name}, filed, {e.status}{kind}: {clip(e.description, 80)}"
+def describe_filed(e: Entry, archive: Path, folder: Path, book: Book) -> tuple[str, str | None]:
+    later, best = book.entries[book.entries.index(e) + 1 :], compute_best(book.entries)
+    told = f"run {e.name}, filed, {e.status}: {clip(e.description, 80)}"
+    if not any(other.group[0] == e.group[0] for other in later):  # not trained again since
+        if e.record.get("was_killed"):
+            return f"run {e.name}, filed, {KILLED}: the idea was not tested; {AGAIN}", AGAIN
+        if e.record.get("hampered"):
+            return f"run {e.name}, filed, {e.status} (hampered by the machine: {AGAIN})", AGAIN
+    if e.status == "pending":
+        return told, f"read {archive / e.name / ANALYSIS}, then keep or discard {e.name}"
+    own = e.record.get("train_sha256")
+    is_left = own == sha256(normal(read_text(folder / "train.py")) or "")
+    if e.status != "keep" and is_left and best and best.is_kept and own != book.entry(best.name).record["train_sha256"]:
+        return told, f"{FILE} discard"
+    return told, None
 
 
-def is_starting(folder: Path) -> bool:
-    """Whether the log is that of a program which has not come to say what run it is, nor why it ended."""
-    log = read_log(folder / LOG)
-    is_silent = log is not None and log_run_id(log) is None and not ENDED.search(log)
-    return is_silent and not parse_closing_block(log)
+def compute_next(archive: Path, folder: Path, book: Book) -> str:
+    """What to do where no run's outputs ask for anything."""
+    text, committed = (normal(x) for x in (read_text(folder / "train.py"), git(folder, "show", "HEAD:./train.py")))
+    if not book.entries:
+        branch = git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or ""
+        if not branch.startswith("autoresearch/") or not (archive / INSIGHTS).exists():
+            return f"{FILE} start"
+        return "train the baseline (program.md, step 2)"
+    if committed is not None and text != committed:
+        return "finish that edit (git diff), then check, commit, train"
+    if sha256(text or "") not in {e.record.get("train_sha256") for e in book.entries}:
+        return "train (this commit has no run)"
+    return "the next idea (program.md, step 8)"
 
 
 def find_running(book: Book, folder: Path) -> list[Run]:
@@ -3055,13 +2831,13 @@ def find_running(book: Book, folder: Path) -> list[Run]:
     listed = git(folder, "worktree", "list", "--porcelain") or ""
     folders |= set(re.findall(r"^worktree (.+)$", listed, re.M))
     others = sorted(Path(name) for name in folders - {None, str(folder)})
-    return [load_folder(path, files={START}) for path in others if is_locked(path / METRICS)]
+    return [load_folder(path, files=[START]) for path in others if is_running(path)]
 
 
 def describe_running(run: Run) -> str:
-    commit = run.start.get("git_commit") or "no commit"
-    subject = git(run.path, "log", "-1", "--format=%s", commit) if run.start.get("git_commit") else None
-    return f"{commit[:7]} in {run.path}: {clip(one_line(subject or 'unknown'), 70)}"
+    commit = run.start.get("git_commit")
+    subject = git(run.path, "log", "-1", "--format=%s", commit) if commit else None
+    return f"{(commit or 'no commit')[:7]} in {run.path}: {clip(one_line(subject or 'unknown'), 70)}"
 
 
 def list_items(text: str | None) -> list[str]:
@@ -3072,18 +2848,18 @@ def list_items(text: str | None) -> list[str]:
 def compute_status(archive: Path, folder: Path) -> dict:
     book = load_book(archive)
     best, noise, history = compute_best(book.entries), compute_noise(book.entries), compute_history(book.entries)
-    unfiled = sorted(p.name for p in (archive / "unfiled").glob("[!.]*") if p.is_dir())
     started, insights = history["first_start_unix"], read_text(archive / INSIGHTS)
+    here, todo = describe_here(archive, folder, book)
     return {
         "demo": is_demo(),
         "best": {"name": best.name, "val_bpb": best.mean, "runs": list(best.names), "is_kept": best.is_kept}
         | {"description": book.entry(best.name).description} if best else None,
         "noise": {"sigma": noise.sigma, "source": noise.source},
-        "here": describe_outputs(folder, book),
+        "here": here,
         "live": compute_live(archive, folder, book, best),
         "elsewhere": [describe_running(run) for run in find_running(book, folder)],
         "pending": [e.name for e in book.entries if e.status == "pending"],
-        "unfiled": unfiled + book.unbooked,
+        "unfiled": sorted(p.name for p in (archive / "unfiled").glob("[!.]*/")),
         **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "gain")},
         "queue": list_items(read_text(archive / QUEUE)),
         "claims": list_items((insights or "").partition("## Claims")[2]),
@@ -3093,6 +2869,7 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "hours_since_first_start": (time.time() - started) / 3600 if started else None,
         "gpu_share": compute_gpu_share(book.entries),
         "problems": book.problems,
+        "next": todo or compute_next(archive, folder, book),
     }
 
 
@@ -3100,9 +2877,9 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
     """How the run in progress here stands: share of the budget, and the difference from the best on the same text. It
     is hopeless where it is further behind than any run of this archive was, at that share, that came within the noise
     in the end; nothing is said in the first quarter, in which learning rates and batch sizes mislead."""
-    if not is_locked(folder / METRICS):
+    if not is_running(folder):
         return []
-    run = load_folder(folder, "this run", {START, METRICS})
+    run = load_folder(folder, "this run", [START, METRICS])
     trained_s = number(run.records[-1].get("time/training_s")) if run.records else None
     budget_s = number(book.entry(best.name).record.get("time_budget")) if best else None
     if trained_s is None or not budget_s:
@@ -3136,9 +2913,9 @@ def farthest_behind(entries: list[Entry], share: float) -> float | None:
 
 
 def render_status(s: dict) -> str:
-    """At most STATUS_LINES lines; where they do not suffice, claims are left out, and counted."""
-    best = s["best"]
-    lines = ["demo (AUTORESEARCH_DEMO): its archive is its own"] if s["demo"] else []
+    """At most STATUS_LINES lines, of which the last says what to do; where they do not suffice, claims are left out,
+    and counted."""
+    best, lines = s["best"], ["demo (AUTORESEARCH_DEMO): its archive is its own"] if s["demo"] else []
     if best:
         mean = f"mean of {len(best['runs'])} runs" if len(best["runs"]) > 1 else "one run"
         stands_in = "" if best["is_kept"] else " (nothing is kept yet: the first valid run stands in)"
@@ -3156,20 +2933,20 @@ def render_status(s: dict) -> str:
         f"pending, decide keep or discard: {', '.join(s['pending'][-10:]) or 'none'}",
     ]
     if s["unfiled"]:
-        lines.append(f"not filed yet, run `uv run analyze.py`: {', '.join(s['unfiled'][:10])}")
+        lines.append(f"not filed yet, run `{FILE}`: {', '.join(s['unfiled'][:10])}")
     lines += [f"problem: {p}" for p in s["problems"][:5]]
     lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {d}" for n, v, status, d in s["last"]]
-    lines.append(f"queue: {len(s['queue'])} idea(s) in {QUEUE}" + (", the first:" if s["queue"] else ""))
-    lines += [f"  {item}" for item in s["queue"][:3]]
+    lines += [f"queue: {len(s['queue'])} idea(s) in {QUEUE}", *(f"  {item}" for item in s["queue"][:3])]
     if s["effects"]:
         lines += ["effects on val_bpb:", *(f"  {line}" for line in s["effects"][:11])]
     lines += [f"doubtful: {line}" for line in s["doubts"][:5]]
-    room = STATUS_LINES - len(lines) - 1
-    claims = s["claims"] if len(s["claims"]) <= room else s["claims"][: room - 1]
-    lines.append(f"claims in {INSIGHTS}: {len(s['claims'])}" + (":" if claims else ""))
-    lines += [f"  {item}" for item in claims]
-    if len(claims) < len(s["claims"]):
-        lines.append(f"  and {len(s['claims']) - len(claims)} more")
+    room = STATUS_LINES - len(lines) - 2
+    lines.append(f"claims in {INSIGHTS}: {len(s['claims'])}")
+    if len(s["claims"]) <= room:
+        lines += [f"  {item}" for item in s["claims"]]
+    else:
+        lines += [f"  {item}" for item in s["claims"][: room - 1]] + [f"  and {len(s['claims']) - room + 1} more"]
+    lines.append(f"next: {s['next']}")
     return "\n".join(clip(one_line(line) if line[0] != " " else "  " + one_line(line), 160) for line in lines) + "\n"
 
 
@@ -3185,8 +2962,7 @@ def imported_modules(folder: Path, text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     waiting = [text]
     while waiting:
-        names = re.findall(r"^\s*(?:from|import)\s+(\w+)", waiting.pop(), re.M)
-        for name in names:
+        for name in re.findall(r"^\s*(?:from|import)\s+(\w+)", waiting.pop(), re.M):
             source = read_text(folder / f"{name}.py")
             if source is not None and f"{name}.py" not in found and name not in ("prepare", "analyze", "train"):
                 found[f"{name}.py"] = source
@@ -3202,38 +2978,46 @@ def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
     except (SyntaxError, ValueError, RecursionError) as e:
         return [f"train.py does not parse: line {getattr(e, 'lineno', '?')}: {getattr(e, 'msg', e)}"], []
     book, modules = load_book(archive), imported_modules(folder, text)
-    faults = find_repeats(book, folder, text, modules)
-    faults += find_changed_files(folder, modules) + find_batch_fault(folder, values)
+    faults = find_repeats(book, folder, text, modules, values) + find_batch_fault(folder, values)
+    changed = git(folder, "status", "--porcelain", "--", "prepare.py", "analyze.py", *modules) or ""
+    if names := sorted(line[3:].strip() for line in changed.splitlines()):
+        faults.append(f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest")
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < DISK_GB:
         faults.append(f"the disk is nearly full: {free_gb:.1f} GB are free; a run needs {DISK_GB:.0f}")
-    return faults, describe_change(archive, book, text, values)
+    told = describe_change(archive, book, text, values)
+    return faults, told[:1] if faults else told
 
 
-def find_repeats(book: Book, folder: Path, text: str, modules: dict) -> list[str]:
-    """The newest run that this program would repeat, and those under way elsewhere."""
+def find_repeats(book: Book, folder: Path, text: str, modules: dict, values: dict) -> list[str]:
+    """The newest run that this program would repeat, or that had its code and its configuration written in another
+    way; and those under way elsewhere. A run that was hampered or killed, and a first failed launch, say nothing."""
     program, exact = program_hash(text, modules=modules), program_hash(text, hide_seed=False, modules=modules)
-    same = [e for e in book.entries if e.record.get("program") == program and not e.record.get("was_killed")]
-    best, faults = compute_best(book.entries), []
-    for e in same[-1:]:
+    code, faults, best = program_hash(text, modules=modules, hide_config=True), [], compute_best(book.entries)
+    same = [e for e in book.entries if e.record.get("program") == program
+            or (e.record.get("code") == code and values and has_configuration(e, values))]
+    for e in [] if is_inconclusive(same) else same[-1:]:
         seed = "" if e.record.get("program_and_seed") == exact else " but for its seed"
+        what = f"program{seed}" if e.record.get("program") == program else "configuration"
         again = "; `uv run analyze.py rerun` runs the best again" if best and e.group == best.group else ""
         result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}{again}"
-        faults.append(f"this program{seed} was trained before: {result}")
+        faults.append(f"this {what} was trained before: {result}")
     for run in find_running(book, folder):
         if program_hash(run.start.get("train_py"), modules=run.start.get("modules")) == program:
             faults.append(f"this program is being trained now: {describe_running(run)}")
     return faults
 
 
-def find_changed_files(folder: Path, modules: dict) -> list[str]:
-    """Files other than train.py that a run would use and that differ from HEAD."""
-    used = ["prepare.py", "analyze.py", *modules]
-    changed = git(folder, "status", "--porcelain", "--", *used) or ""
-    names = sorted(line[3:].strip() for line in changed.splitlines())
-    if not names:
-        return []
-    return [f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest"]
+def has_configuration(e: Entry, values: dict) -> bool:
+    theirs = e.record.get("config") or {}
+    return bool(theirs) and all(theirs.get(k) == v for k, v in values.items() if not is_seed(k))
+
+
+def is_inconclusive(runs: list[Entry]) -> bool:
+    """Whether the last of these runs of one program asks for another."""
+    last = runs[-1].record if runs else {}
+    is_launch = len(runs) == 1 and re.search(LAUNCH, last.get("crash") or "", re.I)
+    return bool(last.get("was_killed") or last.get("hampered") or is_launch)
 
 
 def find_batch_fault(folder: Path, values: dict) -> list[str]:
@@ -3249,7 +3033,7 @@ def find_batch_fault(folder: Path, values: dict) -> list[str]:
 
 
 def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[str]:
-    """What a program changes against the best, and which other runs had its configuration."""
+    """What a program changes against the best, and which other run had its configuration."""
     best = compute_best(book.entries)
     if best is None:
         return ["nothing to compare with: this is the first program"]
@@ -3258,12 +3042,10 @@ def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[
     diff = diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), best.name)
     added, removed = (sum(d.startswith(sign) and not d.startswith(sign * 3) for d in diff) for sign in "+-")
     told = [f"against {best.name}: {', '.join([*knobs, f'+{added} -{removed} lines of train.py'])}"]
-    for e in book.entries if knobs else []:
-        theirs = e.record.get("config", {})
-        if theirs and all(theirs.get(k, v) == v for k, v in values.items() if not is_seed(k)):
-            result = f"{e.name} scored {show(e.val_bpb)}, {e.status}"
-            told.append(f"this configuration, with other code, was trained before: {result}")
-    return told[:1] + told[1:][-1:]
+    for e in [e for e in book.entries if knobs and has_configuration(e, values)][-1:]:
+        result = f"{e.name} scored {show(e.val_bpb)}, {e.status}"
+        told.append(f"this configuration, with other code, was trained before: {result}")
+    return told
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3295,62 +3077,50 @@ TRAIN = "uv run train.py > run.log 2>&1"
 
 def wait_for_run(folder: Path) -> None:
     """Block until no run is in progress here. One that was started a moment ago has not said anything yet."""
-    deadline = time.monotonic() + 120  # importing torch from a cold disk takes a minute
-    while is_locked(folder / METRICS) or (is_starting(folder) and time.monotonic() < deadline):
+    while is_running(folder) or is_starting(folder):
         time.sleep(0.2)
+
+
+def mend_table(archive: Path) -> Book:
+    """The books, and results.tsv as they have it: without lines that are no rows, with those that were lost."""
+    book = load_book(archive)
+    save_table(archive, book.entries)
+    return book
 
 
 def command_file(archive: Path, folder: Path) -> int:
     """File whatever is not filed yet and write the pages. Returns the exit status."""
-    remove_leftovers(folder)
     with locked(archive):
-        told = repair_books(archive, load_book(archive)) + file_unfiled(archive, folder)
-        outputs, name, is_new = find_outputs(folder), None, False
-        if outputs and is_running(outputs[-1].run):
-            finish_pages(archive, told)
-            raise AnalyzeError(f"run {outputs[-1].run.start.get('run_id')} is still in progress (process "
-                               f"{show(number(outputs[-1].run.start.get('pid')), '.0f')}): wait for it to end "
-                               "(`uv run analyze.py --wait`), then call this again")
-        for found in outputs:
+        told = mend_table(archive).problems + file_unfiled(archive, folder)
+        print("".join(f"{line}\n" for line in told), end="")
+        runs = [] if is_running(folder) else find_outputs(folder)
+        failed, name, is_new = None, None, False
+        for run in runs:
             book = load_book(archive)
-            name = book.named(found.identity)
-            is_new = name is None or bool(found.run.summary and book.is_unscored(name))
-            if is_new and not environment_failure(found.run):
-                name = file_run(found, archive, folder, book)
-        finish_pages(archive, told)
-        if not outputs:
-            if told:
-                return 0
-            starting = f" ({describe_outputs(folder, load_book(archive))})" if is_starting(folder) else ""
-            raise AnalyzeError(f"no run's outputs in {folder}{starting}: run `{TRAIN}` there first")
-        if name is None:
-            return report_environment(outputs[-1])
+            filed = book.find(run)
+            is_new = is_news(run, filed)
+            failed = environment_failure(run) if is_new else None
+            name = filed.name if filed else None
+            if is_new and not failed:
+                name = file_run(run, archive, folder, book)
+        write_pages(archive)
+    if name:
         print_verdict(archive, name, is_new)
+    elif failed:
+        return report_environment(runs[-1], failed.removeprefix("error:").strip())
+    elif is_running(folder):
+        raise AnalyzeError(f"{describe_here(archive, folder, load_book(archive))[0]}: wait for its end (`{WAIT}`), "
+                           "then call this again")
+    elif not told:
+        raise AnalyzeError(f"no run's outputs in {folder}: run `{TRAIN}` there first")
     return 0
 
 
-def remove_leftovers(folder: Path) -> None:
-    """What a call that was killed half way left of a file of this folder."""
-    for path in folder.glob(".tmp-*-train.py"):
-        path.unlink(missing_ok=True)
-
-
-def finish_pages(archive: Path, told: list[str]) -> None:
-    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those of the archive."""
-    for line in told:
-        print(line)
-    for e in load_book(archive).entries:
-        if not is_run_complete(archive / e.name):
-            write_run_pages(archive, e.name)
-    write_archive_pages(archive, are_archive_pages_stale(archive))
-
-
-def report_environment(outputs: Outputs) -> int:
+def report_environment(run: Run, failure: str) -> int:
     """Say what is broken, and note it in the run's start file: its log will be gone once the next run has begun."""
-    said, start = environment_failure(outputs.run).removeprefix("error:").strip(), outputs.files.get(START)
-    if start and not outputs.run.start.get("ended"):
-        write_json(start, outputs.run.start | {"ended": f"error: {said}"})
-    print(f"error: the environment failed, not the experiment; nothing was filed. {said}", file=sys.stderr)
+    if run.start and not run.start.get("ended"):
+        write_json(run.path / START, run.start | {"ended": f"error: {failure}"})
+    print(f"error: the environment failed, not the experiment; nothing was filed. {failure}", file=sys.stderr)
     return 2
 
 
@@ -3362,56 +3132,48 @@ def print_verdict(archive: Path, name: str, is_new: bool) -> None:
     print(printable(f"run {name}\n{verdict}\nanalysis: {archive / name / ANALYSIS}"))
 
 
-def decided_run(name: str | None, archive: Path, folder: Path, book: Book) -> Entry:
+def decided_run(name: str | None, folder: Path, book: Book) -> Entry:
     """The run a decision is about: the one named, else the newest whose outputs lie here, else the only one
     pending that was trained here. Never another folder's in a shared archive: its agent has yet to decide."""
     if name is not None:
         return book.entry(resolve_name(name, [e.name for e in book.entries]))
-    outputs = find_outputs(folder)
-    if outputs:
-        filed = book.named(outputs[-1].identity)
-        if filed is None:
-            raise AnalyzeError(f"{describe_outputs(folder, book)}; or name the run you mean")
-        return book.entry(filed)
-    pending = {e.name: e.record.get("folder") for e in book.entries if e.status == "pending"}
-    mine = [n for n, trained_in in pending.items() if trained_in == str(folder)]
-    if len(mine) != 1:
-        listed = ", ".join(f"{n} (trained in {where or 'an unknown folder'})" for n, where in [*pending.items()][-5:])
-        raise AnalyzeError(f"no run's outputs in {folder}, and {len(mine)} pending runs were trained there; pending: "
-                           f"{listed or 'none'}; name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`")
-    return book.entry(mine[0])
+    if runs := find_outputs(folder):
+        if filed := book.find(runs[-1]):
+            return filed
+        raise AnalyzeError(f"the run here is not filed yet: `{FILE}`; or name the run you mean")
+    pending = [e for e in book.entries if e.status == "pending"]
+    mine = [e for e in pending if e.record.get("folder") == str(folder)]
+    if len(mine) == 1:
+        return mine[0]
+    listed = ", ".join(f"{e.name} (trained in {e.record.get('folder')})" for e in pending[-5:])
+    raise AnalyzeError(f"no run's outputs in {folder}, and {len(mine)} pending runs were trained there; pending: "
+                       f"{listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`")
 
 
-def set_status(archive: Path, book: Book, name: str, status: str) -> None:
+def set_status(archive: Path, book: Book, this: Entry, status: str) -> None:
     """In the run's row, and in its folder, from which a lost row is made again."""
-    stats = read_stats(archive / name)
+    stats = read_stats(archive / this.name)
     if stats and stats["record"].get("status") != status:
-        write_json(archive / name / STATS, stats | {"record": stats["record"] | {"status": status}})
-    rows = []
-    for row in book.rows:
-        if row.name == name and row.problem is None and row.status != status:
-            cells = row.line.split("\t", 4)
-            cells[3] = status
-            row = parse_row("\t".join(cells))
-        rows.append(row)
-    save_rows(archive, rows)
+        write_json(archive / this.name / STATS, stats | {"record": stats["record"] | {"status": status}})
+    cells = this.row.split("\t", 4)
+    new = replace(this, row="\t".join([*cells[:3], status, cells[4]]))
+    save_table(archive, [new if e is this else e for e in book.entries])
+    write_pages(archive)
 
 
 def command_keep(name: str | None, archive: Path, folder: Path) -> None:
     with locked(archive):
-        repair_books(archive, load_book(archive))
-        book = load_book(archive)
-        this = decided_run(name, archive, folder, book)
+        book = mend_table(archive)
+        this = decided_run(name, folder, book)
         if not this.is_valid:
             reasons = this.record.get("invalid") or this.record.get("hampered") or ["it is invalid"]
             why = "it has no score" if this.val_bpb is None else "; ".join(reasons)
             raise AnalyzeError(f"{this.name} cannot be kept: {why}")
         verdict = compute_verdict(this, book.entries)
-        set_status(archive, book, this.name, "keep")
-        write_archive_pages(archive)
+        set_status(archive, book, this, "keep")
         best = compute_best(load_book(archive).entries)
     print(f"{this.name} kept; the best is {best.name} at {best.mean:.6f} ({len(best.names)} run(s))")
-    if verdict["kind"] in ("within noise", "unproven"):
+    if verdict["kind"] == "unproven":
         print(f"mind: {verdict['difference']:+.6f} bpb is inside the noise: kept, and not claimed")
     elif verdict["kind"] == "not better":
         print(f"mind: it is worse than {verdict['best']} by {verdict['difference']:.6f} bpb")
@@ -3419,26 +3181,21 @@ def command_keep(name: str | None, archive: Path, folder: Path) -> None:
 
 def command_discard(name: str | None, archive: Path, folder: Path) -> None:
     """Set the status and go back to the best's program. Refuses, with nothing changed, if a text would be lost."""
-    remove_leftovers(folder)
-    check_git(folder)
     with locked(archive):
-        repair_books(archive, load_book(archive))
-        book = load_book(archive)
-        this = decided_run(name, archive, folder, book)
-        left = [replace(e, status="discard") if e.name == this.name else e for e in book.entries]
-        best = compute_best(left)
+        book = mend_table(archive)
+        this = decided_run(name, folder, book)
+        best = compute_best([replace(e, status="discard") if e is this else e for e in book.entries])
         check_nothing_is_lost(archive, folder, book, [this.name, *([best.name] if best else [])])
-        is_scored = this.val_bpb is not None and this.status != "invalid"
-        if is_scored:
-            set_status(archive, book, this.name, "discard")
-        write_archive_pages(archive)
-        status = "discarded" if is_scored else f"stays {this.status}"
-        print(f"{this.name} {status}; {restore_best(this, best, archive, folder)}")
+        told = f"{this.name} stays {this.status}"
+        if this.val_bpb is not None and this.status != "invalid":
+            set_status(archive, book, this, "discard")
+            told = f"{this.name} discarded"
+        print(f"{told}; {restore_best(this, best, archive, folder)}")
 
 
 def program_files(archive: Path, name: str) -> dict[str, str]:
     """The texts of an archived run's train.py and of the modules that it imported."""
-    modules = (read_fields(archive / name / START, []) or {}).get("modules") or {}
+    modules = read_fields(archive / name / START, []).get("modules") or {}
     files = {file: str(text) for file, text in modules.items() if ".." not in file and not file.startswith("/")}
     text = read_text(archive / name / "train.py")
     return files | ({} if text is None else {"train.py": text})
@@ -3461,9 +3218,7 @@ def restore_best(this: Entry, best: Best | None, archive: Path, folder: Path) ->
     if best is None or not best.is_kept:
         return "no run is kept yet, train.py is left as it is"
     here = normal(read_text(folder / "train.py"))
-    if here is not None and here not in [
-        normal(program_files(archive, name).get("train.py")) for name in (best.name, this.name)
-    ]:
+    if here not in [None, *(normal(read_text(archive / name / "train.py")) for name in (best.name, this.name))]:
         return "train.py has moved on since that run: left as it is"
     return bring_back(best.name, archive, folder, f"Back to the best, {best.name}, after {this.name}")
 
@@ -3473,15 +3228,13 @@ def bring_back(name: str, archive: Path, folder: Path, message: str) -> str:
     files = program_files(archive, name)
     if "train.py" not in files:
         raise AnalyzeError(f"the archive has no train.py of {name}: restore it by hand")
+    for leftover in folder.glob(".tmp-*.py"):  # of a call that was killed here
+        leftover.unlink(missing_ok=True)
     has_git = git(folder, "rev-parse", "HEAD") is not None
     changed = [f for f in files if normal(read_text(folder / f)) != normal(files[f])]
     new = [f for f in files if has_git and normal(git(folder, "show", f"HEAD:./{f}")) != normal(files[f])]
     for file in changed:
-        path = folder / file
-        mode = path.stat().st_mode if path.exists() else None
-        write_atomic(path, files[file])
-        if mode:
-            path.chmod(mode)
+        write_atomic(folder / file, files[file])
     if not changed and not new:
         return f"train.py is that of the best, {name}: nothing to commit"
     if new:
@@ -3489,13 +3242,13 @@ def bring_back(name: str, archive: Path, folder: Path, message: str) -> str:
             git_commit(folder, message, new)
         except AnalyzeError as e:
             raise AnalyzeError(f"train.py is back to that of {name} but {e}") from None
-    how = "" if has_git else " (no git: not committed)"
-    return f"train.py is back to that of the best, {name}" + (", and committed" if new else how)
+    done = ", and committed" if new else ("" if has_git else " (no git: not committed)")
+    return f"train.py is back to that of the best, {name}{done}"
 
 
 def command_status(archive: Path, folder: Path, is_json: bool) -> None:
     status = compute_status(archive, folder)
-    print(json.dumps(plain(status), indent=1) if is_json else render_status(status), end="\n" if is_json else "")
+    print(json.dumps(plain(status), indent=1) + "\n" if is_json else render_status(status), end="")
 
 
 def command_compare(names: list[str], archive: Path) -> None:
@@ -3504,23 +3257,20 @@ def command_compare(names: list[str], archive: Path) -> None:
 
 
 def command_check(archive: Path, folder: Path) -> int:
-    check_git(folder)
     faults, told = compute_check(archive, folder)
-    for line in [*faults, *told] or ["nothing is known against it: it is the first program"]:
+    for line in [*faults, *told]:
         print(clip(one_line(line), 300))
     return 1 if faults else 0
 
 
 def command_start(tag: str | None, archive: Path, folder: Path) -> None:
     """A branch for the night, the agent's two files where they are missing, the data checked; then what to do next."""
-    check_git(folder)
     if git(folder, "rev-parse", "HEAD") is None:
         raise AnalyzeError(f"{folder} has no commit yet: `git init && git add . && git commit -m start`")
     branch = (git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or "").strip()
     if not branch.startswith("autoresearch/"):
-        wanted = f"autoresearch/{tag or time.strftime('%Y-%m-%d')}"
-        names = (wanted + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
-        branch = next(n for n in names if git(folder, "rev-parse", "--verify", "--quiet", f"refs/heads/{n}") is None)
+        taken = (git(folder, "for-each-ref", "--format=%(refname:short)", "refs/heads") or "").split()
+        branch = first_free(f"autoresearch/{tag or time.strftime('%Y-%m-%d')}", taken.__contains__)
         done = run_git(folder, "switch", "--create", branch)
         if done.returncode:
             raise AnalyzeError(f"git: {one_line(done.stderr.decode(errors='replace'))}")
@@ -3534,12 +3284,11 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
     if done.returncode:
         said = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1])
         raise AnalyzeError(f"the data are not ready: {said}; run `uv run prepare.py`, then this again")
-    print(f"{one_line(done.stdout)}\nnext, the baseline: timeout --kill-after=10 600 {TRAIN}")
+    print(f"{one_line(done.stdout)}\nnext, the baseline: setsid timeout --kill-after=10 600 {TRAIN} &")
 
 
 def command_rerun(archive: Path, folder: Path) -> None:
     """The best's program in place and committed, and the command that trains it under a seed it has not had."""
-    check_git(folder)
     with locked(archive):
         book = load_book(archive)
         best = compute_best(book.entries)
@@ -3549,14 +3298,14 @@ def command_rerun(archive: Path, folder: Path) -> None:
         print(bring_back(best.name, archive, folder, f"Run the best, {best.name}, again"))
     offsets = [number(book.entry(name).record.get("seed_offset")) or 0 for name in best.names]
     offset = int(max(max(offsets) + 1, len(offsets)))
-    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} timeout --kill-after=10 600 {TRAIN}")
+    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} setsid timeout --kill-after=10 600 {TRAIN} &")
 
 
 def command_stop(folder: Path) -> None:
     """End the run in progress here: ask, then insist. It is filed as stopped by the next `analyze.py`."""
-    start = read_fields(folder / START, []) or {}
+    start = read_fields(folder / START, [])
     pid, host = number(start.get("pid")), start.get("host")
-    if not is_locked(folder / METRICS):
+    if not is_running(folder):
         raise AnalyzeError(f"no run is in progress in {folder}")
     if pid is None or host not in (None, os.uname().nodename):
         raise AnalyzeError(f"the run in progress here is process {pid} on {host}: it can only be stopped there")
@@ -3564,17 +3313,14 @@ def command_stop(folder: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), sign)
         deadline = time.monotonic() + patience_s
-        while is_locked(folder / METRICS) and time.monotonic() < deadline:
+        while is_running(folder) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if not is_locked(folder / METRICS):
+        if not is_running(folder):
             break
-    now = read_fields(folder / START, []) or {}
-    if (folder / SUMMARY).exists() or now.get("run_id") != start.get("run_id"):
-        print("it had ended by itself: `uv run analyze.py` files it")
-        return
-    if not str(now.get("ended") or "").startswith("stopped"):
+    now = read_fields(folder / START, [])
+    if not (folder / SUMMARY).exists() and not str(now.get("ended") or "").startswith("stopped"):
         write_json(folder / START, now | {"ended": "stopped: by `analyze.py stop`"})
-    print(f"run {start.get('run_id')} is stopped: `uv run analyze.py` files it, with its metrics")
+    print(f"run {start.get('run_id')} has ended: `{FILE}` files it, with its metrics")
 
 
 def command_new_archive(archive: Path, folder: Path) -> None:
@@ -3582,12 +3328,25 @@ def command_new_archive(archive: Path, folder: Path) -> None:
     if not archive.is_dir():
         raise AnalyzeError(f"there is no archive at {archive}: the first run begins one")
     with locked(archive):
-        if is_locked(folder / METRICS):
+        if is_running(folder):
             raise AnalyzeError("a run is in progress here: wait for its end, or stop it")
-        names = (f"{archive.name}.{time.strftime('%Y-%m-%d')}" + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
-        target = next(path for path in map(archive.with_name, names) if not path.exists())
+        aside = f"{archive.name}.{time.strftime('%Y-%m-%d')}"
+        target = archive.with_name(first_free(aside, lambda name: archive.with_name(name).exists()))
         os.rename(archive, target)
     print(f"the archive so far is {target}, with its {INSIGHTS} and {QUEUE}; the next run begins a new one")
+
+
+COMMANDS = {
+    "keep": "keep a run",
+    "discard": "discard a run and go back to the best train.py",
+    "status": "where the search stands, and what to do next",
+    "compare": "archived runs side by side",
+    "check": "whether train.py as it is now is worth a run; exit status 0 or 1",
+    "start": "begin a night",
+    "rerun": "the best's train.py, and the command that trains it under another seed",
+    "stop": "end the run in progress here",
+    "new-archive": "put the archive aside and begin another",
+}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -3596,27 +3355,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--wait", action="store_true", help="first wait for the end of the run here")
     commands = parser.add_subparsers(dest="command")
-    for name, text in (("keep", "keep a run"), ("discard", "discard a run and go back to the best train.py")):
-        commands.add_parser(name, help=text).add_argument(
-            "run", nargs="?", help="as in results.tsv; default: the run here"
-        )
-    commands.add_parser("status", help="where the search stands").add_argument("--json", action="store_true")
-    commands.add_parser("compare", help="archived runs side by side").add_argument("runs", nargs="+", metavar="run")
-    commands.add_parser("check", help="whether train.py as it is now is worth a run; exit status 0 or 1")
-    commands.add_parser("start", help="begin a night").add_argument("tag", nargs="?", help="default: today's date")
-    commands.add_parser("rerun", help="the best's train.py, and the command that trains it under another seed")
-    commands.add_parser("stop", help="end the run in progress here")
-    commands.add_parser("new-archive", help="put the archive aside and begin another")
+    parsers = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
+    for name in ("keep", "discard"):
+        parsers[name].add_argument("run", nargs="?", help="as in results.tsv; default: the run here")
+    parsers["status"].add_argument("--json", action="store_true")
+    parsers["compare"].add_argument("runs", nargs="+", metavar="run")
+    parsers["start"].add_argument("tag", nargs="?", help="default: today's date")
     return parser.parse_args(arguments)
 
 
 def run_command(given: argparse.Namespace, folder: Path) -> int | None:
     """The exit status, None for success."""
+    check_git(folder)
     if given.wait:
         wait_for_run(folder)
     # What is about the run here follows that run; what is about the search follows the environment.
-    is_demo_run = (read_fields(folder / START, []) or {}).get("demo")
-    here, archive = archive_dir(is_demo_run), archive_dir()
+    here, archive = archive_dir(read_fields(folder / START, []).get("demo")), archive_dir()
     commands: dict[str | None, Callable[[], int | None]] = {
         None: lambda: command_file(here, folder),
         "keep": lambda: command_keep(given.run, here, folder),

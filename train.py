@@ -473,7 +473,7 @@ def warm_up(model: GPT, optimizers: list[torch.optim.Optimizer], batch: tuple, n
         profile = measure_step(gradients, lambda: update(optimizers), num_micro_steps, x.device)
         with autocast(x.device):
             rehearse_evaluation(model.eval(), x, y)
-        model.train()
+        model.train().zero_grad()
     with torch.no_grad():
         for name, t in tensors.items():
             t.copy_(before[name])
@@ -565,9 +565,7 @@ def train(run: Run) -> tuple[Tokenizer, GPT, dict]:
         num_tokens = num_micro_steps * x.numel()
         run.log_step(step, num_tokens, values, {"train/progress": progress, "train/epoch": epoch} | schedule | stats)
     model.zero_grad()
-    summary = run.end_training()
-    run.save_checkpoint(model, summary)
-    return tokenizer, model, summary
+    return tokenizer, model, run.end_training(model)
 
 
 def score(run: Run, tokenizer: Tokenizer, model: GPT, summary: dict) -> None:

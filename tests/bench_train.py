@@ -96,8 +96,7 @@ def bench() -> None:
     mfu = f"{100 * model.flops_per_token() * rate / peak:.1f} %" if peak else "unknown"
     print(f"\nstep: {median_ms:.1f} ms (median of {len(step_ms)}; {min(step_ms):.1f} to {max(step_ms):.1f}), MFU {mfu}")
     print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB; kernels: {sorted(prepare.kernels_used)}")
-    by_kind = prepare.kernel_ms(gradients)
-    by_kind["optimizer"] = sum(prepare.kernel_ms(lambda: train.update(optimizers)).values())
+    by_kind = prepare.measure_step(gradients, lambda: train.update(optimizers), 1, device)
     rows = sorted(by_kind.items(), key=lambda row: -row[1])
     rows.append(("GPU idle (launches, waiting for data)", max(median_ms - sum(by_kind.values()), 0.0)))
     table("one step on the GPU", rows, "ms")
@@ -136,7 +135,7 @@ def bench_parts() -> None:
         return [linear(x) for linear in linears]
 
     parts = {
-        "FlexAttention for the windows": [(prepare, "can_attend_window", lambda *sizes: False)],
+        "a mask for the windows": [(prepare, "can_attend_window", lambda *sizes: False)],
         "plain MLP": [(train, "relu2_mlp", lambda x, c_in, c_out: c_out(c_in(x).relu().square()))],
         "plain soft cap and loss": [(prepare, "MAX_FUSED_VOCAB", 0)],
         "norm and rotation apart from attention": [(prepare, "window_attention", turn_apart)],

@@ -14,13 +14,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import prepare
 
 ROOT = Path(__file__).parent.parent
 
 
 def environment(cache, **more):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("AUTORESEARCH_", "AUTO_LOG_RESEARCH"))}
-    return clean | {"AUTORESEARCH_CACHE": str(cache), "AUTORESEARCH_DEMO": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+    ours = {"AUTORESEARCH_CACHE": str(cache), "AUTORESEARCH_DEMO": "1"}
+    return clean | ours | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | more
 
 
 @pytest.fixture(scope="module")
@@ -166,24 +170,6 @@ def test_the_log_begins_with_the_run_and_ends_with_the_closing_block(finished):
     ]
 
 
-def test_kill_9_leaves_every_finished_step_readable(cache, tmp_path):
-    folder = workspace(tmp_path)
-    env = environment(cache, AUTORESEARCH_TIME_BUDGET="600")
-    process = subprocess.Popen([sys.executable, "train.py"], cwd=folder, env=env, stdout=subprocess.DEVNULL)
-    metrics = folder / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.05)
-        assert process.returncode is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    text = metrics.read_text()
-    steps = [json.loads(line) for line in text.splitlines() if text.endswith("\n")]
-    assert [s["step"] for s in steps] == list(range(len(steps)))
-    assert len(steps) >= 5
-    assert not (folder / "run_summary.json").exists()
-
-
 def test_a_crashed_run_never_inherits_the_last_score(finished, cache, tmp_path):
     folder = shutil.copytree(finished[0], tmp_path / "w")
     old = json.loads((folder / "run_summary.json").read_text())
@@ -233,39 +219,6 @@ def test_a_failed_evaluation_costs_nothing(cache, tmp_path):
     assert log.splitlines()[0] == f"run {summary['run_id']}"
 
 
-def test_only_the_script_that_wrote_a_checkpoint_may_score_it(finished, cache, tmp_path):
-    folder = shutil.copytree(finished[0], tmp_path / "w")
-    with open(folder / "train.py", "a") as f:
-        f.write("# another\n")
-    code, log = train(folder, cache, "--score")
-    assert code == 2
-    assert log.splitlines()[-1] == "error: checkpoint.pt was written by another train.py: check that one out first"
-
-
-def test_missing_data_is_an_error_of_the_environment(tmp_path):
-    code, log = train(workspace(tmp_path), tmp_path / "empty")
-    assert code == 2
-    assert log.splitlines()[-1].startswith(f"error: {tmp_path}/empty/demo: no data")
-    assert log.splitlines()[-1].endswith("run `AUTORESEARCH_DEMO=1 uv run prepare.py` first")
-
-
-def test_without_a_gpu_the_demo_is_pointed_out(cache, tmp_path):
-    folder, env = workspace(tmp_path), environment(cache)
-    del env["AUTORESEARCH_DEMO"]
-    done = subprocess.run([sys.executable, "train.py"], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.match(r"error: no CUDA GPU found: .+ \(torch 2\S+ is built for \w+", done.stderr)
-    assert "AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py" in done.stderr
-
-
-def test_a_shorter_budget_is_for_the_demo_alone(cache, tmp_path):
-    folder, env = workspace(tmp_path), environment(cache, AUTORESEARCH_TIME_BUDGET="3")
-    del env["AUTORESEARCH_DEMO"]
-    done = subprocess.run([sys.executable, "train.py"], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "AUTORESEARCH_TIME_BUDGET is for the demo alone" in done.stderr
-
-
 def read_json(path):
     return json.loads(path.read_text())
 
@@ -295,11 +248,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "run.log"}
 
 
-def test_a_second_start_is_refused_and_touches_nothing_and_an_interrupt_stops_the_first(cache, tmp_path):
-    folder = workspace(tmp_path)
+def test_a_run_in_progress_is_recorded_as_it_was_started_and_refuses_a_second_until_it_is_interrupted(cache, tmp_path):
+    folder = workspace(tmp_path, lambda text: text.replace("import torch\n", "import torch\nimport own\n", 1))
+    (folder / "own.py").write_text("SIZE = 1\n")
+    text = (folder / "train.py").read_text()
     # As a shell does for a command in the background: it is told to ignore interrupts.
     first = start_training(folder, cache, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert is_running(folder)
+    assert [s["step"] for s in read_metrics(folder)[:2]] == [0, 1]  # readable while it runs
     start = (folder / "run_start.json").read_bytes()
     for args in ([], ["--score"]):
         code, log = train(folder, cache, *args)
@@ -308,25 +264,16 @@ def test_a_second_start_is_refused_and_touches_nothing_and_an_interrupt_stops_th
         assert (code, log.strip()[: len(line)], log.strip().count("\n")) == (2, line, 0)
     assert (folder / "run_start.json").read_bytes() == start
     assert not (folder / ".auto-log-research").exists()
+    (folder / "train.py").write_text("raise SystemExit\n")
+    (folder / "own.py").write_text("SIZE = 2\n")
     num_steps = len(read_metrics(folder))
     first.send_signal(signal.SIGINT)
     assert first.wait(timeout=60) == 130
     assert not is_running(folder)
-    assert re.match(r"stopped: by an interrupt at step \d+, loss", read_json(folder / "run_start.json")["ended"])
     assert len(read_metrics(folder)) >= num_steps
-    assert (folder / "run.log").read_text().splitlines()[-1] == read_json(folder / "run_start.json")["ended"]
-
-
-def test_what_was_started_is_what_is_recorded_whatever_is_edited_meanwhile(cache, tmp_path):
-    folder = workspace(tmp_path, lambda text: text.replace("import torch\n", "import torch\nimport own\n", 1))
-    (folder / "own.py").write_text("SIZE = 1\n")
-    text = (folder / "train.py").read_text()
-    process = start_training(folder, cache)
-    (folder / "train.py").write_text("raise SystemExit\n")
-    (folder / "own.py").write_text("SIZE = 2\n")
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
     start = read_json(folder / "run_start.json")
+    assert re.match(r"stopped: by an interrupt at step \d+, loss", start["ended"])
+    assert (folder / "run.log").read_text().splitlines()[-1] == start["ended"]
     assert start["train_py"] == text
     assert start["train_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     assert start["modules"] == {"own.py": "SIZE = 1\n"}
@@ -385,15 +332,15 @@ def test_a_run_with_a_growing_batch_and_context_odd_values_and_a_child_is_record
     assert not state.exists() or state.read_text().split()[2] == "Z"  # dead, and perhaps not buried
 
 
-def test_the_sum_of_the_data_is_that_of_the_tokens_in_order(finished, cache):
-    code = (
-        "import itertools, json, prepare\n"
-        "batches = prepare.load_batches(8, 256, 'train')\n"
-        "print(json.dumps([x.sum().item() for x, _, _ in itertools.islice(batches, 5)]))"
-    )
-    command = [sys.executable, "-c", code]
-    sums = json.loads(subprocess.check_output(command, cwd=finished[0], env=environment(cache)))
+def test_the_sum_of_the_data_is_that_of_the_tokens_in_order(finished, cache, monkeypatch):
+    monkeypatch.setattr(prepare, "TOKENS_DIR", cache / "demo" / "tokens")
+    monkeypatch.setattr(prepare, "TOKENIZER_DIR", cache / "demo" / "tokenizer")
+    monkeypatch.setattr(prepare, "MANIFEST_PATH", cache / "demo" / "manifest.json")
+    monkeypatch.setattr(prepare, "get_device", lambda: torch.device("cpu"))
+    prepare.load_manifest.cache_clear()
+    sums = [x.sum().item() for x, _, _ in itertools.islice(prepare.load_batches(8, 256, "train"), 5)]
     assert [s["train/data_sum"] for s in read_metrics(finished[0])[:5]] == list(itertools.accumulate(sums))
+    prepare.load_manifest.cache_clear()
 
 
 def test_help_is_quick_and_wrong_arguments_are_refused(tmp_path):
@@ -411,60 +358,23 @@ def test_an_interrupt_during_the_imports_is_quiet(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
-def test_a_script_called_from_elsewhere_says_where_it_belongs(cache, tmp_path):
-    folder, elsewhere = workspace(tmp_path), tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    done = subprocess.run(
-        [sys.executable, folder / "train.py"], cwd=elsewhere, env=environment(cache), capture_output=True, text=True
-    )
-    assert (done.returncode, list(elsewhere.iterdir())) == (2, [])
-    assert done.stderr.strip() == (f"error: {folder}/train.py leaves its files where it is called: cd {folder} first")
-
-
-def test_a_folder_that_cannot_be_written_is_the_machines_fault(cache, tmp_path):
-    folder = workspace(tmp_path)
-    (folder / "sitecustomize.py").write_text(
-        "import builtins, errno\nplain = builtins.open\n"
-        "def refuse(path, mode='r', *args, **options):\n"
-        "    if str(path).endswith('metrics.jsonl'):\n"
-        "        raise OSError(errno.EROFS, 'Read-only file system', str(path))\n"
-        "    return plain(path, mode, *args, **options)\n"
-        "builtins.open = refuse\n"
-    )
-    code, log = train(folder, cache, PYTHONPATH=str(folder))
-    assert (code, log.strip()) == (2, "error: [Errno 30] Read-only file system: 'metrics.jsonl'")
-
-
-def test_a_full_disk_while_the_checkpoint_is_written_is_the_machines_fault(cache, tmp_path):
-    full = (
-        'def save(*args):\n    raise RuntimeError("unexpected pos 64 vs 0")\n\n\ntorch.save = save\nCONFIG = Config()\n'
-    )
-    folder = workspace(tmp_path, replaced("CONFIG = Config()\n", full))
-    code, log = train(folder, cache, budget="1")
-    assert code == 2
-    assert re.match(r"error: checkpoint.pt could not be written, \d+ MB are free: unexpected pos", log.splitlines()[-1])
-    assert read_metrics(folder)
-    assert not list(folder.glob("checkpoint*"))
-
-
-def test_a_leaking_model_is_caught(cache, tmp_path):
+def test_a_leaking_model_and_a_training_of_more_than_the_budget_have_no_score(cache, tmp_path):
+    slow = "        for optimizer in optimizers:\n            optimizer.step()\n        if is_look:"
     ahead = "norm(self.wte(idx) + 0.1 * self.wte(idx.roll(-1, 1)))"
-    folder = workspace(tmp_path, replaced("norm(self.wte(idx))", ahead))
+
+    def edit(text):
+        text = replaced(slow, slow.replace("        if is", "        time.sleep(3)\n        if is"))(text)
+        return replaced("norm(self.wte(idx))", ahead)(text)
+
+    folder = workspace(tmp_path, edit)
     code, log = train(folder, cache, budget="1")
-    assert code == 0
+    assert code == 0, log
     assert "LOOKS AHEAD" in log
     record = read_json(folder / "eval_record.json")
     assert record["causal"] is False
-    assert record["faults"] == [f"LOOKS AHEAD: {record['finding']}"]
-
-
-def test_a_training_of_more_than_the_budget_has_no_score(cache, tmp_path):
-    slow = "        for optimizer in optimizers:\n            optimizer.step()\n        if is_look:"
-    folder = workspace(tmp_path, replaced(slow, slow.replace("        if is", "        time.sleep(3)\n        if is")))
-    code, log = train(folder, cache, budget="1")
-    assert code == 0, log
-    (fault,) = read_json(folder / "eval_record.json")["faults"]
-    assert re.fullmatch(r"training took \d+% of the budget \(a step is too long\)", fault)
+    too_long, leak = record["faults"]
+    assert re.fullmatch(r"training took \d+% of the budget \(a step is too long\)", too_long)
+    assert leak == f"LOOKS AHEAD: {record['finding']}"
 
 
 UPSTREAM = """

@@ -396,9 +396,9 @@ def test_rates_schedules_and_batches_that_differ_are_named_and_other_knobs_are_n
 
 @pytest.mark.parametrize("num_steps", [2, 3, 15, 35])
 def test_too_few_steps_in_common_are_one_line(num_steps):
-    for mine, bests in ((num_steps, 600), (600, num_steps)):
-        this, best = make_run(num_steps=mine), make_run("best", num_steps=bests)
-        (line,) = analyze.render_paired(analyze.compute_paired(this, [best]))
+    short = make_run(num_steps=num_steps), make_run("best", num_steps=num_steps)
+    for runs in ((short[0], make_run("best")), (make_run(), short[1])):
+        (line,) = analyze.render_paired(analyze.compute_paired(runs[0], [runs[1]]))
         few = f"{num_steps} steps in common, and 40 are needed"
         reason = few if num_steps > 2 else "one of the runs has no losses"
         assert line == f"No pairing with best: {reason}."

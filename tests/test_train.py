@@ -52,7 +52,7 @@ def test_attention_on_the_cpu_sees_exactly_its_window(window, num_kv_heads):
 def sdpa_of(backend):
     def attend(q, k, v):
         with sdpa_kernel(backend):
-            return prepare._sdpa(q, k, v, is_causal=True)
+            return prepare.plain_attention(q, k, v, is_causal=True)
 
     return attend
 
