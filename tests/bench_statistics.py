@@ -49,7 +49,8 @@ def make_curve(num_steps: int, extra: np.ndarray, text: np.ndarray) -> Curve:
     bounds = np.append(0.0, ends)
     nats = np.append(0.0, np.cumsum(loss * BATCH))
     flat = np.ones(num_steps)
-    return Curve("run", ends / 1e6, progress, loss, flat, math.nan * flat, KAPPA, bounds, nats)
+    share = np.append(0.0, progress)
+    return Curve(ends / 1e6, loss, flat, math.nan * flat, bounds, nats, share, KAPPA)
 
 
 Case = tuple[list[dict], np.ndarray, np.ndarray]
@@ -65,7 +66,7 @@ def paired_cases(num_runs: int, correlation: float, ratio: float) -> Iterator[Ca
         noise = PAIR_NATS * autocorrelated(rng, 2 * NUM_STEPS - 1, correlation)
         mine = make_curve(steps, trend + noise, text)
         best = make_curve(NUM_STEPS, np.zeros(NUM_STEPS), text)
-        blocks = analyze.common_blocks(mine, [best], 1e6 * min(mine.tokens_m[-1], best.tokens_m[-1]))
+        blocks = analyze.common_blocks([mine, best], 1e6 * min(mine.tokens_m[-1], best.tokens_m[-1]))
         windows = analyze.compute_windows(mine, [best], blocks, KAPPA)
         middles = (blocks[1:] + blocks[:-1]) / 2
         progress = middles / (steps * BATCH)
@@ -130,24 +131,6 @@ def check_verdicts(num_runs: int) -> list[list]:
     return rows
 
 
-def check_speed(num_runs: int) -> list[list]:
-    """Price of the tokens from pairs of runs of one program, one of each hampered."""
-    price, sigma, errors, bars = -0.05, 0.001, [], []
-    for seed in range(num_runs):
-        rng = np.random.default_rng(seed)
-        entries = []
-        for i in range(6):
-            tokens = 300.0 * (0.8 if i % 2 else 1.0)
-            val = 1 + price * math.log(tokens / 300) + sigma * rng.standard_normal()
-            hampered = ["slow"] if i % 2 else []
-            entries.append(entry(f"r{i}", val, f"p{i // 2}", tokens_m=tokens, hampered=hampered))
-        why = analyze.compute_attribution(entries[0], entries, {"total_tokens_m": [270.0, 300.0]}, 0.0)
-        errors.append(why["speed_bpb"] - price * math.log(0.9))
-        bars.append(why["speed_error"])
-    held = coverage(np.array(errors), np.array(bars))
-    return [["speed's share of the difference", "3 pairs, 10 % fewer tokens", *held]]
-
-
 def check_gain(num_runs: int) -> list[list]:
     """How far the best's mean reads too low, after as many equal programs as given, and what the correction leaves."""
     rows = []
@@ -180,7 +163,7 @@ def check_hampered(num_runs: int) -> list[list]:
         found = 0
         for factor in factors:
             earlier = [timed(f"r{i}", idle(), "p") for i in range(4)]
-            found += bool(analyze.compute_machine(timed("x", factor * idle(), program, **pace), earlier)["hampered"])
+            found += bool(analyze.compute_machine(timed("x", factor * idle(), program, **pace), earlier))
         return found / len(factors)
 
     ones = np.ones(num_runs)
@@ -196,7 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=400)
     num_runs = parser.parse_args().runs
-    rows = check_windows(num_runs) + check_verdicts(num_runs) + check_speed(num_runs)
+    rows = check_windows(num_runs) + check_verdicts(num_runs)
     rows += check_gain(num_runs) + check_hampered(num_runs)
     print("| statement | truth | bias, bpb | 95 % interval holds it | made in |\n|---|---|---|---|---|")
     missed = 0
