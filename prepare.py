@@ -1057,12 +1057,22 @@ def _first_tensor(value: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() else None
 
 
-def _activation_stats(t: torch.Tensor) -> torch.Tensor:
-    """RMS; share of entries near zero (below a thousandth of it); share of features near zero on every token."""
-    t = torch.atleast_1d(t).flatten(0, -2).float()
-    rms = t.square().mean().sqrt()
-    is_zero = t.abs() <= 1e-3 * rms
-    return torch.stack((rms, is_zero.float().mean(), is_zero.all(0).float().mean()))
+def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float | None]]:
+    """Of each (tokens, features): RMS; share of entries near zero (below a thousandth of it); share of features near
+    zero on every token. Those of one shape at once: to launch a thousand small kernels would take longest."""
+    stats: list[list[float | None]] = [[None] * 3 for _ in activations]
+    alike: dict[tuple, list[int]] = {}
+    for i, t in enumerate(activations):
+        if t is not None:
+            alike.setdefault((t.shape, t.dtype), []).append(i)
+    for indices in alike.values():
+        t = torch.stack([activations[i] for i in indices]).float()
+        rms = t.square().mean((1, 2)).sqrt()
+        is_zero = t.abs() <= 1e-3 * rms[:, None, None]
+        zeros, dead = is_zero.mean((1, 2), dtype=torch.float32), is_zero.all(1).mean(1, dtype=torch.float32)
+        for i, row in zip(indices, torch.stack((rms, zeros, dead), 1).tolist(), strict=True):
+            stats[i] = _rounded(row)
+    return stats
 
 
 @torch.no_grad()
@@ -1077,12 +1087,9 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
     stats, seen, handles, logits = {}, {}, [], None
 
     def watch(name: str, module: torch.nn.Module, given: tuple, output: object) -> None:
-        out, first = _first_tensor(output), _first_tensor(given)
-        if name in seen or out is None:
-            return
-        of_output = _activation_stats(out)
-        is_linear = isinstance(module, torch.nn.Linear) and first is not None
-        seen[name] = torch.stack((of_output, _activation_stats(first) if is_linear else of_output * math.nan))
+        pair = [_first_tensor(output), _first_tensor(given) if isinstance(module, torch.nn.Linear) else None]
+        if pair[0] is not None and name not in seen:  # copies, which no operation in place can change
+            seen[name] = [None if t is None else torch.atleast_1d(t).flatten(0, -2).clone() for t in pair]
 
     lists = {name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
     for name, module in model.named_modules():
@@ -1102,12 +1109,13 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
     if logits is not None and logits.dim() == 3:
         stats["logits/max_abs"] = logits.abs().max().item()
         stats["logits/max_prob"] = logits.float().softmax(-1).amax(-1).mean().item()
-    table = torch.stack(list(seen.values())).tolist() if seen else []
+    of_activations = _activation_stats([t for pair in seen.values() for t in pair])
+    of_outputs, of_inputs = of_activations[::2], of_activations[1::2]
     stats["layers/names"] = list(seen)
-    stats["layers/rms"] = _rounded([of_output[0] for of_output, _ in table])
-    stats["layers/zeros"] = _rounded([of_output[1] for of_output, _ in table])
-    stats["layers/input_zeros"] = _rounded([of_input[1] for _, of_input in table])
-    stats["layers/dead"] = _rounded([of_input[2] for _, of_input in table])
+    stats["layers/rms"] = [rms for rms, _, _ in of_outputs]
+    stats["layers/zeros"] = [zeros for _, zeros, _ in of_outputs]
+    stats["layers/input_zeros"] = [zeros for _, zeros, _ in of_inputs]
+    stats["layers/dead"] = [dead for _, _, dead in of_inputs]
     return stats
 
 
