@@ -682,35 +682,34 @@ def new_manifest(source: str, files: dict[str, Path], text_key: str) -> dict:
     return manifest | {"tokenizer_sha256": sha256_file(TOKENIZER_DIR / "tokenizer.json")}
 
 
-def encode_split(
-    name: str, path: Path, split: str, tokenizer: Tokenizer, manifest: dict, bad: list[str]
-) -> dict[str, int]:
-    """Write the tokens of a shard's documents that belong to a split. Returns their numbers."""
-    out, lengths, group_sizes = TOKENS_DIR / split / f"{name}.bin", [], []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{out}.tmp", "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for texts in prefetch(read_row_groups(path, bad, manifest["text_key"])):
-            texts = [text for text in texts if split_of(name, text, manifest["held_out_below"]) == split]
-            documents = list(pool.map(tokenizer.encode_document, texts))
-            file.writelines(documents)
-            lengths += map(len, documents)
-            if documents:
-                group_sizes.append(len(documents))  # the loader's batches never cross them
-    index, offsets = io.BytesIO(), np.cumsum([0, *lengths], dtype=np.int64)
-    np.savez(index, offsets=offsets, group_sizes=np.array(group_sizes, dtype=np.int64))
-    write_atomic(out.with_suffix(".npz"), index.getvalue())
-    replace_synced(f"{out}.tmp", out)
-    return {"documents": len(lengths), "tokens": sum(lengths)}
-
-
 def encode_shard(name: str, path: Path, tokenizer: Tokenizer, manifest: dict) -> dict:
-    """Write the shard's token files, reading it once for each. Returns what the manifest says about it."""
+    """Write the shard's token files, in one pass over it. Returns what the manifest says about it."""
     bad: list[str] = []
+    outputs = {split: TOKENS_DIR / split / f"{name}.bin" for split in SPLITS}
+    lengths, group_sizes = {split: [] for split in SPLITS}, {split: [] for split in SPLITS}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.ExitStack() as stack:
+        files = {}
+        for split, out in outputs.items():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            files[split] = stack.enter_context(open(f"{out}.tmp", "wb"))
+        for texts in prefetch(read_row_groups(path, bad, manifest["text_key"])):
+            documents = {split: [] for split in SPLITS}
+            for text, tokens in zip(texts, pool.map(tokenizer.encode_document, texts), strict=True):
+                documents[split_of(name, text, manifest["held_out_below"])].append(tokens)
+            for split in SPLITS:
+                files[split].writelines(documents[split])
+                lengths[split] += map(len, documents[split])
+                if documents[split]:
+                    group_sizes[split].append(len(documents[split]))  # the loader's batches never cross them
     shard = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    shard["train"] = encode_split(name, path, "train", tokenizer, manifest, bad)
-    shard["val"] = encode_split(name, path, "val", tokenizer, manifest, [])
-    files = [*map(sha256_file, token_files(name))]
-    return shard | {"files": files, "bad": len(bad), "first_bad": bad[:1]}
+    for split, out in outputs.items():
+        index, offsets = io.BytesIO(), np.cumsum([0, *lengths[split]], dtype=np.int64)
+        np.savez(index, offsets=offsets, group_sizes=np.array(group_sizes[split], dtype=np.int64))
+        write_atomic(out.with_suffix(".npz"), index.getvalue())
+        replace_synced(f"{out}.tmp", out)
+        shard[split] = {"documents": len(lengths[split]), "tokens": sum(lengths[split])}
+    checksums = [*map(sha256_file, token_files(name))]
+    return shard | {"files": checksums, "bad": len(bad), "first_bad": bad[:1]}
 
 
 def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -> dict:
