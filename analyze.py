@@ -143,6 +143,10 @@ CRASH_CAUSES = (
     ("a failed launch on the GPU: the machine's fault or the program's", LAUNCH,
      "train the same commit once more; if it fails again it is the program's"),
 )
+# The commands that pages name.
+FILE, WAIT, TRAIN = "uv run analyze.py", "uv run analyze.py --wait", "uv run train.py > run.log 2>&1"
+TRAIN_BESIDE = f"setsid timeout --kill-after=10 600 {TRAIN} &"  # as step 2 of program.md has it
+AGAIN = "train the same commit again"
 KILLED = "killed from outside, or out of time"
 KILLED_HELP = "the idea was not tested: train the same commit again; see whether the machine's own memory ran out"
 # What a terminal or a page must not receive: escape sequences, control characters, marks that reverse the text.
@@ -420,6 +424,11 @@ class Run:
         """Name to lists of values, one of each step that logged it, of the residual scalars and the like, by name."""
         keys = sorted({k for r in self.records for k in r if k.startswith("scalars/")})
         return {k.removeprefix("scalars/"): [r[k] for r in some] for k in keys if (some := self.records_with(k))}
+
+    @cached_property
+    def curve(self) -> Curve | None:
+        """Its loss by tokens; taken once, for the paired curve, the gap to validation and the picture."""
+        return compute_curve(self)
 
     def series(self, key: str) -> np.ndarray:
         """One metric over the steps, float, NaN where a step lacks it."""
@@ -1238,7 +1247,7 @@ def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text
     """Configuration and kernels against the best's, key to [before, after]; the size of the
     diff."""
     mine, theirs = (e.record.get("config") or {} if e else {} for e in (this, best))
-    diff = diff_lines(best_text, text, "best")[2:]
+    added, removed = diff_size(diff_lines(best_text, text, "best"))
     config, machine = {}, {}
     if mine and theirs:
         config = {k: [theirs.get(k), mine.get(k)] for k in theirs | mine if theirs.get(k) != mine.get(k)}
@@ -1250,8 +1259,8 @@ def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text
         "against": best and best.name,
         "config": config,
         "is_config_known": bool(mine and theirs),
-        "lines_added": sum(line.startswith("+") for line in diff),
-        "lines_removed": sum(line.startswith("-") for line in diff),
+        "lines_added": added,
+        "lines_removed": removed,
         "machine": machine,
     }
 
@@ -1261,6 +1270,12 @@ def diff_lines(before: str | None, after: str | None, name: str) -> list[str]:
         return []
     pair = before.splitlines(keepends=True), after.splitlines(keepends=True)
     return list(difflib.unified_diff(*pair, f"train.py of {name}", "train.py of this run", n=3))
+
+
+def diff_size(diff: list[str]) -> tuple[int, int]:
+    """Lines added and removed, below the two lines that name the files."""
+    added, removed = (sum(line.startswith(sign) for line in diff[2:]) for sign in "+-")
+    return added, removed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1398,7 +1413,7 @@ def compute_paired(this: Run, others: list[Run]) -> dict | None:
     if not others:
         return None
     paired = {"against": [run.name for run in others], "windows": [], "summary": None, "rates": []}
-    mine, theirs = compute_curve(this), [compute_curve(run) for run in others]
+    mine, theirs = this.curve, [run.curve for run in others]
     if mine is None or None in theirs:
         return paired | {"note": "one of the runs has no losses"}
     limits = [compute_data_agreement(this, mine, *pair) for pair in zip(others, theirs, strict=True)]
@@ -1532,7 +1547,7 @@ def compute_gap(run: Run, others: list[Run]) -> dict | None:
 
 
 def training_and_gap(run: Run) -> tuple[float, float] | None:
-    curve, val = compute_curve(run), number(run.summary.get("val_bpb"))
+    curve, val = run.curve, number(run.summary.get("val_bpb"))
     if curve is None or val is None or curve.bpb_per_nat is None:
         return None
     end = curve.bounds[-1]
@@ -1874,12 +1889,11 @@ def compute_costs(runs: list[Run]) -> dict[str, float]:
 # Render: analysis.md and compare
 # ---------------------------------------------------------------------------------------------------------------------
 
-AGAIN = "train the same commit again (`uv run train.py > run.log 2>&1`)"
 DECISIONS = {
-    "keep": "keep (`uv run analyze.py keep`)",
-    "discard": "discard (`uv run analyze.py discard`)",
-    "rerun": f"{AGAIN}: the idea was not tested",
-    "wait": f"{AGAIN}, once the machine is quiet",
+    "keep": f"keep (`{FILE} keep`)",
+    "discard": f"discard (`{FILE} discard`)",
+    "rerun": f"{AGAIN} (`{TRAIN}`): the idea was not tested",
+    "wait": f"{AGAIN} (`{TRAIN}`), once the machine is quiet",
 }
 KINDS = {
     "baseline": "Nothing to compare with yet. Run it once more (`uv run analyze.py rerun`) for the noise.",
@@ -1905,7 +1919,7 @@ def render_verdict(stats: dict) -> list[str]:
 
 def find_remarks(stats: dict) -> list[str]:
     v, record = stats["verdict"], stats["record"]
-    remarks = [*record.get("notes", []), *record.get("damage", [])]
+    remarks = [*record.get("damage", [])]
     if v.get("best_is_slower"):
         remarks.append(f"the machine is faster now: the same work took the best {v['best_is_slower']:.0%} "
                        "longer; run the best again (`uv run analyze.py rerun`) before you believe a gain")
@@ -2383,7 +2397,7 @@ def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndar
 
 def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
     """Training loss by tokens; below it the paired difference to the best, where there is one."""
-    curves = {r.name: compute_curve(r) for r in (best, run) if r}
+    curves = {r.name: r.curve for r in (best, run) if r}
     if curves[run.name] is None:
         return None
     figure = new_figure(f"{run.name}: training loss", run.start)
@@ -2770,9 +2784,6 @@ def write_morning(archive: Path, book: Book) -> None:
 # Status
 # ---------------------------------------------------------------------------------------------------------------------
 
-FILE, WAIT = "uv run analyze.py", "uv run analyze.py --wait"
-AGAIN = "train the same commit again"
-
 
 def describe_here(archive: Path, folder: Path, book: Book) -> tuple[str, str | None]:
     """The newest run whose outputs lie in the folder, and what is to be done about it, None where that is nothing."""
@@ -2860,14 +2871,13 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "elsewhere": [describe_running(run) for run in find_running(book, folder)],
         "pending": [e.name for e in book.entries if e.status == "pending"],
         "unfiled": sorted(p.name for p in (archive / "unfiled").glob("[!.]*/")),
-        **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "gain")},
+        **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "gain", "gpu_share")},
         "queue": list_items(read_text(archive / QUEUE)),
         "claims": list_items((insights or "").partition("## Claims")[2]),
         "doubts": check_insights(insights, book.entries),
         "effects": render_effects(book.entries, 10),
         "hours_used": history["hours"],
         "hours_since_first_start": (time.time() - started) / 3600 if started else None,
-        "gpu_share": compute_gpu_share(book.entries),
         "problems": book.problems,
         "next": todo or compute_next(archive, folder, book),
     }
@@ -2903,7 +2913,7 @@ def farthest_behind(entries: list[Entry], share: float) -> float | None:
     errors of it in the end. None with fewer than five such runs."""
     found = []
     for e in entries:
-        verdict, paired = e.stats.get("verdict") or {}, e.stats.get("paired") or {}
+        verdict, paired = verdict_of(e), e.stats.get("paired") or {}
         difference, error = (number(verdict.get(key)) for key in ("difference", "standard_error"))
         if not e.is_valid or None in (difference, error) or difference > 2 * error:
             continue
@@ -3040,7 +3050,7 @@ def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[
     config = book.entry(best.name).record.get("config", {})
     knobs = [f"{k} {json.dumps(config[k])} -> {json.dumps(v)}" for k, v in values.items() if config.get(k, v) != v]
     diff = diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), best.name)
-    added, removed = (sum(d.startswith(sign) and not d.startswith(sign * 3) for d in diff) for sign in "+-")
+    added, removed = diff_size(diff)
     told = [f"against {best.name}: {', '.join([*knobs, f'+{added} -{removed} lines of train.py'])}"]
     for e in [e for e in book.entries if knobs and has_configuration(e, values)][-1:]:
         result = f"{e.name} scored {show(e.val_bpb)}, {e.status}"
@@ -3072,7 +3082,6 @@ momentum 0.90 to 0.93, q-k scale 1.1 to 1.2, hashed bigram value embeddings | ? 
 embeddings in the last layers only (+0.007), no mask on the cautious decay (+0.005), depth 11 at width 640 (+0.007), \
 any warm-up | | better
 """
-TRAIN = "uv run train.py > run.log 2>&1"
 
 
 def wait_for_run(folder: Path) -> None:
@@ -3284,7 +3293,7 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
     if done.returncode:
         said = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1])
         raise AnalyzeError(f"the data are not ready: {said}; run `uv run prepare.py`, then this again")
-    print(f"{one_line(done.stdout)}\nnext, the baseline: setsid timeout --kill-after=10 600 {TRAIN} &")
+    print(f"{one_line(done.stdout)}\nnext, the baseline: {TRAIN_BESIDE}")
 
 
 def command_rerun(archive: Path, folder: Path) -> None:
@@ -3298,7 +3307,7 @@ def command_rerun(archive: Path, folder: Path) -> None:
         print(bring_back(best.name, archive, folder, f"Run the best, {best.name}, again"))
     offsets = [number(book.entry(name).record.get("seed_offset")) or 0 for name in best.names]
     offset = int(max(max(offsets) + 1, len(offsets)))
-    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} setsid timeout --kill-after=10 600 {TRAIN} &")
+    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} {TRAIN_BESIDE}")
 
 
 def command_stop(folder: Path) -> None:
