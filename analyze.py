@@ -25,7 +25,7 @@ investigations start with
     load_run("1a2b3c4").metrics          # a pandas DataFrame, one row a step
     load_runs()                          # one row a run; a crash has NaN for every number it does not have
 
-This file is part of the measurement: an archive scores no runs once it, or what prepare.py measures, has changed.
+An archive scores no runs once what prepare.py measures has changed.
 """
 
 from __future__ import annotations
@@ -106,14 +106,13 @@ MACHINE_KEYS = ("gpu_name", "torch_version", *KERNEL_KEYS)
 # What all runs of an archive share: how it is called, and how to get back to it.
 COMPARABLE = {
     "measurement_sha256": ("what prepare.py measures", "undo the change of prepare.py (`git log -p prepare.py`)"),
-    "analyze_program": ("analyze.py", "undo the change of analyze.py (`git log -p analyze.py`)"),
     "data_fingerprint": ("the data", "point AUTORESEARCH_CACHE at the data of before"),
     "time_budget": ("the time budget", "train for the budget of before"),
     "eval_tokens": ("the number of tokens scored", "call evaluate_bpb as before"),
     "demo": ("AUTORESEARCH_DEMO", "set it as before"),
 }
 # Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go through number().
-TEXTS = ("run_id", "git_commit", "train_py", "measurement_sha256", "analyze_program", "data_fingerprint", "ended")
+TEXTS = ("run_id", "git_commit", "train_py", "measurement_sha256", "data_fingerprint", "ended")
 FIELD_TYPES = dict.fromkeys((*TEXTS, "host", "finding", *MACHINE_KEYS), str) | {
     "modules": dict,
     "faults": list,
@@ -776,12 +775,6 @@ def configuration(summary: dict) -> dict:
     return {k: v for k, v in summary.items() if k not in others and not k.endswith(("_seconds", "_ms", "_mb"))}
 
 
-@cache
-def analyze_program() -> str:
-    """Of this file; lines of comment do not count. To parse it for the same takes half a second."""
-    return sha256(re.sub(r"^\s*(#.*)?\n", "", Path(__file__).read_text(encoding="utf-8"), flags=re.M))[:16]
-
-
 def static_config(text: str) -> dict:
     """The configuration as it can be read without running the program: the constants of the class Config, and those
     that are passed to it."""
@@ -829,7 +822,7 @@ def compute_comparable(run: Run) -> dict:
     values = {key: run.first_of(key) for key in COMPARABLE}
     values["time_budget"] = number(values["time_budget"])
     values["eval_tokens"] = number(values["eval_tokens"]) or number((run.evaluation or {}).get("tokens"))
-    return values | {"analyze_program": analyze_program()}
+    return values
 
 
 def compute_invalid(run: Run, facts: dict) -> list[str]:
