@@ -2348,12 +2348,14 @@ SERIES = {  # of schedule_and_machine.png, and the titles of its panels
 MOST_ROWS = 100  # of a heat map: the names of more can be read on no screen
 
 
-def new_figure(title: str, *facts: dict, height: float = 7.5) -> Figure:
-    """An empty figure, 1200 pixels wide. `facts`, of a run or of runs, tell whether they are the demo's."""
+def new_figure(title: str, *facts: dict, height: float = 7.5, **margins: float) -> Figure:
+    """An empty figure, 1200 pixels wide. `facts`, of a run or of runs, tell whether they are the demo's. Margins are
+    given, as shares of it: to have them found takes as long as all the drawing."""
     import matplotlib.figure
 
     matplotlib.rcParams.update(LOOK)
-    figure = matplotlib.figure.Figure((12, height), dpi=100, layout="constrained")
+    figure = matplotlib.figure.Figure((12, height), dpi=100)
+    figure.subplots_adjust(**{"left": 0.06, "right": 0.98, "bottom": 0.08, "top": 0.9, "hspace": 0.2} | margins)
     demo = "demo: " * any(fact.get("demo") for fact in facts)
     figure.suptitle(demo + title, x=0.01, ha="left", fontsize=13)
     return figure
@@ -2440,7 +2442,7 @@ def draw_layers(run: Run, best: Run | None) -> Figure | None:
     )
     if not any(run.records_with(key) for _, key, _ in looks):
         return None
-    figure = new_figure(f"{run.name}: layers", run.start, height=10)
+    figure = new_figure(f"{run.name}: layers", run.start, height=10, left=0.14, wspace=0.45)
     for axes, (title, key, look) in zip(figure.subplots(1, 2), looks, strict=True):
         mine, theirs = ([look(record) for record in r.records_with(key)] if r else [] for r in (run, best))
         axes.set_title(title + "; right of the gap, the best's end" * bool(theirs))
@@ -2481,7 +2483,7 @@ def mark_of(e: Entry) -> str:
 
 def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
     """Scores in the order of filing, what the best was at each time, and the steps that brought most."""
-    figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries))
+    figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries), right=0.74)
     axes, valid = figure.subplots(), [e for e in entries if e.is_valid]
     scores = [e.val_bpb for e in valid] or [1.0]
     kept = [e.val_bpb for e in valid if e.status == "keep"]
