@@ -13,8 +13,8 @@
 
 Reads, in the current folder: run_start.json, run.log, metrics.jsonl, eval_record.json, run_summary.json.
 Writes the archive, .auto-log-research/ or $AUTO_LOG_RESEARCH_DIR (the demo's is demo/ in there): a folder for each run,
-results.tsv, insights.md ("Current Best" only), archive.json (what the archive began with); for the morning report.md,
-progress.png and best.patch (baseline to best).
+results.tsv, archive.json (what the archive began with); for the morning report.md, progress.png and best.patch
+(baseline to best).
 
 The folders are the truth: a run is whatever has one. results.tsv gives each its status and description, and may be
 edited; a row that is removed or damaged comes back (to leave a run out, write `discard` or `invalid` as its status).
@@ -72,13 +72,6 @@ STATS, ANALYSIS = "stats.json", "analysis.md"
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 STATUSES = ("pending", "keep", "discard", "crash", "invalid")
 NOTES_HEADING = "## Agent Investigation Notes"
-BEST_HEADING = "## Current Best"
-# The lines that render_current_best writes, whole: any other line in that section is the agent's, and stays.
-BEST_LINES = re.compile(
-    r"^(?:No run is kept yet\.|- \S+: val_bpb \d+\.\d{6}, (?:one run|mean of \d+ runs \([^)\n]*\))"
-    r"|- its change: [^\n]*|- noise between (?:identical runs|seeds of one program): [^\n]*)\r?(?:\n|\Z)",
-    re.M,
-)
 PAGE_LINES, PAGE_BYTES = 60, 5000
 
 # Public logs of this experiment on H100 and H200 show 0.0005 to 0.0014 bpb between seeds in runs of five minutes. It
@@ -2096,38 +2089,6 @@ def render_compare(runs: list[Run], entries: list[Entry]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_current_best(entries: list[Entry]) -> str:
-    best, noise = compute_best(entries), compute_noise(entries)
-    if best is None or not best.is_kept:
-        return "No run is kept yet."
-    change = next(e.description for e in entries if e.name == best.name)
-    names = ", ".join(best.names[:6])
-    runs = f"mean of {len(best.names)} runs ({names})" if len(best.names) > 1 else "one run"
-    return (f"- {best.name}: val_bpb {best.mean:.6f}, {runs}\n- its change: {change}\n"
-            f"- noise between seeds of one program: {describe_noise(noise)}")
-
-
-def replace_best_section(text: str | None, content: str) -> str:
-    """insights.md with this content on top of "Current Best", in place of what was written there
-    before; every other byte stays, in that section too. Without such a section, one is put below
-    the title."""
-    section = f"{BEST_HEADING}\n{content}\n"
-    if text is None:
-        return f"# Insights\n\n{section}\n## Claims\n"
-    newline = "\r\n" if "\r\n" in text else "\n"
-    section = section.replace("\n", newline)
-    found = re.search(r"^(#+) *Current Best[^\n]*\n?", text, re.M | re.I)
-    if not found:
-        title = re.match(r"# [^\n]*\n+", text)
-        at = title.end() if title else 0
-        return text[:at] + section + newline + text[at:]
-    following = re.compile(rf"^#{{1,{len(found[1])}}} ", re.M).search(text, found.end())
-    end = following.start() if following else len(text)
-    heading = found[0] if found[0].endswith("\n") else found[0] + newline
-    kept = BEST_LINES.sub("", text[found.end() : end])
-    return text[: found.start()] + heading + section.split("\n", 1)[1] + kept + text[end:]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The morning: effects, predictions, claims, report.md, best.patch
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2705,7 +2666,6 @@ def write_pages(archive: Path) -> None:
             write_run_pages(archive, book, book.entry(name))
             book = load_book(archive)
     table, report = archive / RESULTS, archive / "report.md"  # the report is written last
-    update_insights(archive, render_current_best(book.entries))
     if not report.exists() or report.stat().st_mtime_ns < table.stat().st_mtime_ns:
         write_morning(archive, book)
 
@@ -2732,32 +2692,6 @@ def best_names(best: Best | None) -> list[str]:
         return []
     others = [n for n in best.names if n != best.name]
     return [best.name, *others[-4:]]
-
-
-def update_insights(archive: Path, content: str) -> None:
-    """Put what is known of the best on top of "Current Best". Agents write to this file meanwhile: it is replaced only
-    where it is still what was read, and what somebody appends to the old file in between is appended to the new."""
-    path = archive / INSIGHTS
-    if not path.exists():
-        write_atomic(path, replace_best_section(None, content))
-    for _ in range(50):
-        with open(path, "rb") as old:
-            data = old.read()
-            new = replace_best_section(data.decode("utf-8", "surrogateescape"), content)
-            new = new.encode("utf-8", "surrogateescape")
-            if new == data:
-                return
-            temporary = path.with_name(f".tmp-{os.getpid()}-{INSIGHTS}")
-            temporary.write_bytes(new)
-            if path.read_bytes() != data:
-                continue
-            os.replace(temporary, path)
-            for pause_s in (0.0, 0.05, 0.2):  # an append that was under way lands in the old file
-                time.sleep(pause_s)
-                if late := old.read():
-                    with open(path, "ab") as f:
-                        f.write(late)
-            return
 
 
 def write_morning(archive: Path, book: Book) -> None:
@@ -3279,9 +3213,9 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
         if done.returncode:
             raise AnalyzeError(f"git: {one_line(done.stderr.decode(errors='replace'))}")
     with locked(archive):
-        update_insights(archive, render_current_best(load_book(archive).entries))
-        if not (archive / QUEUE).exists():
-            write_atomic(archive / QUEUE, f"# Ideas\n\n{PRIORS}")
+        for file, text in ((INSIGHTS, "# Insights\n\n## Claims\n"), (QUEUE, f"# Ideas\n\n{PRIORS}")):
+            if not (archive / file).exists():
+                write_atomic(archive / file, text)
     print(f"branch {branch}; {INSIGHTS} and {QUEUE} are in {archive}")
     code = "from prepare import load_manifest as m; print('data:', m()['source'], m()['fingerprint'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, errors="replace")

@@ -313,9 +313,6 @@ def test_the_history_says_how_well_the_author_predicts():
 def test_claims_are_checked_against_the_runs_they_cite():
     text = """# Insights
 
-## Current Best
-- c000000: val_bpb 0.989000, one run
-
 ## Claims
 - A higher rate helps (b000000, c000000).
 - The MLP can be rewritten,
