@@ -694,44 +694,63 @@ def load_runs(archive: Path | None = None) -> pd.DataFrame:
 SEEDING = ("manual_seed", "manual_seed_all", "seed", "seed_all", "default_rng", "RandomState", "set_seed", "PRNGKey")
 
 
-class _Functional(ast.NodeTransformer):
-    """Drops docstrings and, on request, the seed in whatever form it is given: what is assigned or passed to a name
-    that is called seed, arguments of functions that take one, and what is added to one. `hide_config`: and the
-    constants of the class Config and what is passed to it or replaced in it."""
+class _WithoutSeed(ast.NodeTransformer):
+    """Drops the seed in whatever form it is given: assigned or passed to a name that is called seed, an argument of a
+    function that takes one, added to one."""
 
-    def __init__(self, hide_seed: bool, hide_config: bool):
-        self.hide_seed, self.hide_config = hide_seed, hide_config
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        node.keywords = [k for k in node.keywords if not is_seed(k.arg)]
+        if name_of(node.func) in SEEDING:
+            node.args = []
+        did_nothing_else = name_of(node.func) == "replace" and len(node.args) == 1 and not node.keywords
+        return node.args[0] if did_nothing_else else node
 
-    def generic_visit(self, node: ast.AST) -> ast.AST | None:
-        super().generic_visit(node)
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-                node.body = node.body[1:] or [ast.Pass()]
-        if self.hide_config and isinstance(node, ast.ClassDef) and node.name == "Config":
+    def visit_Assign(self, node: ast.Assign | ast.AnnAssign) -> ast.AST | None:
+        self.generic_visit(node)
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if node.value and any(is_seed(name_of(target)) for target in targets):
+            return ast.Assign(targets, ast.Constant(0), lineno=0)
+        # CONFIG = replace(CONFIG, seed=7) does nothing else
+        return None if node.value and ast.unparse(node.value) == ast.unparse(targets[0]) else node
+
+    visit_AnnAssign = visit_Assign
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | None:
+        return None if is_seed(name_of(node.target)) else self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        return node.left if isinstance(node.right, ast.Constant) and is_seed(name_of(node.left)) else node
+
+
+class _WithoutConfig(ast.NodeTransformer):
+    """Drops the constants of the class Config, and what is passed to it or replaced in it."""
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        if node.name == "Config":
             node.body = [part for part in node.body if config_constant(part) is None] or [ast.Pass()]
-        if self.hide_config and isinstance(node, ast.Call) and name_of(node.func) in ("Config", "replace"):
-            node.keywords = [k for k in node.keywords if not is_literal(k.value)]
-        return self.without_seed(node) if self.hide_seed else node
+        return self.generic_visit(node)
 
-    def without_seed(self, node: ast.AST) -> ast.AST | None:
-        if isinstance(node, ast.Call):
-            node.keywords = [k for k in node.keywords if not is_seed(k.arg)]
-            if name_of(node.func) in SEEDING:
-                node.args = []
-            if name_of(node.func) == "replace" and len(node.args) == 1 and not node.keywords:
-                return node.args[0]
-        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(is_seed(name_of(target)) for target in targets):
-                return ast.Assign(targets, ast.Constant(0), lineno=0)
-            if ast.unparse(node.value) == ast.unparse(targets[0]):
-                return None  # CONFIG = replace(CONFIG, seed=7) does nothing else
-        elif isinstance(node, ast.AugAssign) and is_seed(name_of(node.target)):
-            return None
-        elif isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant) and is_seed(name_of(node.left)):
-            return node.left
-        return node
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if name_of(node.func) in ("Config", "replace"):
+            node.keywords = [k for k in node.keywords if not is_literal(k.value)]
+        return self.generic_visit(node)
+
+
+def functional(source: str, *without: ast.NodeTransformer) -> str:
+    """The program's text without comments, formatting, docstrings and what the transformers drop."""
+    try:
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+                has_docstring = ast.get_docstring(node, clean=False) is not None
+                node.body = node.body[has_docstring:] or [ast.Pass()]
+        for transformer in without:
+            tree = transformer.visit(tree)
+        return ast.unparse(tree)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "not a program\n" + source
 
 
 def name_of(node: ast.AST) -> str:
@@ -751,14 +770,9 @@ def program_hash(
     `modules` are the files beside the program that it imports, by name."""
     if text is None:
         return None
-    hashes = []
-    for name, source in [("", text), *sorted((modules or {}).items())]:
-        source = normal(str(source))
-        try:
-            source = ast.unparse(_Functional(hide_seed, hide_config).visit(ast.parse(source)))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            source = "not a program\n" + source
-        hashes.append(name + sha256(source))
+    without = [_WithoutConfig()] * hide_config + [_WithoutSeed()] * hide_seed
+    files = [("", text), *sorted((modules or {}).items())]
+    hashes = [name + sha256(functional(normal(str(source)), *without)) for name, source in files]
     return sha256("\n".join(hashes))[:16]
 
 
@@ -859,18 +873,24 @@ def compute_evaluation_faults(record: dict, val_bpb: float | None) -> list[str]:
     scored, nats, num_bytes = (number(record.get(k)) for k in ("val_bpb", "nats", "bytes"))
     if scored is None or val_bpb is None or abs(scored - val_bpb) > 2e-6:  # both are rounded to six decimals
         faults.append(f"the summary says val_bpb {show(val_bpb)}, the evaluation record {show(scored)}: train it again")
-    if scored is not None and nats and num_bytes and abs(nats / (math.log(2) * num_bytes) - scored) > 2e-6:
-        given = nats / (math.log(2) * num_bytes)
+    given = nats / (math.log(2) * num_bytes) if nats and num_bytes else scored
+    if scored is not None and abs(given - scored) > 2e-6:
         faults.append(f"the evaluation record's nats and bytes give {given:.6f}: leave {EVAL} to evaluate_bpb")
-    finding = f" ({record['finding']})" if record.get("finding") else ""
-    if record.get("causal") is False and not record.get("faults"):
-        faults.append(f"the causality test failed: predictions depend on later tokens{finding}; look for what mixes "
-                      "positions: attention without its mask, a shift, a norm over the sequence")
-    elif record.get("causal") is None and not record.get("faults"):
-        faults.append(f"whether the model looks ahead could not be tested{finding}: make it repeatable in evaluation")
+    if not record.get("faults"):
+        faults += compute_causality_faults(record)
     if (number(record.get("num_calls")) or 0) > 1:
         faults.append(f"evaluation was called {record['num_calls']} times: call it once, at the end")
     return faults
+
+
+def compute_causality_faults(record: dict) -> list[str]:
+    finding = f" ({record['finding']})" if record.get("finding") else ""
+    if record.get("causal") is None:
+        return [f"whether the model looks ahead could not be tested{finding}: make it repeatable in evaluation"]
+    if record["causal"]:
+        return []
+    return [f"the causality test failed: predictions depend on later tokens{finding}; look for what mixes positions: "
+            "attention without its mask, a shift, a norm over the sequence"]
 
 
 def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
@@ -1179,13 +1199,21 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
     if best is None:
         return verdict | {"kind": "baseline", "advice": "keep"}
     if best.group == this.group:
-        after = compute_best(entries, this)
-        dethroned_by = None if after.group == best.group else [after.name, after.mean]
-        verdict |= {"kind": "replicate", "dethroned_by": dethroned_by}
-        verdict |= compare_with(this.val_bpb, 1, best, noise)
-        return verdict | {"advice": "discard" if dethroned_by else "keep"}
+        return verdict | judge_replicate(this, entries, best, noise)
     verdict |= compare_with(verdict["mean"], len(seed_scores([this, *same])), best, noise)
     return verdict | decide(verdict["difference"], verdict["standard_errors"], noise, facts)
+
+
+def judge_replicate(this: Entry, entries: list[Entry], best: Best, noise: Noise) -> dict:
+    """Another run of the best: it tells the noise, and may show that another program is better."""
+    after = compute_best(entries, this)
+    is_still_best = after.group == best.group
+    return {
+        "kind": "replicate",
+        "advice": "keep" if is_still_best else "discard",
+        "dethroned_by": None if is_still_best else [after.name, after.mean],
+        **compare_with(this.val_bpb, 1, best, noise),
+    }
 
 
 def compute_flaw(this: Entry, facts: dict) -> dict | None:
@@ -1596,27 +1624,36 @@ def compute_machine(this: Entry, earlier: list[Entry]) -> list[str]:
 
     Where a second run of the very same program is as slow, with no witness against the machine, it
     is the program."""
-    own, step_ms = this.record.get("pace") or {}, this.record.get("step_ms")
     if not is_timed(this.record) or not this.record.get("is_finished"):
         return []
-    reasons, stalled_s, trained_s = [], own.get("stalled_s") or 0.0, this.record.get("training_s")
-    if trained_s and stalled_s > STALLED_SHARE * trained_s:
-        reasons.append(f"{own['stalls']} step(s) took more than twice the median: {stalled_s:.1f} of "
-                       f"{trained_s:.0f} s lost")
     timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
-    same, peers = [e for e in timed if e.group == this.group], [e for e in timed if e.is_valid][-NUM_PEERS:]
+    return find_stalls(this.record) + find_slowness(this, timed)
+
+
+def find_stalls(record: dict) -> list[str]:
+    pace, trained_s = record.get("pace") or {}, record.get("training_s") or 0.0
+    if pace.get("stalled_s", 0.0) <= STALLED_SHARE * trained_s:
+        return []
+    lost = f"{pace['stalled_s']:.1f} of {trained_s:.0f} s lost"
+    return [f"{pace['stalls']} step(s) took more than twice the median: {lost}"]
+
+
+def find_slowness(this: Entry, timed: list[Entry]) -> list[str]:
+    """Against `timed`, earlier runs that did the same work; against those of the very same program, if there are."""
+    peers, step_ms = [e for e in timed if e.is_valid][-NUM_PEERS:], this.record["step_ms"]
     if not peers:
-        return reasons
+        return []
+    same = [e for e in timed if e.group == this.group]
     known = [e for e in same if e.is_valid]
     slower = step_ms / float(np.median([e.record["step_ms"] for e in known or peers]))
-    witnesses = compute_witnesses(own, peers)
+    witnesses = compute_witnesses(this.record.get("pace") or {}, peers)
     bar = SLOWER_ALIKE if witnesses else SLOWER_ALONE
-    is_slow = slower - 1 > (SLOWER_SAME if known else bar)
+    if slower - 1 <= (SLOWER_SAME if known else bar):
+        return []
     is_confirmed = any(abs(e.record["step_ms"] / step_ms - 1) < SLOWER_SAME for e in same)
-    if is_slow and (witnesses or not is_confirmed):
-        told = f"steps of {step_ms:.1f} ms, {slower:.2f} times what the same work took before"
-        reasons.append("; ".join([told, *witnesses]))
-    return reasons
+    if is_confirmed and not witnesses:
+        return []
+    return ["; ".join([f"steps of {step_ms:.1f} ms, {slower:.2f} times what the same work took before", *witnesses])]
 
 
 def is_timed(record: dict) -> bool:
