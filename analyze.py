@@ -2593,13 +2593,9 @@ def is_starting(folder: Path) -> bool:
 
 
 def find_origin(run: Run, folder: Path) -> Origin:
-    """Never HEAD by default: a run says what it was trained from. One that cannot say is given to HEAD only where it
-    is younger than HEAD's commit."""
+    """What a run says it was trained from. Never HEAD by default."""
     head = (git(folder, "rev-parse", "HEAD") or "").strip()
-    commit = run.start.get("git_commit") or run.summary.get("git_commit") or ""
-    if not commit and not run.start and head:
-        began_unix = run_start_unix(run) - (number(run.summary.get("total_seconds")) or 0.0)
-        commit = head if began_unix >= int(git(folder, "log", "-1", "--format=%ct")) else ""
+    commit = run.start.get("git_commit") or run.summary.get("git_commit") or commit_by_age(run, folder, head)
     is_known = re.fullmatch(r"[0-9a-f]{7,40}", commit) is not None
     committed = git(folder, "show", f"{commit}:./train.py") if is_known else None
     text = run.start.get("train_py") or (committed if head else read_text(folder / "train.py"))
@@ -2609,6 +2605,14 @@ def find_origin(run: Run, folder: Path) -> Origin:
     if run.start.get("git_dirty") or (committed is not None and normal(text) != normal(committed)):
         return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)")
     return Origin(commit[:7], commit, text, subject)
+
+
+def commit_by_age(run: Run, folder: Path, head: str) -> str:
+    """HEAD for a run that cannot say more, where it is younger than HEAD's commit."""
+    if run.start or not head:
+        return ""
+    began_unix = run_start_unix(run) - (number(run.summary.get("total_seconds")) or 0.0)
+    return head if began_unix >= int(git(folder, "log", "-1", "--format=%ct")) else ""
 
 
 def is_news(run: Run, filed: Entry | None) -> bool:
@@ -2626,10 +2630,7 @@ def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
     name = old.name if old else first_free(origin.name, taken.__contains__, ".")
     run = replace(run, name=name, train_py=origin.train_py)
     record = compute_record(run, book.facts, origin)
-    if record["is_finished"] and not record["invalid"]:
-        begun = {key: record[key] for key in COMPARABLE if book.facts.get(key) is None and record[key] is not None}
-        if begun:
-            write_json(archive / FACTS, {"created_unix": time.time()} | book.facts | begun)
+    note_facts(archive, book, record)
     # Two levels down, where train.py does not take it for archived.
     target = archive / name if old else archive / f".tmp-{os.getpid()}" / name
     target.mkdir(parents=True, exist_ok=True)
@@ -2645,6 +2646,15 @@ def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
         target.parent.rmdir()
     save_table(archive, load_book(archive).entries)
     return name
+
+
+def note_facts(archive: Path, book: Book, record: dict) -> None:
+    """The first valid run says what the archive begins with, of what is not known yet."""
+    if not record["is_finished"] or record["invalid"]:
+        return
+    begun = {key: record[key] for key in COMPARABLE if book.facts.get(key) is None and record[key] is not None}
+    if begun:
+        write_json(archive / FACTS, {"created_unix": time.time()} | book.facts | begun)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -2891,6 +2901,20 @@ def farthest_behind(entries: list[Entry], share: float) -> float | None:
 def render_status(s: dict) -> str:
     """At most STATUS_LINES lines, of which the last says what to do; where they do not suffice, claims are left out,
     and counted."""
+    lines = [*render_search(s), *render_whereabouts(s), *(f"problem: {p}" for p in s["problems"][:5])]
+    lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {d}" for n, v, status, d in s["last"]]
+    lines += [f"queue: {len(s['queue'])} idea(s) in {QUEUE}", *(f"  {item}" for item in s["queue"][:3])]
+    lines += ["effects on val_bpb:", *(f"  {line}" for line in s["effects"][:11])]
+    lines += [f"doubtful: {line}" for line in s["doubts"][:5]]
+    lines.append(f"claims in {INSIGHTS}: {len(s['claims'])}")
+    claims, room = [f"  {item}" for item in s["claims"]], STATUS_LINES - len(lines) - 1
+    if len(claims) > room:
+        claims = [*claims[: room - 1], f"  and {len(claims) - room + 1} more"]
+    lines += [*claims, f"next: {s['next']}"]
+    return "\n".join(clip(line[: len(line) - len(line.lstrip())] + one_line(line), 160) for line in lines) + "\n"
+
+
+def render_search(s: dict) -> list[str]:
     best, lines = s["best"], ["demo (AUTORESEARCH_DEMO): its archive is its own"] if s["demo"] else []
     if best:
         mean = f"mean of {len(best['runs'])} runs" if len(best["runs"]) > 1 else "one run"
@@ -2900,30 +2924,20 @@ def render_status(s: dict) -> str:
         lines.append("best: none yet")
     since = f", {s['hours_since_first_start']:.1f} h since the first" if s["hours_since_first_start"] else ""
     share = f"; a run was under way for {s['gpu_share']:.0%} of the time" if s["gpu_share"] else ""
-    lines += [
+    return [
+        *lines,
         f"noise: sigma {show(s['noise']['sigma'])} bpb ({s['noise']['source']})",
         f"archive: {render_counts(s)}; {s['hours_used']:.2f} h in runs{since}{share}",
-        f"this folder: {s['here']}",
-        *(f"  {line}" for line in s["live"]),
-        *(f"under way elsewhere: {line}" for line in s["elsewhere"][:6]),
-        f"pending, decide keep or discard: {', '.join(s['pending'][-10:]) or 'none'}",
     ]
+
+
+def render_whereabouts(s: dict) -> list[str]:
+    lines = [f"this folder: {s['here']}", *(f"  {line}" for line in s["live"])]
+    lines += [f"under way elsewhere: {line}" for line in s["elsewhere"][:6]]
+    lines.append(f"pending, decide keep or discard: {', '.join(s['pending'][-10:]) or 'none'}")
     if s["unfiled"]:
         lines.append(f"not filed yet, run `{FILE}`: {', '.join(s['unfiled'][:10])}")
-    lines += [f"problem: {p}" for p in s["problems"][:5]]
-    lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {d}" for n, v, status, d in s["last"]]
-    lines += [f"queue: {len(s['queue'])} idea(s) in {QUEUE}", *(f"  {item}" for item in s["queue"][:3])]
-    if s["effects"]:
-        lines += ["effects on val_bpb:", *(f"  {line}" for line in s["effects"][:11])]
-    lines += [f"doubtful: {line}" for line in s["doubts"][:5]]
-    room = STATUS_LINES - len(lines) - 2
-    lines.append(f"claims in {INSIGHTS}: {len(s['claims'])}")
-    if len(s["claims"]) <= room:
-        lines += [f"  {item}" for item in s["claims"]]
-    else:
-        lines += [f"  {item}" for item in s["claims"][: room - 1]] + [f"  and {len(s['claims']) - room + 1} more"]
-    lines.append(f"next: {s['next']}")
-    return "\n".join(clip(one_line(line) if line[0] != " " else "  " + one_line(line), 160) for line in lines) + "\n"
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
