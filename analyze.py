@@ -74,11 +74,12 @@ STATUSES = ("pending", "keep", "discard", "crash", "invalid")
 NOTES_HEADING = "## Agent Investigation Notes"
 PAGE_LINES, PAGE_BYTES = 60, 5000
 
-# Public logs of this experiment on H100 and H200 show 0.0005 to 0.0014 bpb between seeds in runs of five minutes. It
-# counts as two degrees of freedom.
+# Public logs of this experiment on H100 and H200 show 0.0005 to 0.0014 bpb between seeds in runs of
+# five minutes. It counts as two degrees of freedom.
 PRIOR_SIGMA = 0.001
 PRIOR_WEIGHT = 2
-# In standard errors of the difference to the best, as tests/bench_nights.py found them to gain most.
+# In standard errors of the difference to the best, as tests/bench_nights.py found them to gain
+# most.
 KEEP_ERRORS, KEEP_ERRORS_WITH_CODE, GAIN_ERRORS = 0.5, 1.0, 2.0
 RERUN_EVERY = 15  # runs, after which the best is run again: the lowest of many noisy scores reads too low
 DWARFING = 0.12  # of the budget: what pictures leave off the scale, because it would flatten the rest
@@ -104,7 +105,8 @@ COMPARABLE = {
     "eval_tokens": ("the number of tokens scored", "call evaluate_bpb as before"),
     "demo": ("AUTORESEARCH_DEMO", "set it as before"),
 }
-# Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go through number().
+# Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go
+# through number().
 TEXTS = ("run_id", "git_commit", "train_py", "measurement_sha256", "data_fingerprint", "ended")
 FIELD_TYPES = dict.fromkeys((*TEXTS, "host", "finding", *MACHINE_KEYS), str) | {
     "modules": dict,
@@ -141,7 +143,8 @@ TRAIN_BESIDE = f"setsid timeout --kill-after=10 600 {TRAIN} &"  # as step 2 of p
 AGAIN = "train the same commit again"
 KILLED = "killed from outside, or out of time"
 KILLED_HELP = "the idea was not tested: train the same commit again; see whether the machine's own memory ran out"
-# What a terminal or a page must not receive: escape sequences, control characters, marks that reverse the text.
+# What a terminal or a page must not receive: escape sequences, control characters, marks that
+# reverse the text.
 UNPRINTABLE = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
@@ -198,7 +201,8 @@ def plain(value: object) -> object:
 
 
 def read_text(path: Path) -> str | None:
-    """The file's exact text, None where there is no such file. Bytes that are no UTF-8 survive being written back."""
+    """The file's exact text, None where there is no such file. Bytes that are no UTF-8 survive
+    being written back."""
     try:
         return path.read_bytes().decode("utf-8", "surrogateescape")
     except (FileNotFoundError, NotADirectoryError):
@@ -218,8 +222,8 @@ def read_log(path: Path) -> str | None:
 
 
 def printable(text: str) -> str:
-    """The text as a terminal or a page may have it: no escape sequences, a question mark for a byte that was no UTF-8,
-    a line of its own for what was written over itself."""
+    """The text as a terminal or a page may have it: no escape sequences, a question mark for a byte
+    that was no UTF-8, a line of its own for what was written over itself."""
     text = text.encode("utf-8", "replace").decode()
     return UNPRINTABLE.sub("", re.sub(r"\r\n?", "\n", text))
 
@@ -229,12 +233,14 @@ def one_line(text: str) -> str:
 
 
 def normal(text: str | None) -> str | None:
-    """A program's text without what git may change when it checks it out: line ends, a byte order mark."""
+    """A program's text without what git may change when it checks it out: line ends, a byte order
+    mark."""
     return None if text is None else text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def read_json(path: Path) -> dict | None:
-    """A JSON object. None where there is no such file; ValueError names a file that holds anything else."""
+    """A JSON object. None where there is no such file; ValueError names a file that holds anything
+    else."""
     text = read_text(path)
     try:
         value = None if text is None else json.loads(text.removeprefix("\ufeff"))
@@ -246,8 +252,8 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_fields(path: Path, damage: list[str]) -> dict:
-    """A JSON object whose known fields have the right types, empty where there is none. What has not is added to
-    `damage`."""
+    """A JSON object whose known fields have the right types, empty where there is none. What has
+    not is added to `damage`."""
     try:
         value = read_json(path) or {}
     except ValueError as e:
@@ -293,7 +299,8 @@ def first_free(name: str, is_taken: Callable[[str], bool], mark: str = "-") -> s
 
 
 def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    """git without hooks, prompts, colors and signatures, whatever its configuration says, and in English."""
+    """git without hooks, prompts, colors and signatures, whatever its configuration says, and in
+    English."""
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_EDITOR": "true", "LC_ALL": "C"}
     options = ["-c", "core.hooksPath=/dev/null", "-c", "log.showSignature=false", "-c", "color.ui=false"]
     command = ["git", "-C", str(folder), *options, *arguments]
@@ -317,7 +324,8 @@ def check_git(folder: Path) -> None:
 
 
 def git_commit(folder: Path, message: str, files: list[str]) -> None:
-    """Commit these files and no others. Without hooks and signing: nobody is there to answer a prompt."""
+    """Commit these files and no others. Without hooks and signing: nobody is there to answer a
+    prompt."""
     run_git(folder, "add", "--", *files)
     who = []
     if git(folder, "var", "GIT_COMMITTER_IDENT") is None:  # as in a container without a home
@@ -329,7 +337,8 @@ def git_commit(folder: Path, message: str, files: list[str]) -> None:
 
 
 def try_lock(file: IO, how: int) -> bool:
-    """Lock an open file, unless another process has it. The kernel lets go when that one dies, however it dies."""
+    """Lock an open file, unless another process has it. The kernel lets go when that one dies,
+    however it dies."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -338,8 +347,8 @@ def try_lock(file: IO, how: int) -> bool:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a run is under way there: it holds a lock on its metrics for its whole life. Asking takes the lock for
-    an instant."""
+    """Whether a run is under way there: it holds a lock on its metrics for its whole life. Asking
+    takes the lock for an instant."""
     try:
         with open(folder / METRICS, "rb") as f:
             return not try_lock(f, fcntl.LOCK_SH)
@@ -375,8 +384,9 @@ def locked(archive: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run left. A run that crashed has an empty summary and no evaluation; one that died before it could
-    begin has no `start`. `damage` names what could not be read; `files` are those of its folder that are its own."""
+    """What one run left. A run that crashed has an empty summary and no evaluation; one that died
+    before it could begin has no `start`. `damage` names what could not be read; `files` are those
+    of its folder that are its own."""
 
     name: str
     path: Path
@@ -413,13 +423,15 @@ class Run:
 
     @property
     def scalars(self) -> dict[str, list[list]]:
-        """Name to lists of values, one of each step that logged it, of the residual scalars and the like, by name."""
+        """Name to lists of values, one of each step that logged it, of the residual scalars and the
+        like, by name."""
         keys = sorted({k for r in self.records for k in r if k.startswith("scalars/")})
         return {k.removeprefix("scalars/"): [r[k] for r in some] for k in keys if (some := self.records_with(k))}
 
     @cached_property
     def curve(self) -> Curve | None:
-        """Its loss by tokens; taken once, for the paired curve, the gap to validation and the picture."""
+        """Its loss by tokens; taken once, for the paired curve, the gap to validation and the
+        picture."""
         return compute_curve(self)
 
     def series(self, key: str) -> np.ndarray:
@@ -427,7 +439,8 @@ class Run:
         return numbers(r.get(key) for r in self.records)
 
     def first_of(self, key: str) -> object:
-        """A field from the evaluation, the summary or the start, in that order; None where none has it."""
+        """A field from the evaluation, the summary or the start, in that order; None where none has
+        it."""
         found = (part.get(key) for part in (self.evaluation or {}, self.summary, self.start))
         return next((value for value in found if value is not None), None)
 
@@ -437,7 +450,8 @@ class Run:
 
     @cached_property
     def identity(self) -> str:
-        """What makes this run this run: its id, or where it has none, the contents it left and when."""
+        """What makes this run this run: its id, or where it has none, the contents it left and
+        when."""
         if self.run_id:
             return f"run:{self.run_id}"
         written_ns = [path.stat().st_mtime_ns for path in self.files if path.name == LOG]
@@ -445,7 +459,8 @@ class Run:
 
 
 def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
-    """The records of a metrics.jsonl and the damage, if any. A last line cut short, as a kill leaves it, is none."""
+    """The records of a metrics.jsonl and the damage, if any. A last line cut short, as a kill
+    leaves it, is none."""
     records, bad = [], []
     lines = text.split("\n")
     for i, line in enumerate(lines, 1):
@@ -463,7 +478,8 @@ def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
 
 
 def parse_closing_block(log: str | None) -> dict:
-    """The closing `key: value` block of a finished run, numbers where they are numbers; empty if there is none."""
+    """The closing `key: value` block of a finished run, numbers where they are numbers; empty if
+    there is none."""
     values: dict = {}
     for key, value in re.findall(r"^(\w+):\s+(\S+)\s*$", (log or "").rpartition("\n---\n")[2], re.M):
         is_number = re.fullmatch(r"-?\d{1,15}(\.\d+)?", value)
@@ -492,7 +508,8 @@ def load_folder(folder: Path, name: str = "", files: Iterable[str] | None = None
 
 
 def load_run(name: str, archive: Path | None = None) -> Run:
-    """An archived run by its name in the first column of results.tsv; a prefix will do where it fits one run only."""
+    """An archived run by its name in the first column of results.tsv; a prefix will do where it
+    fits one run only."""
     archive = archive or archive_dir()
     name = resolve_name(name, [path.name for path in run_folders(archive)])
     return load_folder(archive / name, name)
@@ -523,8 +540,9 @@ def run_folders(archive: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A run in the books: its row of results.tsv, whose status and description hold, so that they can be edited, and
-    its record, whose score counts whatever the row says. `stats`: the rest of what its analysis computed."""
+    """A run in the books: its row of results.tsv, whose status and description hold, so that they
+    can be edited, and its record, whose score counts whatever the row says. `stats`: the rest of
+    what its analysis computed."""
 
     name: str
     status: str
@@ -540,14 +558,15 @@ class Entry:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the score may be compared: finished, nothing wrong with it, and not called invalid by hand."""
+        """Whether the score may be compared: finished, nothing wrong with it, and not called
+        invalid by hand."""
         flaws = self.record.get("invalid") or self.record.get("hampered") or self.status in ("crash", "invalid")
         return self.val_bpb is not None and not flaws
 
     @cached_property
     def group(self) -> tuple:
-        """Equal for replicates: the same program and resolved configuration but for the seed, on the same data and
-        GPU. Comments and formatting do not count."""
+        """Equal for replicates: the same program and resolved configuration but for the seed, on
+        the same data and GPU. Comments and formatting do not count."""
         r = self.record
         if r.get("program") is None:
             return (self.name,)
@@ -570,8 +589,8 @@ class Book:
 
 
 def read_row(line: str, records: dict[str, dict], entries: dict[str, Entry]) -> Entry:
-    """The entry that a line of results.tsv is about. ValueError says why it is about none, or about one of those that
-    earlier lines gave."""
+    """The entry that a line of results.tsv is about. ValueError says why it is about none, or about
+    one of those that earlier lines gave."""
     cells = [cell.strip() for cell in line.split("\t", 4)]
     if len(cells) != 5:
         raise ValueError(f"{len(cells)} columns where five are due")
@@ -603,14 +622,16 @@ def read_stats(folder: Path) -> dict:
 
 @cache
 def parse_stats(path: Path, written_ns: int) -> dict:
-    """Each version of a file is parsed once a call: the books are read several times while a run is filed."""
+    """Each version of a file is parsed once a call: the books are read several times while a run is
+    filed."""
     stats = read_json(path) or {}
     record = stats.get("record")
     return stats if isinstance(record, dict) and isinstance(record.get("identity"), str) else {}
 
 
 def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, dict]:
-    """Name to record of every run; worked out again where it is lost. A copy of a run's folder is no second run."""
+    """Name to record of every run; worked out again where it is lost. A copy of a run's folder is
+    no second run."""
     records = {}
     for folder in run_folders(archive):
         record = read_stats(folder).get("record")
@@ -625,8 +646,8 @@ def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, d
 
 
 def load_book(archive: Path) -> Book:
-    """Rows and records joined. A line that is no row of a run is named and left out; a run without a row has one made
-    of its record, before those that started later."""
+    """Rows and records joined. A line that is no row of a run is named and left out; a run without
+    a row has one made of its record, before those that started later."""
     problems: list[str] = []
     facts = read_fields(archive / FACTS, problems)
     records = load_records(archive, facts, problems)
@@ -670,8 +691,9 @@ def save_table(archive: Path, entries: list[Entry]) -> None:
 
 
 def load_runs(archive: Path | None = None) -> pd.DataFrame:
-    """All runs in the order of results.tsv: the five columns, facts of the run, and its configuration under its own
-    keys. Numbers a run does not have (the score of a crash, say) are NaN."""
+    """All runs in the order of results.tsv: the five columns, facts of the run, and its
+    configuration under its own keys. Numbers a run does not have (the score of a crash, say) are
+    NaN."""
     import pandas as pd
 
     rows = []
@@ -695,8 +717,8 @@ SEEDING = ("manual_seed", "manual_seed_all", "seed", "seed_all", "default_rng", 
 
 
 class _WithoutSeed(ast.NodeTransformer):
-    """Drops the seed in whatever form it is given: assigned or passed to a name that is called seed, an argument of a
-    function that takes one, added to one."""
+    """Drops the seed in whatever form it is given: assigned or passed to a name that is called
+    seed, an argument of a function that takes one, added to one."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
@@ -739,7 +761,8 @@ class _WithoutConfig(ast.NodeTransformer):
 
 
 def functional(source: str, *without: ast.NodeTransformer) -> str:
-    """The program's text without comments, formatting, docstrings and what the transformers drop."""
+    """The program's text without comments, formatting, docstrings and what the transformers
+    drop."""
     try:
         tree = ast.parse(source)
         for node in ast.walk(tree):
@@ -766,8 +789,8 @@ def is_seed(name: str | None) -> bool:
 def program_hash(
     text: str | None, hide_seed: bool = True, modules: dict | None = None, hide_config: bool = False
 ) -> str | None:
-    """Equal for programs that do the same: comments, formatting, docstrings and (by default) the seed do not count.
-    `modules` are the files beside the program that it imports, by name."""
+    """Equal for programs that do the same: comments, formatting, docstrings and (by default) the
+    seed do not count. `modules` are the files beside the program that it imports, by name."""
     if text is None:
         return None
     without = [_WithoutConfig()] * hide_config + [_WithoutSeed()] * hide_seed
@@ -777,14 +800,15 @@ def program_hash(
 
 
 def configuration(summary: dict) -> dict:
-    """The resolved configuration in a summary: everything but results, which are known by name or by their unit."""
+    """The resolved configuration in a summary: everything but results, which are known by name or
+    by their unit."""
     others = RESULT_KEYS.union(MACHINE_KEYS)
     return {k: v for k, v in summary.items() if k not in others and not k.endswith(("_seconds", "_ms", "_mb"))}
 
 
 def static_config(text: str) -> dict:
-    """The configuration as it can be read without running the program: the constants of the class Config, and those
-    that are passed to it."""
+    """The configuration as it can be read without running the program: the constants of the class
+    Config, and those that are passed to it."""
     found: dict[str, ast.expr] = {}
     for node in ast.walk(ast.parse(normal(text))):
         if isinstance(node, ast.ClassDef) and node.name == "Config":
@@ -833,7 +857,8 @@ def compute_comparable(run: Run) -> dict:
 
 
 def compute_invalid(run: Run, facts: dict) -> list[str]:
-    """Why a finished run's score must not be compared, each reason with what can be done; empty for a valid run."""
+    """Why a finished run's score must not be compared, each reason with what can be done; empty for
+    a valid run."""
     reasons = []
     val = number(run.summary.get("val_bpb"))
     if val is None or val <= 0:
@@ -852,8 +877,9 @@ def compute_invalid(run: Run, facts: dict) -> list[str]:
 
 
 def compute_clock_faults(run: Run) -> list[str]:
-    """The last step may run over the budget by its own length, which is a thousandth of it and on a slow CPU a
-    twentieth; a step of more than a fifth of the budget trains longer than others may."""
+    """The last step may run over the budget by its own length, which is a thousandth of it and on a
+    slow CPU a twentieth; a step of more than a fifth of the budget trains longer than others
+    may."""
     budget_s, clocked_s = number(run.summary.get("time_budget")), number(run.summary.get("training_seconds"))
     if not budget_s or clocked_s is None:
         return []
@@ -870,11 +896,11 @@ def compute_clock_faults(run: Run) -> list[str]:
 def compute_evaluation_faults(record: dict, val_bpb: float | None) -> list[str]:
     """What evaluate_bpb found at fault, and what does not fit together."""
     faults = [one_line(str(fault)) for fault in record.get("faults") or []]
-    scored, nats, num_bytes = (number(record.get(k)) for k in ("val_bpb", "nats", "bytes"))
-    if scored is None or val_bpb is None or abs(scored - val_bpb) > 2e-6:  # both are rounded to six decimals
-        faults.append(f"the summary says val_bpb {show(val_bpb)}, the evaluation record {show(scored)}: train it again")
-    given = nats / (math.log(2) * num_bytes) if nats and num_bytes else scored
-    if scored is not None and abs(given - scored) > 2e-6:
+    said, scored, nats, num_bytes = numbers([val_bpb, *(record.get(k) for k in ("val_bpb", "nats", "bytes"))])
+    if not abs(said - scored) <= 2e-6:  # both are rounded to six decimals
+        faults.append(f"the summary says val_bpb {show(said)}, the evaluation record {show(scored)}: train it again")
+    given = nats / (math.log(2) * num_bytes)
+    if abs(given - scored) > 2e-6:
         faults.append(f"the evaluation record's nats and bytes give {given:.6f}: leave {EVAL} to evaluate_bpb")
     if not record.get("faults"):
         faults += compute_causality_faults(record)
@@ -894,11 +920,9 @@ def compute_causality_faults(record: dict) -> list[str]:
 
 
 def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
-    """What the books keep of a run: identity, program, configuration and the few numbers that history needs."""
+    """What the books keep of a run: identity, program, configuration and the few numbers that
+    history needs."""
     s, config = run.summary, configuration(run.summary)
-    ended = str(run.start.get("ended") or "")
-    is_stopped = not s and ended.startswith("stopped")
-    crash = None if s or is_stopped else compute_crash(run)
     modules = run.start.get("modules") or {}
     started, elapsed_s = run_start_unix(run), number(s.get("total_seconds")) or compute_elapsed(run)
     return {
@@ -909,11 +933,8 @@ def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
         "git_commit": origin.commit or run.first_of("git_commit"),
         "started_unix": started,
         "ended_unix": started + elapsed_s if started and elapsed_s else None,
-        "is_finished": bool(s),
+        **compute_ending(run),
         "invalid": compute_invalid(run, facts) if s else [],
-        "crash": crash and crash["reason"],
-        "was_killed": bool(crash) and crash["is_killed"],
-        "stopped": ended if is_stopped else None,
         "val_bpb": number(s.get("val_bpb")),
         "memory_gb": None if (peak_mb := number(s.get("peak_vram_mb"))) is None else peak_mb / 1024,
         "train_sha256": sha256(normal(run.train_py)) if run.train_py else None,
@@ -935,6 +956,18 @@ def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
         "config": config,
         "config_sha256": sha256(json.dumps(config, sort_keys=True))[:16],
         "damage": list(run.damage),
+    }
+
+
+def compute_ending(run: Run) -> dict:
+    ended, is_finished = str(run.start.get("ended") or ""), bool(run.summary)
+    is_stopped = not is_finished and ended.startswith("stopped")
+    crash = {} if is_finished or is_stopped else compute_crash(run)
+    return {
+        "is_finished": is_finished,
+        "stopped": ended if is_stopped else None,
+        "crash": crash.get("reason"),
+        "was_killed": crash.get("is_killed", False),
     }
 
 
@@ -962,9 +995,11 @@ def compute_elapsed(run: Run) -> float | None:
 
 
 def compute_idle(entries: list[Entry]) -> dict[str, float]:
-    """Seconds for which nothing ran in a run's folder before it, by name; the first run of a night has none.
+    """Seconds for which nothing ran in a run's folder before it, by name; the first run of a night
+    has none.
 
-    Nights lie apart by two hours: no pause within a night is that long, and none between two is shorter."""
+    Nights lie apart by two hours: no pause within a night is that long, and none between two is
+    shorter."""
     idle: dict[str, float] = {}
     last_end: dict[str, float] = {}
     for e in sorted(entries, key=lambda e: started_unix(e.record)):
@@ -991,7 +1026,8 @@ def log_lines(log: str | None) -> list[str]:
 
 
 def environment_failure(run: Run) -> str | None:
-    """The line that shows that the machine or its set-up failed, None if the experiment itself ended."""
+    """The line that shows that the machine or its set-up failed, None if the experiment itself
+    ended."""
     ended, lines = str(run.start.get("ended") or ""), log_lines(run.log)
     if run.summary or ended.startswith("stopped"):
         return None
@@ -1002,8 +1038,8 @@ def environment_failure(run: Run) -> str | None:
 
 
 def compute_crash(run: Run) -> dict:
-    """Why a run without a summary ended: `reason`, the one line of the exception, the last frames in the program's own
-    files, known `cause` and `help`, last step and loss."""
+    """Why a run without a summary ended: `reason`, the one line of the exception, the last frames
+    in the program's own files, known `cause` and `help`, last step and loss."""
     lines, loss = log_lines(run.log), run.series("train/loss")
     end = "\n".join(lines[-60:])
     said = re.findall(r"^crash: *(.+)", f"{run.start.get('ended')}\n{end}", re.M)
@@ -1011,27 +1047,30 @@ def compute_crash(run: Run) -> dict:
     # torch.compile tells what really happened in the middle of an explanation.
     inner = re.findall(r"\bgot (\w*Error\(.*\))", end)
     reason = next((found[-1] for found in (inner, said, raised) if found), None)
-    crash = {
+    cause, helps = find_cause(reason)
+    return {
         "reason": reason or ("the log just stops: killed" if lines else "no log was kept"),
         "exception": raised[-1] if raised and raised[-1] not in (reason or "") and not inner else None,
         "frames": find_frames(lines, run.start.get("modules") or {}),
-        "cause": None,
-        "help": None,
+        "cause": cause,
+        "help": helps,
         "is_killed": reason is None,
         "last_step": number(run.records[-1].get("step")) if run.records else None,
         "last_loss": number(loss[-1]) if len(loss) else None,
         "elapsed_s": compute_elapsed(run),
     }
+
+
+def find_cause(reason: str | None) -> tuple[str | None, str | None]:
     if reason is None:
-        return crash | {"cause": KILLED, "help": KILLED_HELP}
-    for cause, signs, helps in CRASH_CAUSES:
-        if re.search(signs, reason, re.I):
-            return crash | {"cause": cause, "help": helps}
-    return crash
+        return KILLED, KILLED_HELP
+    found = ((cause, helps) for cause, signs, helps in CRASH_CAUSES if re.search(signs, reason, re.I))
+    return next(found, (None, None))
 
 
 def find_frames(lines: list[str], modules: dict) -> list[str]:
-    """The last two frames of the last traceback that lie in the program's own files, each with its line of code."""
+    """The last two frames of the last traceback that lie in the program's own files, each with its
+    line of code."""
     own, frames = {"train.py", "<string>", *(Path(m).name for m in modules)}, []
     start = max((i for i, line in enumerate(lines) if line.startswith("Traceback")), default=0)
     for i, line in enumerate(lines[start:], start):
@@ -1057,7 +1096,8 @@ def find_frames(lines: list[str], modules: dict) -> list[str]:
 
 # Two runs can be compared where none of these is known to differ.
 KIND_KEYS = ("time_budget", "data_fingerprint", "eval_tokens", "measurement_sha256", "demo", "gpu_name")
-# Student's t, two-sided 95 %, by degrees of freedom: the bar where no prior supports a measured sigma.
+# Student's t, two-sided 95 %, by degrees of freedom: the bar where no prior supports a measured
+# sigma.
 STUDENT_T = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8, 5: 2.6, 6: 2.4, 7: 2.4, 8: 2.3, 9: 2.3}
 
 
@@ -1295,23 +1335,23 @@ def diff_size(diff: list[str]) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Compute: the paired curve
 #
-# Every run sees the same rows in the same order, so two runs' losses can be compared on the same text:
-# its difficulty, nine tenths of a curve's scatter, drops out of the difference. Windows are cut at token
-# counts at which all runs have a boundary (a step's end, or a micro-batch's), so that all means are over
-# exactly the same tokens.
+# Every run sees the same rows in the same order, so two runs' losses can be compared on the same
+# text: its difficulty, nine tenths of a curve's scatter, drops out of the difference. Windows are
+# cut at token counts at which all runs have a boundary (a step's end, or a micro-batch's), so that
+# all means are over exactly the same tokens.
 #
-# What is left scatters around a slow trend, and neighbouring steps' differences are alike, so the error
-# of a window's mean is s / sqrt(n) times the root of an inflation by autocorrelation. That is estimated
-# once for all windows, after taking a straight line out of each; one window alone is too short. The error
-# is that of the text: how far the mean of these trained models' difference could be off because the
-# window is finite. That another seed would have trained other models is the noise of the verdict, and not
-# in it. By tests/bench_statistics.py 95 % intervals hold the truth in 90 to 96 % of runs, at
-# autocorrelations from 0.7 to 0.
+# What is left scatters around a slow trend, and neighbouring steps' differences are alike, so the
+# error of a window's mean is s / sqrt(n) times the root of an inflation by autocorrelation. That is
+# estimated once for all windows, after taking a straight line out of each; one window alone is too
+# short. The error is that of the text: how far the mean of these trained models' difference could
+# be off because the window is finite. That another seed would have trained other models is the
+# noise of the verdict, and not in it. By tests/bench_statistics.py 95 % intervals hold the truth in
+# 90 to 96 % of runs, at autocorrelations from 0.7 to 0.
 #
-# Late in a run the learning rate falls by the clock. Where one run is slower, equal tokens then mean
-# unequal rates: the difference at equal progress is read too, by moving the best along its own slope to
-# the progress at which this run saw the same text. It is what the score will say, speed included; the one
-# at equal tokens is learning alone, but only while both have the same rates.
+# Late in a run the learning rate falls by the clock. Where one run is slower, equal tokens then
+# mean unequal rates: the difference at equal progress is read too, by moving the best along its own
+# slope to the progress at which this run saw the same text. It is what the score will say, speed
+# included; the one at equal tokens is learning alone, but only while both have the same rates.
 # ---------------------------------------------------------------------------------------------------------------------
 
 NUM_WINDOWS, SUMMARY_WINDOWS = 10, 2
@@ -1573,15 +1613,16 @@ def training_and_gap(run: Run) -> tuple[float, float] | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Compute: machine. Did it hold the run back?
 #
-# One rule for good scores and bad. Of 400 simulated runs on an idle GPU it called none hampered, neither
-# of the same program nor of one whose code costs up to 20 %; of those 10 % slower it found 98 %
-# (tests/bench_statistics.py).
+# One rule for good scores and bad. Of 400 simulated runs on an idle GPU it called none hampered,
+# neither of the same program nor of one whose code costs up to 20 %; of those 10 % slower it found
+# 98 % (tests/bench_statistics.py).
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Step times of one program on an idle GPU agree within 1 to 2 %: twice that is no accident.
 SLOWER_SAME = 0.04
-# Other programs with the same FLOPs, shapes and kernels differ by what their new code costs: within a tenth it may be
-# the code, and beyond, a second witness must agree; at a half more, none is needed.
+# Other programs with the same FLOPs, shapes and kernels differ by what their new code costs: within
+# a tenth it may be the code, and beyond, a second witness must agree; at a half more, none is
+# needed.
 SLOWER_ALIKE, SLOWER_ALONE = 0.10, 0.50
 STALLED_SHARE = 0.03  # of the budget, in steps that took twice the median: worth two sigma of the score
 SLOW_START = 3.0  # times the usual: 36 s with an empty compiler's cache and 16 s with a full one are no witness
@@ -1639,7 +1680,8 @@ def find_stalls(record: dict) -> list[str]:
 
 
 def find_slowness(this: Entry, timed: list[Entry]) -> list[str]:
-    """Against `timed`, earlier runs that did the same work; against those of the very same program, if there are."""
+    """Against `timed`, earlier runs that did the same work; against those of the very same program,
+    if there are."""
     peers, step_ms = [e for e in timed if e.is_valid][-NUM_PEERS:], this.record["step_ms"]
     if not peers:
         return []
@@ -1777,18 +1819,15 @@ def compute_history(entries: list[Entry]) -> dict:
     An idea is a program with a score that counts, from its first run on: neither a replicate nor a
     crash nor a hampered run tells of another."""
     alike = comparable(entries)
-    best, groups, lineage = compute_best(alike), compute_groups(alike), {}
-    for e in alike:
-        if e.status == "keep" and e.is_valid and e.group not in lineage:
-            lineage[e.group] = [e.name, mean_bpb(groups[e.group]), e.description]
-    gain = next(iter(lineage.values()))[1] - best.mean if lineage else None
+    best, groups, lineage = compute_best(alike), compute_groups(alike), compute_lineage(alike)
+    gain = lineage[0][1] - best.mean if lineage else None
     optimism = compute_optimism(best, alike, compute_noise(alike)) if gain else 0.0
     starts = [t for e in entries if (t := e.record.get("started_unix"))]
     hours = sum(e.record.get("total_s") or e.record.get("training_s") or 0.0 for e in entries) / 3600
     return {
         "num_runs": len(entries),
         "counts": {status: sum(e.status == status for e in entries) for status in STATUSES},
-        "lineage": [*lineage.values()],
+        "lineage": lineage,
         "hours": hours,
         "first_start_unix": min(starts, default=None),
         "gain": None if gain is None else gain - optimism,
@@ -1798,6 +1837,15 @@ def compute_history(entries: list[Entry]) -> dict:
         "last": [[e.name, e.val_bpb, e.status, e.description] for e in entries[-5:]],
         "gpu_share": compute_gpu_share(entries),
     }
+
+
+def compute_lineage(entries: list[Entry]) -> list[list]:
+    """Name, mean and description of each program that was kept, in order."""
+    groups, lineage = compute_groups(entries), {}
+    for e in entries:
+        if e.status == "keep" and e.is_valid and e.group not in lineage:
+            lineage[e.group] = [e.name, mean_bpb(groups[e.group]), e.description]
+    return [*lineage.values()]
 
 
 def runs_since(entries: list[Entry], best: Best | None) -> int | None:
@@ -1812,7 +1860,8 @@ def compute_optimism(best: Best, entries: list[Entry], noise: Noise) -> float:
     error = (noise.sigma or 0.0) / math.sqrt(best.num_seeds)
     means = [mean_bpb(group) for group in compute_groups(entries).values()]
     num_near = max(sum(mean < best.mean + 2 * error for mean in means), 1)
-    # Blom (1958): the expected maximum of k normals is near the quantile of (k - 0.375) / (k + 0.25).
+    # Blom (1958): the expected maximum of k normals is near the quantile of (k - 0.375) / (k +
+    # 0.25).
     return error * NormalDist().inv_cdf((num_near - 0.375) / (num_near + 0.25))
 
 
@@ -1867,8 +1916,8 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
 
 
 FREE_LINES = 3  # a program that is longer by no more than these has not become more complex
-# One program and seed, run twice on an H100: the losses of the first ten steps agreed within 3e-4 of
-# themselves; any other rate, start or seed made a tenth.
+# One program and seed, run twice on an H100: the losses of the first ten steps agreed within 3e-4
+# of themselves; any other rate, start or seed made a tenth.
 ROUNDING = 1e-3
 
 
@@ -2154,8 +2203,8 @@ def is_outside_noise(e: Entry) -> bool:
 
 
 def compute_tried(entries: list[Entry]) -> list[Entry]:
-    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Of replicates the
-    last one speaks: its verdict is on all of them."""
+    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Of
+    replicates the last one speaks: its verdict is on all of them."""
     last = {e.group: e for e in entries if verdict_of(e).get("kind") in TRIED}
     return sorted(last.values(), key=lambda e: (not is_outside_noise(e), verdict_of(e)["difference"]))
 
@@ -2177,7 +2226,8 @@ def read_subject(e: Entry) -> tuple[str, float | None]:
 
 
 def changed_knobs(e: Entry) -> dict[str, str]:
-    """Knob to "before -> after". A run that changed none changed the code, and goes by its subject."""
+    """Knob to "before -> after". A run that changed none changed the code, and goes by its
+    subject."""
     config = (e.stats.get("changes") or {}).get("config") or {}
     knobs = {k: pair for k, pair in config.items() if not DERIVED.fullmatch(k)}
     if knobs.get("num_kv_heads") == config.get("num_heads"):  # resolved: as many as there are heads
@@ -2189,7 +2239,8 @@ def changed_knobs(e: Entry) -> dict[str, str]:
 
 
 def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
-    """A line a knob, of at most `limit`, those that matter most first; then the knobs nobody has touched."""
+    """A line a knob, of at most `limit`, those that matter most first; then the knobs nobody has
+    touched."""
     by_knob: dict[str, list[str]] = {}
     for e in compute_tried(entries):
         for knob, change in changed_knobs(e).items():
@@ -2217,7 +2268,8 @@ def render_calibration(entries: list[Entry]) -> str:
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
-    """Claims of insights.md that cite runs which do not exist, or rest on runs inside the noise alone."""
+    """Claims of insights.md that cite runs which do not exist, or rest on runs inside the noise
+    alone."""
     programs = {e.group for e in compute_tried(entries) if not is_outside_noise(e)}
     names, hidden = {e.name for e in entries}, {e.name for e in entries if e.group in programs}
     lines = []
@@ -2298,7 +2350,8 @@ def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -
 
 
 def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
-    """Baseline to best as one diff that `git apply` takes, below what was kept and what each brought."""
+    """Baseline to best as one diff that `git apply` takes, below what was kept and what each
+    brought."""
     table = render_tried(kept).replace("\n", "\n# ")
     lines = [f"# From {base.name} to {best.name}: git apply best.patch\n# {table}\n"]
     before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
@@ -2308,7 +2361,8 @@ def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
 
 
 def diff_file(name: str, before: str | None, after: str) -> list[str]:
-    """What `git diff` would print; None: no such file yet. Only newlines end a line, as with git."""
+    """What `git diff` would print; None: no such file yet. Only newlines end a line, as with
+    git."""
     old, new = ([*io.StringIO(text, newline="\n")] for text in (before or "", after))
     source = "/dev/null" if before is None else f"a/{name}"
     lines = [*difflib.unified_diff(old, new, source, f"b/{name}")]
@@ -2324,7 +2378,8 @@ def diff_file(name: str, before: str | None, after: str) -> list[str]:
 
 LOOK = {"font.size": 9, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.alpha": 0.25, "axes.xmargin": 0.01, "legend.frameon": False}
-# Okabe and Ito: told apart by colour-blind eyes. This run and the best have the same colour everywhere.
+# Okabe and Ito: told apart by colour-blind eyes. This run and the best have the same colour
+# everywhere.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
 MARKS = {  # how progress.png shows a run: marker, colour, colour inside
@@ -2347,8 +2402,9 @@ MOST_ROWS = 100  # of a heat map: the names of more can be read on no screen
 
 
 def new_figure(title: str, *facts: dict, height: float = 7.5, **margins: float) -> Figure:
-    """An empty figure, 1200 pixels wide. `facts`, of a run or of runs, tell whether they are the demo's. Margins are
-    given, as shares of it: to have them found takes as long as all the drawing."""
+    """An empty figure, 1200 pixels wide. `facts`, of a run or of runs, tell whether they are the
+    demo's. Margins are given, as shares of it: to have them found takes as long as all the
+    drawing."""
     import matplotlib.figure
 
     matplotlib.rcParams.update(LOOK)
@@ -2368,7 +2424,8 @@ def png(figure: Figure) -> bytes:
 
 
 def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """x and y by run: every step of this run as a thin line, and means over hundredths of the steps."""
+    """x and y by run: every step of this run as a thin line, and means over hundredths of the
+    steps."""
     late = [np.array([])]
     for name, (x, y) in curves.items():
         is_known = np.isfinite(x + y)
@@ -2405,7 +2462,8 @@ def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
 
 
 def draw_paired(axes: Axes, windows: list[dict]) -> None:
-    """Difference to the best by windows, with two standard errors; shaded where the text had been seen."""
+    """Difference to the best by windows, with two standard errors; shaded where the text had been
+    seen."""
     table = {key: numbers(w.get(key) for w in windows) for key in windows[0]}
     middles = (table["from_m"] + table["to_m"]) / 2
     for what, key, error, color in (("tokens", "difference", "error", BLUE),
@@ -2421,7 +2479,8 @@ def draw_paired(axes: Axes, windows: list[dict]) -> None:
 
 
 def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
-    """What is scheduled, what the gradient does and how fast it goes. None for a run without step times."""
+    """What is scheduled, what the gradient does and how fast it goes. None for a run without step
+    times."""
     if run.step_ms is None:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
@@ -2450,7 +2509,8 @@ def draw_layers(run: Run, best: Run | None) -> Figure | None:
 
 
 def draw_heat(axes: Axes, mine: list[dict], theirs: list[dict], num_steps: int) -> None:
-    """Values by name at each look as colours: names down, time across, then a gap and the best's end."""
+    """Values by name at each look as colours: names down, time across, then a gap and the best's
+    end."""
     names = list(dict.fromkeys(name for look in mine for name in look))
     if not names:
         return
@@ -2480,7 +2540,8 @@ def mark_of(e: Entry) -> str:
 
 
 def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
-    """Scores in the order of filing, what the best was at each time, and the steps that brought most."""
+    """Scores in the order of filing, what the best was at each time, and the steps that brought
+    most."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries), right=0.74)
     axes, valid = figure.subplots(), [e for e in entries if e.is_valid]
     scores = [e.val_bpb for e in valid] or [1.0]
@@ -2508,7 +2569,8 @@ def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
 
 
 def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: float) -> None:
-    """Lines for the baseline and the best; the eight largest steps are numbered, and told in the margin."""
+    """Lines for the baseline and the best; the eight largest steps are numbered, and told in the
+    margin."""
     number_of = {e.name: i for i, e in enumerate(entries, 1)}
     x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
     axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
@@ -2522,7 +2584,8 @@ def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: flo
 
 
 def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[list[str], dict[str, str]]:
-    """Names of the pictures made, and why one was not: a surprise costs its picture, not the night."""
+    """Names of the pictures made, and why one was not: a surprise costs its picture, not the
+    night."""
     makers = {
         "loss_curve.png": lambda: draw_loss(run, best, (paired or {}).get("windows") or []),
         "layers.png": lambda: draw_layers(run, best),
@@ -2543,8 +2606,8 @@ def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[lis
 # File: from the working folder into the archive
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What the log of a program shows that died before it could write its start file. Without one of these the log is of a
-# program that has only just been started, or of something else.
+# What the log of a program shows that died before it could write its start file. Without one of
+# these the log is of a program that has only just been started, or of something else.
 ENDED = re.compile(
     r"crash:|Error\b|error:|Exception|Traceback|Interrupt|Killed|Terminated|not found|core dumped|No such file"
 )
@@ -2552,8 +2615,8 @@ STARTING_S = 120.0  # importing torch from a cold disk takes a minute
 
 
 def find_outputs(folder: Path) -> list[Run]:
-    """The runs whose outputs lie in the folder, oldest first: none, one, or two. Two where the log is of a start that
-    died before it could put the earlier run's files away (a syntax error)."""
+    """The runs whose outputs lie in the folder, oldest first: none, one, or two. Two where the log
+    is of a start that died before it could put the earlier run's files away (a syntax error)."""
     log = printable(read_log(folder / LOG) or "")
     start, summary = read_fields(folder / START, []), read_fields(folder / SUMMARY, [])
     if not start:
@@ -2572,8 +2635,9 @@ def find_outputs(folder: Path) -> list[Run]:
 
 
 def find_unmarked_outputs(folder: Path, log: str, summary: dict) -> list[Run]:
-    """Outputs without a start file, which every program leaves that loads the data: of one that died before that, or
-    that was run with an earlier prepare.py. A summary that the log does not confirm is an older run's."""
+    """Outputs without a start file, which every program leaves that loads the data: of one that
+    died before that, or that was run with an earlier prepare.py. A summary that the log does not
+    confirm is an older run's."""
     scored = number(parse_closing_block(log).get("val_bpb"))
     if summary and (not log.strip() or abs((scored or 0) - (number(summary.get("val_bpb")) or 0)) < 2e-6):
         return [load_folder(folder, files=[LOG, METRICS, EVAL, SUMMARY])]
@@ -2585,7 +2649,8 @@ def with_remarks(run: Run, *remarks: str) -> Run:
 
 
 def is_starting(folder: Path) -> bool:
-    """Whether the log is that of a program which was started a moment ago and has not come to say what run it is."""
+    """Whether the log is that of a program which was started a moment ago and has not come to say
+    what run it is."""
     log = read_log(folder / LOG)
     if log is None or log_run_id(log) or ENDED.search(log) or parse_closing_block(log):
         return False
@@ -2623,8 +2688,9 @@ def is_news(run: Run, filed: Entry | None) -> bool:
 def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
     """Put the run's files, record and row into the archive. Returns its name.
 
-    The folder appears whole, under its final name, by one rename. A run that was filed before it had a score is filed
-    again in its own folder, the record last. A kill in between is mended by the next call."""
+    The folder appears whole, under its final name, by one rename. A run that was filed before it
+    had a score is filed again in its own folder, the record last. A kill in between is mended by
+    the next call."""
     origin, old = find_origin(run, folder), book.find(run)
     taken = {path.name for path in archive.iterdir()}
     name = old.name if old else first_free(origin.name, taken.__contains__, ".")
@@ -2667,8 +2733,8 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def file_unfiled(archive: Path, folder: Path) -> list[str]:
-    """File the runs that a later start put away before they were analyzed, by time of start. Says what was done. One
-    that is still on its way there has a hidden name."""
+    """File the runs that a later start put away before they were analyzed, by time of start. Says
+    what was done. One that is still on its way there has a hidden name."""
     told, found = [], []
     for path in (archive / "unfiled").glob("[!.]*"):
         run = load_folder(path)
@@ -2704,7 +2770,8 @@ def file_one_unfiled(run: Run, archive: Path, folder: Path) -> str:
 
 
 def write_pages(archive: Path) -> None:
-    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those of the archive."""
+    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those
+    of the archive."""
     book = load_book(archive)
     if not book.entries:
         return
@@ -2734,7 +2801,8 @@ def write_run_pages(archive: Path, book: Book, this: Entry) -> None:
 
 
 def best_names(best: Best | None) -> list[str]:
-    """The runs to compare with: the best's own and its newest replicates, five at most, which is enough for a mean."""
+    """The runs to compare with: the best's own and its newest replicates, five at most, which is
+    enough for a mean."""
     if best is None:
         return []
     others = [n for n in best.names if n != best.name]
@@ -2762,7 +2830,8 @@ def write_morning(archive: Path, book: Book) -> None:
 
 
 def describe_here(archive: Path, folder: Path, book: Book) -> tuple[str, str | None]:
-    """The newest run whose outputs lie in the folder, and what is to be done about it, None where that is nothing."""
+    """The newest run whose outputs lie in the folder, and what is to be done about it, None where
+    that is nothing."""
     if is_running(folder):
         num_steps = len((read_text(folder / METRICS) or "").splitlines())
         return f"run {read_fields(folder / START, []).get('run_id')} is in progress, {num_steps} steps so far", WAIT
@@ -2813,7 +2882,8 @@ def compute_next(archive: Path, folder: Path, book: Book) -> str:
 
 
 def find_running(book: Book, folder: Path) -> list[Run]:
-    """The runs under way in other folders: those that are known to this archive, and git's other worktrees."""
+    """The runs under way in other folders: those that are known to this archive, and git's other
+    worktrees."""
     folders = {e.record.get("folder") for e in book.entries}
     listed = git(folder, "worktree", "list", "--porcelain") or ""
     folders |= set(re.findall(r"^worktree (.+)$", listed, re.M))
@@ -2860,9 +2930,10 @@ def compute_status(archive: Path, folder: Path) -> dict:
 
 
 def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> list[str]:
-    """How the run in progress here stands: share of the budget, and the difference from the best on the same text. It
-    is hopeless where it is further behind than any run of this archive was, at that share, that came within the noise
-    in the end; nothing is said in the first quarter, in which learning rates and batch sizes mislead."""
+    """How the run in progress here stands: share of the budget, and the difference from the best on
+    the same text. It is hopeless where it is further behind than any run of this archive was, at
+    that share, that came within the noise in the end; nothing is said in the first quarter, in
+    which learning rates and batch sizes mislead."""
     if not is_running(folder):
         return []
     run = load_folder(folder, "this run", [START, METRICS])
@@ -2885,8 +2956,8 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
 
 
 def farthest_behind(entries: list[Entry], share: float) -> float | None:
-    """The largest difference from the best, at this share of the budget, of the runs that came within two standard
-    errors of it in the end. None with fewer than five such runs."""
+    """The largest difference from the best, at this share of the budget, of the runs that came
+    within two standard errors of it in the end. None with fewer than five such runs."""
     found = []
     for e in entries:
         verdict, paired = verdict_of(e), e.stats.get("paired") or {}
@@ -2899,8 +2970,8 @@ def farthest_behind(entries: list[Entry], share: float) -> float | None:
 
 
 def render_status(s: dict) -> str:
-    """At most STATUS_LINES lines, of which the last says what to do; where they do not suffice, claims are left out,
-    and counted."""
+    """At most STATUS_LINES lines, of which the last says what to do; where they do not suffice,
+    claims are left out, and counted."""
     lines = [*render_search(s), *render_whereabouts(s), *(f"problem: {p}" for p in s["problems"][:5])]
     lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {d}" for n, v, status, d in s["last"]]
     lines += [f"queue: {len(s['queue'])} idea(s) in {QUEUE}", *(f"  {item}" for item in s["queue"][:3])]
@@ -2948,7 +3019,8 @@ DISK_GB = 2.0  # a checkpoint and what the compiler caches take less
 
 
 def imported_modules(folder: Path, text: str) -> dict[str, str]:
-    """The folder's own .py files that a program imports, and those that they import: name to text."""
+    """The folder's own .py files that a program imports, and those that they import: name to
+    text."""
     found: dict[str, str] = {}
     waiting = [text]
     while waiting:
@@ -2961,7 +3033,8 @@ def imported_modules(folder: Path, text: str) -> dict[str, str]:
 
 
 def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """What speaks against training train.py as it lies here, and what else is worth knowing, a line each."""
+    """What speaks against training train.py as it lies here, and what else is worth knowing, a line
+    each."""
     text = read_text(folder / "train.py") or ""
     try:
         values = static_config(text)
@@ -2980,8 +3053,9 @@ def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
 
 
 def find_repeats(book: Book, folder: Path, text: str, modules: dict, values: dict) -> list[str]:
-    """The newest run that this program would repeat, or that had its code and its configuration written in another
-    way; and those under way elsewhere. A run that was hampered or killed, and a first failed launch, say nothing."""
+    """The newest run that this program would repeat, or that had its code and its configuration
+    written in another way; and those under way elsewhere. A run that was hampered or killed, and a
+    first failed launch, say nothing."""
     program, exact = program_hash(text, modules=modules), program_hash(text, hide_seed=False, modules=modules)
     code, faults, best = program_hash(text, modules=modules, hide_config=True), [], compute_best(book.entries)
     same = [e for e in book.entries if e.record.get("program") == program
@@ -3011,7 +3085,8 @@ def is_inconclusive(runs: list[Entry]) -> bool:
 
 
 def find_batch_fault(folder: Path, values: dict) -> list[str]:
-    """Whether total_batch_size is a multiple of what one pass takes, as far as both scripts say it in plain numbers."""
+    """Whether total_batch_size is a multiple of what one pass takes, as far as both scripts say it
+    in plain numbers."""
     found = re.search(r"^MAX_SEQ_LEN = (?:(\d+) if DEMO else )?(\d+)", read_text(folder / "prepare.py") or "", re.M)
     total, rows = (number(values.get(key)) for key in ("total_batch_size", "device_batch_size"))
     if not found or not total or not rows or is_demo():  # the demo has sizes of its own
@@ -3042,8 +3117,9 @@ def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What `start` puts into the queue: from public logs of this experiment on another machine (H100, one run each; noise
-# about 0.001), each change on top of earlier ones. Where to look first, not what is true here.
+# What `start` puts into the queue: from public logs of this experiment on another machine (H100,
+# one run each; noise about 0.001), each change on top of earlier ones. Where to look first, not
+# what is true here.
 PRIORS = """\
 - half the batch (2^18 tokens a step) | more steps pay | -0.012 elsewhere | not better
 - depth 9, aspect ratio 57 (width rounds up to 640) | a larger model at the same time | -0.0043 elsewhere | not better
@@ -3065,13 +3141,15 @@ any warm-up | | better
 
 
 def wait_for_run(folder: Path) -> None:
-    """Block until no run is in progress here. One that was started a moment ago has not said anything yet."""
+    """Block until no run is in progress here. One that was started a moment ago has not said
+    anything yet."""
     while is_running(folder) or is_starting(folder):
         time.sleep(0.2)
 
 
 def mend_table(archive: Path) -> Book:
-    """The books, and results.tsv as they have it: without lines that are no rows, with those that were lost."""
+    """The books, and results.tsv as they have it: without lines that are no rows, with those that
+    were lost."""
     book = load_book(archive)
     save_table(archive, book.entries)
     return book
@@ -3106,7 +3184,8 @@ def command_file(archive: Path, folder: Path) -> int:
 
 
 def report_environment(run: Run, failure: str) -> int:
-    """Say what is broken, and note it in the run's start file: its log will be gone once the next run has begun."""
+    """Say what is broken, and note it in the run's start file: its log will be gone once the next
+    run has begun."""
     if run.start and not run.start.get("ended"):
         write_json(run.path / START, run.start | {"ended": f"error: {failure}"})
     print(f"error: the environment failed, not the experiment; nothing was filed. {failure}", file=sys.stderr)
@@ -3122,8 +3201,9 @@ def print_verdict(archive: Path, name: str, is_new: bool) -> None:
 
 
 def decided_run(name: str | None, folder: Path, book: Book) -> Entry:
-    """The run a decision is about: the one named, else the newest whose outputs lie here, else the only one
-    pending that was trained here. Never another folder's in a shared archive: its agent has yet to decide."""
+    """The run a decision is about: the one named, else the newest whose outputs lie here, else the
+    only one pending that was trained here. Never another folder's in a shared archive: its agent
+    has yet to decide."""
     if name is not None:
         return book.entry(resolve_name(name, [e.name for e in book.entries]))
     if runs := find_outputs(folder):
@@ -3169,7 +3249,8 @@ def command_keep(name: str | None, archive: Path, folder: Path) -> None:
 
 
 def command_discard(name: str | None, archive: Path, folder: Path) -> None:
-    """Set the status and go back to the best's program. Refuses, with nothing changed, if a text would be lost."""
+    """Set the status and go back to the best's program. Refuses, with nothing changed, if a text
+    would be lost."""
     with locked(archive):
         book = mend_table(archive)
         this = decided_run(name, folder, book)
@@ -3191,7 +3272,8 @@ def program_files(archive: Path, name: str) -> dict[str, str]:
 
 
 def check_nothing_is_lost(archive: Path, folder: Path, book: Book, names: list[str]) -> None:
-    """AnalyzeError if a file of the program, here or in git's index, holds text that is nowhere else."""
+    """AnalyzeError if a file of the program, here or in git's index, holds text that is nowhere
+    else."""
     archived = {sha for e in book.entries for sha in (e.record.get("modules") or {}).values()}
     archived |= {e.record.get("train_sha256") for e in book.entries}
     for file in {"train.py"}.union(*(program_files(archive, name) for name in names)):
@@ -3203,7 +3285,8 @@ def check_nothing_is_lost(archive: Path, folder: Path, book: Book, names: list[s
 
 
 def restore_best(this: Entry, best: Best | None, archive: Path, folder: Path) -> str:
-    """Bring back and commit the best's program, and no other file. Says what was done; other changes stay."""
+    """Bring back and commit the best's program, and no other file. Says what was done; other
+    changes stay."""
     if best is None or not best.is_kept:
         return "no run is kept yet, train.py is left as it is"
     here = normal(read_text(folder / "train.py"))
@@ -3253,7 +3336,8 @@ def command_check(archive: Path, folder: Path) -> int:
 
 
 def command_start(tag: str | None, archive: Path, folder: Path) -> None:
-    """A branch for the night, the agent's two files where they are missing, the data checked; then what to do next."""
+    """A branch for the night, the agent's two files where they are missing, the data checked; then
+    what to do next."""
     if git(folder, "rev-parse", "HEAD") is None:
         raise AnalyzeError(f"{folder} has no commit yet: `git init && git add . && git commit -m start`")
     branch = (git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or "").strip()
@@ -3277,7 +3361,8 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
 
 
 def command_rerun(archive: Path, folder: Path) -> None:
-    """The best's program in place and committed, and the command that trains it under a seed it has not had."""
+    """The best's program in place and committed, and the command that trains it under a seed it has
+    not had."""
     with locked(archive):
         book = load_book(archive)
         best = compute_best(book.entries)
@@ -3291,7 +3376,8 @@ def command_rerun(archive: Path, folder: Path) -> None:
 
 
 def command_stop(folder: Path) -> None:
-    """End the run in progress here: ask, then insist. It is filed as stopped by the next `analyze.py`."""
+    """End the run in progress here: ask, then insist. It is filed as stopped by the next
+    `analyze.py`."""
     start = read_fields(folder / START, [])
     pid, host = number(start.get("pid")), start.get("host")
     if not is_running(folder):
