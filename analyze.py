@@ -888,9 +888,15 @@ def compute_clock_faults(run: Run) -> list[str]:
     over_s = clocked_s - budget_s
     if abs(over_s) > step_s + 0.1:  # summaries round to a tenth of a second
         return [f"trained {clocked_s:.1f} s on a budget of {budget_s:.1f} s, off by more than a step: end on the clock"]
-    if over_s > 0.2 * budget_s:
+    if over_s > 0.2 * budget_s and not ends_in_stall(run):
         return [f"the last step ran {over_s:.1f} s past a budget of {budget_s:.1f} s: make steps shorter"]
     return []
+
+
+def ends_in_stall(run: Run) -> bool:
+    """Whether the last step took more than twice the median for the usual number of tokens: the machine's doing."""
+    steps_ms, tokens = run.series("perf/step_time_ms"), np.diff(compute_tokens(run))
+    return len(tokens) > 1 and steps_ms[-1] > 2 * np.nanmedian(steps_ms) and tokens[-1] == tokens[-2]
 
 
 def compute_evaluation_faults(record: dict, val_bpb: float | None) -> list[str]:
@@ -1765,7 +1771,7 @@ def layer_table(run: Run, share: float) -> dict[tuple[str, str], float]:
         "output RMS": named_values(layers, "layers/names", "layers/rms"),
         "gradient RMS": named_values(params, "params/names", "params/grad_rms"),
         "update/weight": update_ratios(params),
-        "scalar": {name: float(np.sqrt(np.mean(values**2))) for name, values in scalars.items()},
+        "scalar RMS": {name: float(np.sqrt(np.mean(values**2))) for name, values in scalars.items()},
     }
     table = {(kind, name): value for kind, values in kinds.items() for name, value in values.items()}
     return {key: value for key, value in table.items() if math.isfinite(value)}
@@ -1779,13 +1785,13 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
     theirs = layer_table(best, LATE) if best else {}
     for name in run.scalars:  # they start where the configuration says
         start = number(run.summary.get(f"{name.removesuffix('s')}_init"))
-        early["scalar", name] = early.get(("scalar", name)) if start is None else start
+        early["scalar RMS", name] = early.get(("scalar RMS", name)) if start is None else start
     found, lines = [], []
     for key, value in late.items():
         grown, apart = (ratio_of(key[0], value, table.get(key)) for table in (early, theirs))
         alarm = name_alarm(key[0], value, grown)
         departure = max(apart, 1 / apart)
-        if key[0] == "scalar" or alarm:
+        if key[0] == "scalar RMS" or alarm:
             departure = max(departure, grown, 1 / grown)
         if alarm or departure > APART:
             others = f"early {show(early.get(key), '.3g')}, best {show(theirs.get(key), '.3g')}"
@@ -2866,6 +2872,9 @@ def describe_filed(e: Entry, archive: Path, folder: Path, book: Book) -> tuple[s
     return told, None
 
 
+BASELINE = "train the baseline (program.md, step 2)"
+
+
 def compute_next(archive: Path, folder: Path, book: Book) -> str:
     """What to do where no run's outputs ask for anything."""
     text, committed = (normal(x) for x in (read_text(folder / "train.py"), git(folder, "show", "HEAD:./train.py")))
@@ -2873,9 +2882,11 @@ def compute_next(archive: Path, folder: Path, book: Book) -> str:
         branch = git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or ""
         if not branch.startswith("autoresearch/") or not (archive / INSIGHTS).exists():
             return f"{FILE} start"
-        return "train the baseline (program.md, step 2)"
+        return BASELINE
     if committed is not None and text != committed:
         return "finish that edit (git diff), then check, commit, train"
+    if not any(e.is_valid for e in book.entries):
+        return BASELINE
     if sha256(text or "") not in {e.record.get("train_sha256") for e in book.entries}:
         return "train (this commit has no run)"
     return "the next idea (program.md, step 8)"
@@ -3060,7 +3071,7 @@ def find_repeats(book: Book, folder: Path, text: str, modules: dict, values: dic
     code, faults, best = program_hash(text, modules=modules, hide_config=True), [], compute_best(book.entries)
     same = [e for e in book.entries if e.record.get("program") == program
             or (e.record.get("code") == code and values and has_configuration(e, values))]
-    for e in [] if is_inconclusive(same) else same[-1:]:
+    for e in [] if best is None or is_inconclusive(same) else same[-1:]:
         seed = "" if e.record.get("program_and_seed") == exact else " but for its seed"
         what = f"program{seed}" if e.record.get("program") == program else "configuration"
         again = "; `uv run analyze.py rerun` runs the best again" if best and e.group == best.group else ""

@@ -478,6 +478,24 @@ def test_a_last_step_of_more_than_a_fifth_of_the_budget_is_invalid(lab):
     assert "- the last step ran 90.0 s past a budget of 300.0 s: make steps shorter" in lab.analyze()[1]
 
 
+def test_a_last_step_that_the_machine_held_up_is_hampered_and_no_baseline_is_asked_for_again(lab):
+    lab.commit("baseline")
+    lab.train(0.9, make_records(num_steps=300, step_ms=[1000.0] * 299 + [91_000.0]))
+    verdict = lab.analyze()[1]
+    assert "**HAMPERED**" in verdict
+    assert "- 1 step(s) took more than twice the median: 90.0 of 390 s lost" in verdict
+    lab.analyze("discard")
+    assert lab.analyze("check")[0] == 0  # there is no best yet: the same program may run again
+
+
+def test_without_a_score_that_counts_the_baseline_is_next(lab):
+    lab.commit("baseline")
+    lab.train(0.9, evaluation={"causal": False})
+    assert "**INVALID**" in lab.analyze()[1]
+    lab.analyze("discard")
+    assert lab.analyze("status")[1].endswith("next: train the baseline (program.md, step 2)\n")
+
+
 def test_a_changed_comment_in_prepare_changes_nothing(lab):
     lab.baseline()
     (lab.folder / "prepare.py").write_text("VOCAB_SIZE = 8192  # another comment\n")

@@ -486,14 +486,14 @@ def test_the_eight_largest_departures_are_named_and_two_of_a_kind():
     this = layers_of(**many, **{"layers/rms": [[1.0] * 3, [9.0, 8.0, 7.0]]})
     best = layers_of(**{"layers/rms": [[1.0] * 3] * 2})
     assert [line.split(":")[0] for line in analyze.compute_layers(this, best)] == [
-        "scalar of s8", "scalar of s7", "output RMS of a", "output RMS of b"]
+        "scalar RMS of s8", "scalar RMS of s7", "output RMS of a", "output RMS of b"]
 
 
 def test_scalars_start_where_the_configuration_says_and_stand_beside_the_bests():
     this = layers_of(**{"scalars/x0_lambdas": [[-0.4, -0.4], [4.79, 4.79]]})
     best = layers_of(**{"scalars/x0_lambdas": [[-0.4, -0.4], [2.0, 2.0]]})
     this.summary["x0_lambda_init"] = 0.1
-    assert analyze.compute_layers(this, best) == ["scalar of x0_lambdas: 4.79 (early 0.1, best 2)"]
+    assert analyze.compute_layers(this, best) == ["scalar RMS of x0_lambdas: 4.79 (early 0.1, best 2)"]
 
 
 def test_the_page_is_short_whatever_happens_and_begins_with_the_verdict_and_the_paired_curve():
