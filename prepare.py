@@ -1288,10 +1288,9 @@ def _kernel_times(work: Callable) -> list:
 # The record of a run
 # -------------------------------------------------------------------------------------------------
 
-CUDA_OWN_MB = 1024  # what CUDA and its libraries take for a process beside torch's memory: 0.5 to 0.9 GB seen
-LOCK_PATIENCE_S = 0.5  # who asks whether a run is in progress holds the lock for an instant
+CUDA_OWN_MB = 1024  # what CUDA takes for a process beside torch's memory: 0.5 to 0.9 GB seen
 MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
-START_ONLY = ("started_unix", "pid", "host", "train_py", "modules")  # of START_FILE; the summary repeats the rest
+START_ONLY = ("started_unix", "pid", "host", "train_py", "modules")  # not in the summary
 # The closing block, which scripts grep: values and their decimals.
 CLOSING_BLOCK = {
     **{"val_bpb": 6, "training_seconds": 1, "total_seconds": 1, "peak_vram_mb": 1, "mfu_percent": 2},
@@ -1301,7 +1300,7 @@ _run: "Run | None" = None  # what this process is
 
 
 def check_machine() -> None:
-    """Raise SetupError, within a second, for faults of the machine that would look like the experiment's later on."""
+    """Raise SetupError for faults of the machine that would look like the experiment's later on."""
     device = get_device()
     load_manifest()
     least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
@@ -1317,7 +1316,7 @@ def check_machine() -> None:
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise SetupError("no C compiler (gcc or clang), which Triton needs: install one, or set CC")
     if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
-        raise SetupError("no Python.h, which Triton needs: install python3-dev, or let uv bring its own Python")
+        raise SetupError("no Python.h, which Triton needs: install python3-dev or uv's own Python")
     for name, default in (("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()), ("TRITON_CACHE_DIR", "~/.triton")):
         folder = Path(os.environ.get(name) or default).expanduser()
         try:
@@ -1328,7 +1327,7 @@ def check_machine() -> None:
 
 
 def machine_stats() -> dict:
-    """What else this machine is busy with: memory on the GPU that is not ours (None without one), load a core."""
+    """What else this machine is busy with: GPU memory that is not ours (None without), load a core."""
     other_mb = None
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
@@ -1344,17 +1343,8 @@ def _git(folder: Path, *args: str) -> str | None:
     return done.stdout.strip()
 
 
-def _read_json(path: Path) -> dict:
-    """{} where there is nothing, or nothing readable."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def imported_modules(script: Path) -> dict[str, str]:
-    """{file: text} of the modules beside the script that this process has imported, without the fixed ones."""
+    """{file: text} of the modules beside the script that this process has imported."""
     modules = {}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or "/")
@@ -1366,41 +1356,39 @@ def imported_modules(script: Path) -> dict[str, str]:
 
 
 def lock_metrics() -> TextIO:
-    """METRICS_FILE, open for appending and locked until this process ends: that says that a run is in
-    progress, whatever clocks and process tables say. Raises SetupError where another run holds it."""
-    file, begin = open(METRICS_FILE, "a"), time.monotonic()  # noqa: SIM115 (open for the whole run)
-    while True:
-        try:
+    """METRICS_FILE, open for appending and locked until this process ends: that says that a run is
+    in progress, whatever clocks and process tables say."""
+    file = open(METRICS_FILE, "a")  # noqa: SIM115 (open for the whole run)
+    for _ in range(10):  # who asks whether a run is in progress holds the lock for an instant
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except BlockingIOError as e:
-            if time.monotonic() - begin > LOCK_PATIENCE_S:
-                other = _read_json(Path(START_FILE))
-                raise SetupError(
-                    f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: wait for it "
-                    "(`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
-                ) from e
         time.sleep(0.05)
+    other = read_json(Path(START_FILE))
+    raise SetupError(
+        f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: wait for it "
+        "(`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
+    )
 
 
 def set_aside_earlier_run() -> None:
-    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py files them;
-    what the archive holds already is deleted. A crash of the coming run can then never show an old score."""
+    """Move an earlier run's files to the archive's folder unfiled/, from which analyze.py files them;
+    what the archive holds already is deleted. So a crash can never show an old score."""
     if Path(SUMMARY_FILE).exists():
         Path(CHECKPOINT_FILE).unlink(missing_ok=True)  # it was only needed until the run was scored
     paths = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
     present = [path for path in paths if path.exists() and path.stat().st_size]
-    start = _read_json(Path(START_FILE))
+    start = read_json(Path(START_FILE))
     run_id = str(start.get("run_id") or f"unknown-{secrets.token_hex(4)}")
     archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
     archive = archive / "demo" if start.get("demo", DEMO) else archive
-    filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if _read_json(path).get("run_id") == run_id]
+    filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if read_json(path).get("run_id") == run_id]
     # A score that came after its run was filed is kept: analyze.py files it again.
     results = [path.name for path in present if path.name in (EVAL_FILE, SUMMARY_FILE)]
     is_held = any(all((folder / name).exists() for name in results) for folder in filed)
     target, hidden = archive / "unfiled" / run_id, archive / "unfiled" / f".{run_id}"
     if present and not is_held and not target.exists():
-        hidden.mkdir(parents=True, exist_ok=True)  # nobody sees half of a run; an interrupted call is repeated
+        hidden.mkdir(parents=True, exist_ok=True)  # nobody sees half of a run
         for path in present:
             put = shutil.move if path.name == CHECKPOINT_FILE else shutil.copy
             put(path, hidden / path.name)
@@ -1412,7 +1400,7 @@ def set_aside_earlier_run() -> None:
 
 
 def process_age_s() -> float:
-    """Seconds since this process started, its imports included; 0 where the system does not tell (Linux does)."""
+    """Seconds since this process started, its imports included; 0 where only Linux could tell."""
     try:
         started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
@@ -1421,7 +1409,7 @@ def process_age_s() -> float:
 
 
 def end_children(pid: int | str = "self") -> None:
-    """Kill the processes that this one started and that still live (Linux): they would hold the GPU and the lock."""
+    """Kill the processes that this one started (Linux): they would hold the GPU and the lock."""
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in path.read_text().split():
             end_children(child)
@@ -1430,8 +1418,8 @@ def end_children(pid: int | str = "self") -> None:
 
 
 def current_run() -> "Run | None":
-    """The run that this process is. A training script without a Run of its own (upstream's) becomes one with its first
-    call; any other script, which may only look at the data, does not."""
+    """The run that this process is. A training script without a Run of its own (upstream's) becomes
+    one with its first call; any other script does not."""
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     if _run is None and Path(script).name.startswith("train"):
         Run(Path(script)).__enter__()
@@ -1439,12 +1427,10 @@ def current_run() -> "Run | None":
 
 
 class Run:
-    """One training run's files and figures, from its identity to its score. A context manager.
-
-    An exception inside it ends the process with one line that says why: `crash:` and exit code 1 for a failed
-    experiment, `error:` and 2 where the machine or the data is at fault, `stopped:` and 130 after an interrupt.
-    With `is_new` false, the files of the run that is here stay, to be scored again.
-    """
+    """One training run's files and figures, from its identity to its score. A context manager: an
+    exception ends the process with one line that says why, `crash:` (exit code 1) for a failed
+    experiment, `error:` (2) for the machine or the data, `stopped:` (130) after an interrupt.
+    With `is_new` false, the files of the run that is here stay, to be scored again."""
 
     def __init__(self, script: Path, is_new: bool = True):
         age_s = process_age_s()  # start-up begins with the process, not with the end of its imports
@@ -1486,7 +1472,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         global _run
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what is in its background ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
         try:
             if self.script.parent != Path.cwd():
                 raise SetupError(f"{self.script} leaves its files where it is called: cd {self.script.parent} first")
@@ -1509,7 +1495,7 @@ class Run:
         write_atomic(Path(START_FILE), finite_json(self.start, indent=2) + "\n")
 
     def start_training(self, device: torch.device, facts: dict) -> None:
-        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the summary."""
+        """Start the clock. `facts`, the resolved configuration, go into the summary."""
         gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self.facts = json.loads(finite_json(facts | {"gpu_name": gpu_name}))  # what JSON cannot hold shows now
         self.clock = Clock(device)
@@ -1518,14 +1504,14 @@ class Run:
         print(f"gpu: {gpu_name}\nstartup_seconds: {self.startup_seconds:.1f}", flush=True)
 
     def log_step(self, step: int, num_tokens: int, values: dict[str, torch.Tensor], more: dict) -> None:
-        """Mark the end of a step. `values`, tensors on the device with `train/loss` among them, are not
-        waited for: `progress` reads them and writes the step's line."""
+        """Mark the end of a step. `values`, tensors with `train/loss` among them, are not waited for:
+        `progress` reads them and writes the step's line."""
         self.clock.end_step(values)
         self.pending = step, num_tokens, more
 
     def progress(self) -> float:
-        """How much of the budget is used up, 0 to 1, by the steps logged so far. Waits for the last one and
-        appends it to METRICS_FILE. Raises FloatingPointError on a loss that is NaN or has exploded."""
+        """How much of the budget is used up, 0 to 1. Waits for the last step and appends it to
+        METRICS_FILE. Raises FloatingPointError on a loss that is NaN or has exploded."""
         if self.pending:
             self._write_step(*self.pending, self.clock.read_step())
             self.pending = None
@@ -1566,7 +1552,7 @@ class Run:
         return 100 * flops * tokens_per_second / peak if flops and peak else None
 
     def end_training(self, model: torch.nn.Module) -> dict:
-        """Save a checkpoint, so that a failed evaluation never costs the run. Returns the summary so far."""
+        """Save a checkpoint: a failed evaluation must not cost the run. Returns the summary so far."""
         self.training_seconds, step_ms = self.clock.seconds, statistics.median(self.step_ms)
         self._write_start(self.start)  # with what was imported meanwhile
         pauses_over = self.clock.paused_seconds - MAX_PAUSED_SHARE * TIME_BUDGET
@@ -1589,7 +1575,7 @@ class Run:
         temporary = Path(f"{CHECKPOINT_FILE}.tmp")
         try:
             torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
-        except (OSError, RuntimeError) as e:  # torch's own words for a full disk are about positions in the file
+        except (OSError, RuntimeError) as e:  # torch's words for a full disk are about positions
             temporary.unlink(missing_ok=True)
             free_mb = shutil.disk_usage(".").free >> 20
             raise SetupError(f"{CHECKPOINT_FILE} could not be written, {free_mb} MB are free: {e}") from e
@@ -1605,7 +1591,7 @@ class Run:
         if summary["train_sha256"] != self.program["train_sha256"]:
             raise SetupError(f"{CHECKPOINT_FILE} was written by another {self.script.name}: check that one out first")
         model.load_state_dict(stored["model"])
-        self.start = self.program | _read_json(Path(START_FILE)) | {"run_id": summary["run_id"]}
+        self.start = self.program | read_json(Path(START_FILE)) | {"run_id": summary["run_id"]}
         self.training_seconds = summary["training_seconds"]
         print(f"run {summary['run_id']}", flush=True)
         return summary
@@ -1655,7 +1641,7 @@ class Run:
 
 def describe_error(error: BaseException) -> str:
     text = str(error).strip() or "no message"
-    inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # what torch.compile's page of explanation is about
+    inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # of torch.compile
     first = inside[1] if inside else text.splitlines()[0]
     is_either = "CUDA error" in text and "memory access" not in text
     advice = " (this may be the machine's fault: run it once more)" if is_either else ""
@@ -1700,13 +1686,13 @@ MAX_FUSED_VOCAB = 2**15  # a row of logits has to fit into registers
 MAX_FUSED_CAP = 40.0  # exp(-2 cap), the least that a logit can add to the sum, has to be a number in fp32
 kernels_used: set[str] = set()  # in this process: what the log says of them is what has run
 
-# The compiler's cache knows an operator by its name, and keeps the gradient that was registered for it at the time. So
-# another prepare.py gets another cache, and so does every train.py with operators of its own (in `Run`).
+# The compiler's cache keeps the gradient that was registered for an operator's name, so another
+# prepare.py gets another cache; so does a train.py with operators of its own (in `Run`).
 torch.compiler.config.cache_key_tag = PREPARE_SHA256
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels below run here: they were written for Hopper (H100, H200) and measured there alone."""
+    """Whether the kernels run here: they were written for Hopper and measured there alone."""
     is_cuda = triton is not None and torch.version.cuda is not None and device.type == "cuda"
     return is_cuda and torch.cuda.is_available() and torch.cuda.get_device_properties(device).major == 9
 
@@ -1722,8 +1708,8 @@ def _are_plain(*linears: torch.nn.Module) -> bool:
 
 
 def _tiles(t: Tensor, rows: int, cols: int) -> object:
-    """A matrix, or (B, T, heads, D) as (B T, heads D), in tiles for Hopper's copy engine. What sticks out at the edges
-    is zero, and is not written. What the engine cannot read as it lies is copied."""
+    """A matrix, or (B, T, heads, D) as (B T, heads D), in tiles for Hopper's copy engine; copied
+    where the engine cannot read it as it lies. What sticks out at the edges is zero."""
     matrix = t if t.dim() == 2 else t.flatten(2).flatten(0, 1)
     is_apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.size(1)
     if not is_apart or (matrix.stride(0) * matrix.element_size()) % 16 or matrix.data_ptr() % 16:
@@ -1835,7 +1821,7 @@ _rotations: set[tuple[int, int]] = set()  # tables known to rotate, by where the
 
 
 def _check_rotation(cos: Tensor, sin: Tensor) -> None:
-    """The way back through `turn` takes for granted that it rotates. Looked at once: that waits for the GPU."""
+    """The way back through `turn` needs a rotation. Looked at once: that waits for the GPU."""
     if (place := (cos.data_ptr(), sin.data_ptr())) in _rotations:
         return
     (c1, c2), (s1, s2) = cos.chunk(2, -1), sin.chunk(2, -1)
@@ -2119,9 +2105,9 @@ def prepare(source: Path | None, num_shards: int, download_workers: int, text_ke
     if manifest:
         check_same_data(manifest, CLIMBMIX, {})  # before anything is downloaded
     shards = manifest.get("shards", {})
-    held = {name for name in shards if is_intact(name, shards[name])}
     wanted = {*shards, *(f"shard_{i:05d}.parquet" for i in numbers), VAL_FILENAME}
-    download_shards(sorted(wanted - held), DATA_DIR, download_workers)
+    missing = sorted(name for name in wanted if not is_intact(name, shards.get(name)))
+    download_shards(missing, DATA_DIR, download_workers)
     # Shards beyond the wanted ones are used too, as upstream uses whatever its folder holds.
     return encode_source(CLIMBMIX, {path.name: path for path in sorted(DATA_DIR.glob("shard_*.parquet"))})
 
@@ -2166,7 +2152,7 @@ def main() -> int:
     except KeyboardInterrupt:
         sys.stdout.flush()
         print("\nerror: interrupted; call again to go on from here", file=sys.stderr, flush=True)
-        os._exit(130)  # an ordinary exit would wait for download threads, and those for a silent server
+        os._exit(130)  # an ordinary exit would wait for download threads
     print(f"ready: {CACHE_DIR} holds {manifest['source']}, fingerprint {manifest['fingerprint']}")
     totals = {split: sum(shard[split]["tokens"] for shard in manifest["shards"].values()) for split in SPLITS}
     print(f"       {totals['train']:,} training tokens, {totals['val']:,} validation tokens")
