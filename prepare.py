@@ -89,8 +89,7 @@ jit = triton.jit if triton else lambda function: function
 
 
 def read_setting(name: str, parse: Callable, wanted: str) -> object:
-    """An environment variable, or None. One that `parse` cannot read ends the process in one line: a
-    demo in place of a night would be noticed in the morning."""
+    """An environment variable, or None; one that cannot be read ends the process in one line."""
     value = os.environ.get(name, "").strip().lower()
     try:
         return parse(value) if value else None
@@ -114,7 +113,7 @@ TIME_BUDGET = (DEMO_BUDGET or 30.0) if DEMO else 300  # seconds of training
 EVAL_TOKENS = 2**16 if DEMO else 40 * 524288  # validation tokens scored
 VOCAB_SIZE = 1024 if DEMO else 8192  # tokens, the special ones included
 
-# GPT-4's pattern, but with numbers cut into groups of two digits at most: three waste a small vocabulary.
+# GPT-4's pattern, but with groups of two digits at most: three waste a small vocabulary.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -151,7 +150,7 @@ SUMMARY_FILE = "run_summary.json"
 
 
 class SetupError(ValueError):
-    """The data, the machine or the call is at fault, not the experiment. The message says what to do."""
+    """The data, the machine or the call is at fault, not the experiment."""
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -167,7 +166,7 @@ def replace_synced(temporary: str | Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-PREPARE_SOURCE = Path(__file__).read_bytes()  # of the code that runs, whatever becomes of the file meanwhile
+PREPARE_SOURCE = Path(__file__).read_bytes()  # of the code that runs
 PREPARE_SHA256 = hashlib.sha256(PREPARE_SOURCE).hexdigest()
 
 
@@ -180,18 +179,22 @@ def sha256_file(path: Path) -> str:
 
 
 def finite_json(value: object, indent: int | None = None) -> str:
-    """JSON that any parser reads: NaN and infinity are null, tensors numbers, what JSON lacks is named."""
+    """JSON that any parser reads: NaN and infinity are null, what JSON lacks is text."""
 
-    def clean(v):
-        if isinstance(v, torch.Tensor | np.ndarray | np.generic):
-            v = v.tolist()
-        if isinstance(v, float):
-            return v if math.isfinite(v) else None
-        if isinstance(v, dict):
-            return {str(key): clean(item) for key, item in v.items()}
-        return [clean(item) for item in v] if isinstance(v, list | tuple) else v
+    def known(v):
+        return v.tolist() if isinstance(v, torch.Tensor | np.ndarray | np.generic) else str(v)
 
-    return json.dumps(clean(value), indent=indent, allow_nan=False, default=str)
+    plain = json.loads(json.dumps(value, default=known), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent)
+
+
+def read_json(path: Path) -> dict:
+    """{} where there is nothing, or nothing readable."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def with_progress(label: str, files: dict[str, Path]) -> Iterator[tuple[str, Path]]:
@@ -209,8 +212,8 @@ def with_progress(label: str, files: dict[str, Path]) -> Iterator[tuple[str, Pat
 # -------------------------------------------------------------------------------------------------
 
 DOWNLOAD_ATTEMPTS = 6  # in a row that bring no new byte
-DOWNLOAD_PAUSE_S = 1.0  # between them, doubled each time, and never more than a minute, whatever the server
-DOWNLOAD_PAUSE_MAX_S = 60  # asks for: a night should not sleep through a server that came back
+DOWNLOAD_PAUSE_S = 1.0  # between them, doubled each time
+DOWNLOAD_PAUSE_MAX_S = 60  # whatever the server asks for
 DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 
@@ -220,7 +223,7 @@ def shard_url(name: str) -> str:
 
 
 def open_session() -> object:
-    """A requests session that asks again by itself where no answer begins or the server is busy."""
+    """A requests session that asks again where no answer begins or the server is busy."""
     import requests
     from urllib3 import Retry
 
@@ -234,14 +237,14 @@ def open_session() -> object:
         retry_after_max=DOWNLOAD_PAUSE_MAX_S,
     )
     session = requests.Session()
-    session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retry))
-    session.mount("https://", requests.adapters.HTTPAdapter(max_retries=retry))
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
     return session
 
 
 def fetch_part(session, part: Path, tag_path: Path) -> None:
-    """Bring `part` to its whole length in one request, or raise. Goes on where it ends if the server
-    still has the same file, by the ETag or date in `tag_path`: another may have the same length."""
+    """Bring `part` to its whole length in one request, or raise. Goes on where it ends if the
+    server still has the same file, by the ETag or date in `tag_path`."""
     tag = tag_path.read_text() if tag_path.exists() else ""
     headers = {"Accept-Encoding": "identity"}
     if tag and part.exists():
@@ -258,8 +261,7 @@ def fetch_part(session, part: Path, tag_path: Path) -> None:
 
 
 def download_shard(name: str, folder: Path) -> None:
-    """Download a shard that is missing or damaged: into a part, which is verified, then renamed. Raises
-    after DOWNLOAD_ATTEMPTS in a row without a new byte, or where another cannot help."""
+    """Download a shard that is missing or damaged: into a part, which is verified, then renamed."""
     from requests.exceptions import ChunkedEncodingError, ConnectionError
 
     with contextlib.suppress(SetupError):
@@ -279,15 +281,13 @@ def download_shard(name: str, folder: Path) -> None:
             error = e
         size = part.stat().st_size if part.exists() else 0
         attempt, most = (1, size) if size > most else (attempt + 1, most)
-        is_unreachable = isinstance(error, ConnectionError) and not most
-        if is_unreachable or attempt == DOWNLOAD_ATTEMPTS:
+        if attempt == DOWNLOAD_ATTEMPTS or (isinstance(error, ConnectionError) and not most):
             raise error
         time.sleep(min(DOWNLOAD_PAUSE_S * 2 ** (attempt - 1), DOWNLOAD_PAUSE_MAX_S))
 
 
 def download_shards(names: list[str], folder: Path, workers: int) -> None:
-    """Download shards in parallel. Raises SetupError naming every one still missing. Interrupted at any
-    moment, it leaves only parts, which the next call continues."""
+    """Download shards in parallel. Raises SetupError naming every one still missing."""
     folder.mkdir(parents=True, exist_ok=True)
     pool = ThreadPoolExecutor(workers)
     try:
@@ -297,12 +297,13 @@ def download_shards(names: list[str], folder: Path, workers: int) -> None:
                 mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
                 print(f"download: {len(state.done)} of {len(names)} shards, {mb:.0f} MB", flush=True)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C a thread may wait for a silent server
+        pool.shutdown(wait=False, cancel_futures=True)  # a thread may wait for a silent server
     failed = {name: future.exception() for name, future in futures.items() if future.exception()}
     if failed:
         raise SetupError(
-            f"{len(failed)} of {len(names)} shards are missing: {', '.join(failed)} ({failed[min(failed)]}). What "
-            f"arrived is kept in {folder}; call again to go on, or bring your own text (--source PATH)"
+            f"{len(failed)} of {len(names)} shards are missing: {', '.join(failed)} "
+            f"({failed[min(failed)]}). What arrived is kept in {folder}; call again to go on, or bring "
+            "your own text (--source PATH)"
         )
 
 
@@ -313,34 +314,33 @@ def download_shards(names: list[str], folder: Path, workers: int) -> None:
 TXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 SOURCE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TXT_SUFFIXES)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-ENCODINGS = {  # by the mark at the beginning of a file, UTF-8 without one; UTF-32's begins with UTF-16's
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
+ENCODINGS = {  # by the mark at the beginning of a file; UTF-32's begins with UTF-16's
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 ROW_GROUP_DOCS = 1024  # documents; for sources that have no row groups of their own
 
 
 def find_source_files(source: Path) -> dict[str, Path]:
-    """{name: path} of every text file at `source`, sorted by name; says what else is there and not used."""
+    """{name: path} of every text file at `source`, sorted by name; says what is not used."""
     folder = source if source.is_dir() else source.parent
+    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
+    names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
     files, unused = {}, {}
-    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        name = path.relative_to(folder).as_posix()
-        is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-        if path.is_file() and not is_hidden and name.lower().endswith(SOURCE_SUFFIXES):
+    for name, path in names.items():
+        if re.search(r"(^|/)(\.|__MACOSX/)", name):
+            unused.setdefault("hidden", []).append(name)
+        elif name.lower().endswith(SOURCE_SUFFIXES):
             files[name] = path
-        elif path.is_file():
-            unused.setdefault("hidden" if is_hidden else path.suffix or "without a suffix", []).append(name)
-    kinds = ", ".join(f"{len(names)} {kind} (such as {names[0]})" for kind, names in unused.items())
+        else:
+            unused.setdefault(path.suffix or "without a suffix", []).append(name)
+    kinds = ", ".join(f"{len(found)} {kind} (such as {found[0]})" for kind, found in unused.items())
     if not files:
         found = kinds or ("nothing" if source.exists() else "no such file or folder")
         raise SetupError(f"--source {source}: looked for {', '.join(SOURCE_SUFFIXES)} and found {found}")
     if unused:
-        num_unused = sum(map(len, unused.values()))
-        total = num_unused + len(files)
-        print(f"warning: {num_unused} of {total} files in {source} are not used: {kinds}", file=sys.stderr)
+        count = f"{len(names) - len(files)} of {len(names)} files"
+        print(f"warning: {count} in {source} are not used: {kinds}", file=sys.stderr)
     return files
 
 
@@ -353,31 +353,32 @@ def check_parquet(path: Path, text_key: str = "text") -> None:
         schema = pq.read_schema(path)
     except (OSError, pa.ArrowException) as e:
         raise SetupError(f"{path} is not a readable parquet file ({e})") from e
-    if text_key not in schema.names or schema.field(text_key).type not in (pa.string(), pa.large_string()):
+    strings = [field.name for field in schema if field.type in (pa.string(), pa.large_string())]
+    if text_key not in strings:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise SetupError(f"{path} has no string {text_key!r}, but {columns}. --text-key NAME chooses another")
 
 
 def decode_text(path: Path, data: bytes) -> str:
-    """Text in UTF-8, or in what its byte order mark says, which is dropped. Raises SetupError with the
-    place of what is no text, rather than train on U+FFFD and NUL for the night."""
-    encoding = next((encoding for mark, encoding in ENCODINGS.items() if data.startswith(mark)), "utf-8")
+    """Text in UTF-8, or in what its byte order mark says, which is dropped. Raises SetupError with
+    the place of what is no text."""
+    encoding = next((name for name, marks in ENCODINGS.items() if data.startswith(marks)), "utf-8")
     found, place = "NUL", data.find(b"\0") if encoding == "utf-8" else -1
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as e:
-        found, place = f"no {encoding.upper()}", e.start
+        found, place = f"no {e.encoding.upper()}", e.start
     if place >= 0:
         raise SetupError(
-            f"{path}: byte {place} (line {data[:place].count(10) + 1}) is {found}. If this is text, convert it "
-            "(`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16LE, or what it is); else leave it out"
+            f"{path}: byte {place} (line {data[:place].count(10) + 1}) is {found}. If this is text, convert "
+            "it (`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16LE, or what it is); else leave it out"
         )
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def split_text(text: str, max_chars: int) -> list[str]:
-    """Cut a plain text at blank lines into documents of up to `max_chars` (a longer paragraph is cut
-    hard). Without this a book would be one document, of which packing uses one row."""
+    """Cut a plain text at blank lines into documents of up to `max_chars` (a longer paragraph is
+    cut hard): of a book as one document packing would use one row."""
     documents, size = [], max_chars + 1
     for paragraph in re.split(r"(?<=\n)\s*\n", text):
         for i in range(0, max(len(paragraph), 1), max_chars):
@@ -401,7 +402,7 @@ def text_of_line(line: bytes, text_key: str) -> str:
     raise ValueError(f"no string {text_key!r}, but {found[:200]}. --text-key NAME chooses another")
 
 
-def read_jsonl(lines: Iterable[bytes], path: Path, bad: list[str], text_key: str) -> Iterator[str]:
+def read_jsonl(path: Path, lines: Iterable[bytes], bad: list[str], text_key: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
@@ -410,29 +411,24 @@ def read_jsonl(lines: Iterable[bytes], path: Path, bad: list[str], text_key: str
             bad.append(f"{path}:{number}: {e}")
 
 
-def read_parquet(path: Path, bad: list[str], text_key: str) -> Iterator[list[str]]:
-    import pyarrow.parquet as pq
-
-    check_parquet(path, text_key)
-    with pq.ParquetFile(path) as file:
-        for i in range(file.num_row_groups):
-            texts = file.read_row_group(i, columns=[text_key])[text_key].to_pylist()
-            bad.extend([f"{path}: row group {i}: null text"] * texts.count(None))
-            yield [text for text in texts if text is not None]
-
-
 def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Iterator[list[str]]:
     """Row groups of documents in file order; what cannot be used is described in `bad`. Raises
     SetupError for a file that is damaged or no text."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     name, compression = path.name.lower(), COMPRESSIONS.get(path.suffix.lower())
     try:
         if name.endswith(".parquet"):
-            yield from read_parquet(path, bad, text_key)
+            check_parquet(path, text_key)
+            file = pq.ParquetFile(path)
+            for i in range(file.num_row_groups):
+                texts = file.read_row_group(i, columns=[text_key])[text_key].to_pylist()
+                bad.extend([f"{path}: row group {i}: null text"] * texts.count(None))
+                yield [text for text in texts if text is not None]
             return
         with io.BufferedReader(pa.input_stream(str(path), compression), 1 << 20) as stream:
-            documents = read_jsonl(stream, path, bad, text_key)
+            documents = read_jsonl(path, stream, bad, text_key)
             if name.endswith(TXT_SUFFIXES):
                 documents = iter(split_text(decode_text(path, stream.read()), 4 * MAX_SEQ_LEN))
             while group := list(itertools.islice(documents, ROW_GROUP_DOCS)):
@@ -447,7 +443,7 @@ def document_hash(text: str) -> int:
 
 
 def write_demo_text(path: Path) -> None:
-    """The source of this Python's library as JSON lines, shuffled by hash: in the order of file names
+    """The source of this Python's library as JSON lines, shuffled by hash: in the order of names
     the score would depend on the module at which training stops."""
     library, documents = Path(sysconfig.get_paths()["stdlib"]), []
     skipped = {"site-packages", "test", "tests", "__pycache__", "idlelib", "lib2to3"}
@@ -467,7 +463,7 @@ def write_demo_text(path: Path) -> None:
 def encode_pieces(enc: tiktoken.Encoding, text: str) -> list[np.ndarray]:
     """The tokens of a text; of its halves where it overflows the pattern (a million blanks)."""
     try:
-        return [enc.encode_to_numpy(text, disallowed_special=())]  # others panic where this raises ValueError
+        return [enc.encode_to_numpy(text, disallowed_special=())]  # others panic, not raise
     except ValueError:
         if len(text) < 2:
             raise
@@ -517,7 +513,7 @@ class Tokenizer:
         return self.special[BOS_TOKEN]
 
     def encode(self, text: str | list[str], prepend: int | str | None = None, num_threads: int = 8) -> list:
-        """Ids of a string, or a list of them for a list; `prepend`: a token id or a special token's name."""
+        """Ids of a string or of a list of them; `prepend`: a token id or a special token's name."""
         if isinstance(text, list):
             with ThreadPoolExecutor(num_threads) as pool:
                 return list(pool.map(lambda one: self.encode(one, prepend), text))
@@ -527,7 +523,7 @@ class Tokenizer:
         return [self.special[prepend] if isinstance(prepend, str) else prepend, *ids]
 
     def encode_document(self, text: str) -> np.ndarray:
-        """uint16 (n,): BOS and the document's tokens. Runs outside Python's lock, so threads help."""
+        """uint16 (n,): BOS and the document's tokens. Outside Python's lock, so threads help."""
         return np.concatenate(([self.get_bos_token_id()], *encode_pieces(self.enc, text))).astype(np.uint16)
 
     def decode(self, ids: list[int]) -> str:
@@ -535,15 +531,14 @@ class Tokenizer:
 
 
 def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
-    """int32 (V,): bytes of text that each token stands for, 0 for special ones. Of the raw bytes: as
-    text, a token that is no valid UTF-8 by itself would count as U+FFFD's 3."""
+    """int32 (V,): raw bytes that each token stands for, 0 for special ones."""
     tokenizer = Tokenizer.from_directory()
     lengths = [*map(len, tokenizer.ranks), *[0] * len(tokenizer.special)]
     return torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
 # -------------------------------------------------------------------------------------------------
-# Encoding (every token once, at preparation) and the manifest (which data this is, and that it is whole)
+# Encoding (every token once) and the manifest (which data this is, and that it is whole)
 # -------------------------------------------------------------------------------------------------
 
 REMEDY = f"run `{PREPARE_COMMAND}` first or again (with its --source): it mends what is damaged"
@@ -555,17 +550,14 @@ def checksum(content: object) -> str:
 
 def read_manifest() -> dict:
     """The manifest; {} where there is none, or it or the tokenizer is not what was written."""
-    try:
-        manifest = json.loads(MANIFEST_PATH.read_bytes())
-        is_whole = manifest.pop("checksum") == checksum(manifest)
-        is_whole &= manifest["tokenizer_sha256"] == sha256_file(TOKENIZER_DIR / "tokenizer.json")
-        return manifest if is_whole else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    manifest, tokenizer = read_json(MANIFEST_PATH), TOKENIZER_DIR / "tokenizer.json"
+    if manifest.pop("checksum", None) != checksum(manifest) or not tokenizer.exists():
         return {}
+    return manifest if manifest["tokenizer_sha256"] == sha256_file(tokenizer) else {}
 
 
 def save_manifest(manifest: dict, is_complete: bool) -> None:
-    """Add the fingerprint, 16 hex digits that stand for the data a model sees, and write the manifest."""
+    """Add the fingerprint, which stands for the data a model sees, and write the manifest."""
     shards = sorted((name, shard["sha256"]) for name, shard in manifest["shards"].items())
     content = [manifest["tokenizer_sha256"], manifest["held_out_below"], shards]
     content += [manifest["text_key"]] if manifest["text_key"] != "text" else []
@@ -580,8 +572,8 @@ def token_files(name: str) -> list[Path]:
 
 @functools.cache
 def load_manifest() -> dict:
-    """The manifest of a complete data set, as it was when this process first asked: shards added while a
-    run trains belong to the next. What the token files hold is checked as they are read."""
+    """The manifest of a complete data set, as it was when this process first asked. What the token
+    files hold is checked as they are read."""
     manifest = read_manifest()
     if not manifest.get("is_complete"):
         raise SetupError(f"{CACHE_DIR}: no data that are complete and undamaged; {REMEDY}")
@@ -593,23 +585,21 @@ def load_manifest() -> dict:
     return manifest
 
 
-def is_intact(name: str, shard: dict) -> bool:
+def is_intact(name: str, shard: dict | None) -> bool:
     """Whether a shard's token files are what was written; reads them at 1.2 GB/s."""
-    files = token_files(name)
-    return all(file.exists() for file in files) and [*map(sha256_file, files)] == shard.get("files")
+    files = [file for file in token_files(name) if file.exists()]
+    return shard is not None and [*map(sha256_file, files)] == shard.get("files")
 
 
 def read_shard(name: str, split: str) -> tuple[np.ndarray, list[int], list[int]]:
-    """A shard's tokens (uint16), where its documents begin and end, and how many each row group has.
-    Raises SetupError for a damaged file; that takes the loader's thread 25 ms for a shard of climbmix."""
+    """A shard's tokens (uint16), where its documents begin and end, how many each row group has."""
     path, shard = TOKENS_DIR / split / f"{name}.bin", load_manifest()["shards"][name]
     if not is_intact(name, shard):
         raise SetupError(f"{path} or a file beside it is damaged: {REMEDY}")
-    # Small files are read: each map holds a file open, and a folder may have thousands of them.
-    is_small = shard[split]["tokens"] < 2**20
-    tokens = np.fromfile(path, np.uint16) if is_small else np.asarray(np.memmap(path, np.uint16, mode="r"))
+    is_small = shard[split]["tokens"] < 2**20  # a map holds its file open; there may be thousands
+    tokens = np.fromfile(path, np.uint16) if is_small else np.memmap(path, np.uint16, mode="r")
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as index:
-        return tokens, index["offsets"].tolist(), index["group_sizes"].tolist()
+        return np.asarray(tokens), index["offsets"].tolist(), index["group_sizes"].tolist()
 
 
 def has_val_shard(names: Iterable[str]) -> bool:
@@ -631,8 +621,8 @@ def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_ke
         elif name in files and sha256_file(files[name]) != shard["sha256"]:
             found.append(f"another {name} than {files[name]}")
     if found:
-        remedy = f"use another cache (AUTORESEARCH_CACHE=FOLDER), or remove {CACHE_DIR} if you no longer need its data"
-        raise SetupError(f"{CACHE_DIR} holds {found[0]}: {remedy}")
+        remedy = f"use another cache (AUTORESEARCH_CACHE=FOLDER), or remove {CACHE_DIR}"
+        raise SetupError(f"{CACHE_DIR} holds {found[0]}: {remedy} if you no longer need its data")
 
 
 def split_of(name: str, text: str, held_out_below: int | None) -> str:
@@ -649,15 +639,16 @@ def read_texts(files: dict[str, Path], bad: list[str], text_key: str) -> Iterato
 
 
 def choose_held_out(source: str, files: dict[str, Path], text_key: str) -> int | None:
-    """The bound below which a document's hash puts it into the validation split: at least one document
-    is, and one is not. None where a shard is that split."""
+    """The bound below which a document's hash puts it into the validation split: at least one is,
+    and one is not. None where a shard is that split."""
     if has_val_shard(files):
         return None
     bad: list[str] = []
     hashes = {document_hash(text) for _, text in read_texts(files, bad, text_key)}
     if len(hashes) < 2:
         reason = f" ({len(bad)} bad lines, the first: {bad[0]})" if bad else ""
-        raise SetupError(f"{source}: {len(hashes)} different documents{reason}; two are needed, one to hold out")
+        found = f"{len(hashes)} different documents{reason}"
+        raise SetupError(f"{source}: {found}; two are needed, one to hold out")
     return min(max(int(HELD_OUT_SHARE * 2**64), min(hashes) + 1), max(hashes))
 
 
@@ -674,8 +665,8 @@ def read_training_texts(files: dict[str, Path], manifest: dict) -> Iterator[str]
 
 def new_manifest(source: str, files: dict[str, Path], text_key: str) -> dict:
     """Choose what is held out and train the tokenizer: a manifest without shards."""
-    held_out_below = choose_held_out(source, files, text_key)
-    manifest = {"source": source, "text_key": text_key, "shards": {}, "held_out_below": held_out_below}
+    manifest = {"source": source, "text_key": text_key, "shards": {}}
+    manifest["held_out_below"] = choose_held_out(source, files, text_key)
     tokenizer = Tokenizer.train(read_training_texts(files, manifest))
     tokenizer.save(TOKENIZER_DIR)
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens")
@@ -683,52 +674,51 @@ def new_manifest(source: str, files: dict[str, Path], text_key: str) -> dict:
 
 
 def encode_shard(name: str, path: Path, tokenizer: Tokenizer, manifest: dict) -> dict:
-    """Write the shard's token files, in one pass over it. Returns what the manifest says about it."""
+    """Write the shard's token files, in one pass. Returns what the manifest says about it."""
     bad: list[str] = []
+    shard = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     outputs = {split: TOKENS_DIR / split / f"{name}.bin" for split in SPLITS}
-    lengths, group_sizes = {split: [] for split in SPLITS}, {split: [] for split in SPLITS}
+    lengths, group_sizes = {split: [0] for split in SPLITS}, {split: [] for split in SPLITS}
     with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.ExitStack() as stack:
         files = {}
         for split, out in outputs.items():
             out.parent.mkdir(parents=True, exist_ok=True)
             files[split] = stack.enter_context(open(f"{out}.tmp", "wb"))
         for texts in prefetch(read_row_groups(path, bad, manifest["text_key"])):
-            documents = {split: [] for split in SPLITS}
+            counts = dict.fromkeys(SPLITS, 0)
             for text, tokens in zip(texts, pool.map(tokenizer.encode_document, texts), strict=True):
-                documents[split_of(name, text, manifest["held_out_below"])].append(tokens)
+                split = split_of(name, text, manifest["held_out_below"])
+                files[split].write(tokens)
+                lengths[split].append(len(tokens))
+                counts[split] += 1
             for split in SPLITS:
-                files[split].writelines(documents[split])
-                lengths[split] += map(len, documents[split])
-                if documents[split]:
-                    group_sizes[split].append(len(documents[split]))  # the loader's batches never cross them
-    shard = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+                group_sizes[split] += [counts[split]] if counts[split] else []
     for split, out in outputs.items():
-        index, offsets = io.BytesIO(), np.cumsum([0, *lengths[split]], dtype=np.int64)
+        index, offsets = io.BytesIO(), np.cumsum(lengths[split], dtype=np.int64)
         np.savez(index, offsets=offsets, group_sizes=np.array(group_sizes[split], dtype=np.int64))
         write_atomic(out.with_suffix(".npz"), index.getvalue())
         replace_synced(f"{out}.tmp", out)
-        shard[split] = {"documents": len(lengths[split]), "tokens": sum(lengths[split])}
+        shard[split] = {"documents": len(lengths[split]) - 1, "tokens": sum(lengths[split])}
     checksums = [*map(sha256_file, token_files(name))]
     return shard | {"files": checksums, "bad": len(bad), "first_bad": bad[:1]}
 
 
 def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -> dict:
-    """Train the tokenizer if there is none, encode every shard that is not. Returns the manifest."""
+    """Train the tokenizer if there is none, encode every shard that is not yet."""
     manifest = read_manifest()
     if manifest:
         check_same_data(manifest, source, files, text_key)
     else:
         manifest = new_manifest(source, files, text_key)
     shards, tokenizer = manifest["shards"], Tokenizer.from_directory()
-    new = {name: path for name, path in files.items() if name not in shards or not is_intact(name, shards[name])}
+    new = {name: path for name, path in files.items() if not is_intact(name, shards.get(name))}
     for name, path in with_progress("encoding", new):
-        # Not complete before the last shard: a run must not start on a data set that is about to change.
-        save_manifest(manifest, is_complete=False)
+        save_manifest(manifest, is_complete=False)  # no run starts on data about to change
         shards[name] = encode_shard(name, path, tokenizer, manifest)
     for split in SPLITS:
         if not sum(shard[split]["documents"] for shard in shards.values()):
-            MANIFEST_PATH.unlink()  # nothing in it is worth keeping: the corrected source starts anew
-            raise SetupError(f"{source}: no usable document for the {split} split in {len(files)} file(s)")
+            MANIFEST_PATH.unlink()  # the corrected source starts anew
+            raise SetupError(f"{source}: no usable document for the {split} split")
     save_manifest(manifest, is_complete=True)
     return manifest
 
@@ -741,12 +731,11 @@ def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -
 def pack_rows(
     batches: Iterable[tuple[list[np.ndarray], int]], num_rows: int, row_len: int, buffer_size: int = 1000
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Pack documents, from endless (documents, epoch), into rows without padding. Yields ((num_rows,
-    row_len) of the documents' dtype, epoch)."""
+    """Pack documents, from endless (documents, epoch), into rows without padding. Yields
+    ((num_rows, row_len) of the documents' dtype, epoch)."""
     # The longest buffered document that fits comes next (the earliest among equals); if none fits,
-    # the beginning of the shortest, whose rest is dropped. Upstream scans its buffer for it. Here that
-    # is a sorted list of integers, length above, countdown of arrival below, and a bisection finds the
-    # same: the last key of a length came first.
+    # the beginning of the shortest, whose rest is dropped. Upstream scans its buffer for it; here
+    # it is bisected from sorted integers: length above, countdown of arrival below.
     bits = 44
     latest = (1 << bits) - 1  # arrival counts down from here
     keys: list[int] = []
@@ -779,7 +768,7 @@ def pack_rows(
 # -------------------------------------------------------------------------------------------------
 
 DOC_BATCH = 128  # documents appended to the packing buffer at a time, as upstream does
-_num_val_loaders = 0  # made outside the evaluation: who has seen the validation text has no score on it
+_num_val_loaders = 0  # made outside the evaluation
 
 
 def get_device() -> torch.device:
@@ -794,9 +783,9 @@ def get_device() -> torch.device:
     except (RuntimeError, AssertionError) as e:
         reason = str(e).strip().splitlines()[0]
     raise SetupError(
-        f"no CUDA GPU found: {reason} (torch {torch.__version__} is built for CUDA {torch.version.cuda}; CUDA 13 "
-        "needs driver 580 or newer). To try everything on the CPU in small: "
-        "`AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py`"
+        f"no CUDA GPU found: {reason} (torch {torch.__version__} is built for CUDA "
+        f"{torch.version.cuda}; CUDA 13 needs driver 580 or newer). To try everything on the CPU in "
+        "small: `AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py`"
     )
 
 
@@ -831,8 +820,8 @@ def prefetch(items: Iterable, depth: int = 4) -> Iterator:
 
 
 def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """What `make_dataloader` gives. Rows are packed in a thread. Each batch has a pinned buffer of its own:
-    torch hands one out again only after the copies queued from it have finished."""
+    """What `make_dataloader` gives. Rows are packed in a thread. Each batch has a pinned buffer of
+    its own: torch hands one out again only after the copies queued from it have finished."""
     device = get_device()
 
     def host_batches() -> Iterator[tuple[torch.Tensor, int]]:
@@ -848,7 +837,7 @@ def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, tor
 
 
 def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str) -> Iterator[tuple]:
-    """Endless (x, y, epoch): int64 (B, T) on the training device, y is x shifted by one, epoch counts from 1."""
+    """Endless (x, y, epoch): int64 (B, T) on the training device, y one ahead; epoch from 1."""
     global _num_val_loaders
     assert split in SPLITS, split
     current_run()
@@ -861,17 +850,17 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str) -> Iterato
 # -------------------------------------------------------------------------------------------------
 
 FIXED = (MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE)  # to notice a program that changes them
-CAUSAL_TOLERANCE = 1e-3  # nats; a causal model's losses come out the same to the last bit on the GPUs we know
-NUM_CUTS = 128  # positions at which a row's future is exchanged, half of them where blocks of 16, 64, 128 meet
+CAUSAL_TOLERANCE = 1e-3  # nats; a causal model's losses come out the same to the last bit
+NUM_CUTS = 128  # positions at which a row's future is exchanged
 LOGIT_ROWS = 4  # rows whose logits are looked at: they take 64 MB each, at 2048 x 8192 in fp32
-LOGIT_TOLERANCE = 0.1  # nats, any token; rounding to bf16 makes 0.04, the mildest of the tried edits of the loss 0.2
-MEAN_TOLERANCE = 0.002  # nats, on average, where roundings cancel (2e-4); a loss times 0.99 is off by 0.03
-_num_evaluations = 0  # in this process: a second call could mean that the first one's score was picked over
+LOGIT_TOLERANCE = 0.1  # nats, any token; bf16 makes 0.04, the mildest edit of the loss tried 0.2
+MEAN_TOLERANCE = 0.002  # nats, on average; roundings make 2e-4, a loss times 0.99 is off by 0.03
+_num_evaluations = 0  # in this process: a second call may be a choice among scores
 
 
 def token_scorer(model: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A function of (x, y) that gives (B, T) losses in nats, out of memory with fewer rows at a time.
-    With gradients enabled: compiling another graph would take longer than the whole evaluation."""
+    """A function of (x, y) that gives (B, T) losses in nats, out of memory with fewer rows at a
+    time. With gradients: compiling another graph would take longer than the evaluation."""
     rows = sys.maxsize
 
     def losses_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -893,7 +882,7 @@ def token_scorer(model: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tensor
 
 
 def _seeded(call: Callable, *inputs: torch.Tensor) -> object:
-    """`call(*inputs)` from one and the same random state, which is put back: noise answers alike each time."""
+    """`call(*inputs)` from always the same random state, which is put back."""
     device = inputs[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -902,7 +891,7 @@ def _seeded(call: Callable, *inputs: torch.Tensor) -> object:
 
 def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> str:
     """What is wrong where `model(x, y, reduction="none")` is not the cross-entropy of the logits of
-    `model(x)`, which cannot see the targets; "" where it is. On a few rows, outside the compiled graph."""
+    `model(x)`, which cannot see the targets; "" where it is."""
     x, y = x[:LOGIT_ROWS], y[:LOGIT_ROWS]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         losses = _seeded(functools.partial(model, reduction="none"), x, y).flatten().float()
@@ -912,23 +901,21 @@ def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) 
             logits = None
     if logits is None or logits.shape[:-1] != y.shape:
         return "model(x) gives no logits (B, T, vocabulary): the score cannot be checked"
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none")
-    worst, mean = (losses - expected).abs().max().item(), (losses - expected).mean().item()
+    logits = logits.flatten(0, 1).float()
+    off = losses - torch.nn.functional.cross_entropy(logits, y.flatten(), reduction="none")
+    worst, mean = off.abs().max().item(), off.mean().item()
     if worst <= LOGIT_TOLERANCE and abs(mean) <= MEAN_TOLERANCE:
         return ""
     return (
         'reduction="none" is not the cross-entropy of the logits of model(x): it is off by up to '
-        f"{worst:.3g} nats a token, {mean:+.3g} on average (extra terms of the loss belong into the mean alone)"
+        f"{worst:.3g} nats a token, {mean:+.3g} on average (extra terms belong into the mean alone)"
     )
 
 
-def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size: int) -> tuple[bool | None, str]:
-    """Whether a model predicts from the past alone, and what was found; None where nothing can be said.
-
-    Each row's tokens are exchanged from a cut on: the losses before it, (B, T) nats from `losses_of(x, y)`,
-    must stay the same. Every second cut is a multiple of 16, where a model that works in blocks would look
-    ahead, the others are anywhere.
-    """
+def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size: int) -> tuple:
+    """(bool, str): whether a model predicts from the past alone (None: unknown), and what was found.
+    Where tokens are exchanged from a cut on, the losses before it must stay the same. Every second
+    cut is a multiple of 16, where a model that works in blocks would look ahead."""
     (B, T), random = x.shape, torch.Generator().manual_seed(0)
     losses = losses_of(x, y)
 
@@ -949,7 +936,7 @@ def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size:
             continue
         other_row = torch.cat(((x[:1] + 1) % vocab_size, x[1:]))
         if not is_same(losses_of(other_row, y))[1:].all():
-            return False, "the rows of a batch affect each other: other tokens in one row change losses in the others"
+            return False, "the rows of a batch affect each other: tokens in one change losses in others"
         difference = ((changed - losses).abs() * is_before).max().item()
         return False, f"changing later tokens changes earlier losses by up to {difference:.3g} nats"
     return True, ""
@@ -985,16 +972,16 @@ def _faults_of_run(run: "Run | None") -> list[str]:
     if _num_val_loaders:
         faults.append("the validation split was loaded outside the evaluation")
     if run and run.training_seconds > (1 + MAX_OVERRUN) * TIME_BUDGET:
-        faults.append(f"training took {run.training_seconds / TIME_BUDGET:.0%} of the budget (a step is too long)")
+        share = run.training_seconds / TIME_BUDGET
+        faults.append(f"training took {share:.0%} of the budget (a step is too long)")
     return faults
 
 
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte on the validation split, the number that everything is about.
 
-    Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes they stand
-    for. `model(x, y, reduction="none")` gives the loss in nats of each of the (batch_size, MAX_SEQ_LEN) targets,
-    `model(x)` the logits. Writes EVAL_FILE, with `faults`: what makes the score worthless.
+    Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes
+    they stand for. Writes EVAL_FILE, with `faults`: what makes the score worthless.
     """
     global _num_evaluations
     _num_evaluations += 1
@@ -1057,8 +1044,8 @@ def _first_tensor(value: object) -> torch.Tensor | None:
 
 
 def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float | None]]:
-    """Of each (tokens, features): RMS; share of entries near zero (below a thousandth of it); share of features near
-    zero on every token. Those of one shape at once: to launch a thousand small kernels would take longest."""
+    """Of each (tokens, features): RMS; share of entries near zero (below a thousandth of it); share
+    of features near zero on every token. Those of one shape at once, for fewer kernels to launch."""
     stats: list[list[float | None]] = [[None] * 3 for _ in activations]
     alike: dict[tuple, list[int]] = {}
     for i, t in enumerate(activations):
@@ -1076,19 +1063,19 @@ def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float
 
 @torch.no_grad()
 def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict:
-    """What the activations of a batch look like in the blocks (members of a ModuleList) and linear layers.
-
-    From a plain forward pass outside the compiled graph. Lists run parallel to `layers/names`: `layers/rms`
-    and `layers/zeros` of the output, `layers/input_zeros` and `layers/dead` of a linear layer's input.
-    A model that cannot be looked at gives `layers/error` too: statistics must never end a run.
-    """
+    """What a batch's activations look like in the blocks (members of a ModuleList) and linear layers.
+    Lists run parallel to `layers/names`: `layers/rms` and `layers/zeros` of the output,
+    `layers/input_zeros` and `layers/dead` of a linear layer's input. A model that cannot be looked at
+    gives `layers/error` too: statistics must never end a run."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     stats, seen, handles, logits = {}, {}, [], None
 
     def watch(name: str, module: torch.nn.Module, given: tuple, output: object) -> None:
-        pair = [_first_tensor(output), _first_tensor(given) if isinstance(module, torch.nn.Linear) else None]
-        if pair[0] is not None and name not in seen:  # copies, which no operation in place can change
-            seen[name] = [None if t is None else torch.atleast_1d(t).flatten(0, -2).clone() for t in pair]
+        is_linear = isinstance(module, torch.nn.Linear)
+        pair = [_first_tensor(output), _first_tensor(given) if is_linear else None]
+        if pair[0] is not None and name not in seen:  # copies: some operations are in place
+            flat = [None if t is None else torch.atleast_1d(t).flatten(0, -2) for t in pair]
+            seen[name] = [None if t is None else t.clone() for t in flat]
 
     lists = {name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
     for name, module in model.named_modules():
@@ -1108,13 +1095,10 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
     if logits is not None and logits.dim() == 3:
         stats["logits/max_abs"] = logits.abs().max().item()
         stats["logits/max_prob"] = logits.float().softmax(-1).amax(-1).mean().item()
-    of_activations = _activation_stats([t for pair in seen.values() for t in pair])
-    of_outputs, of_inputs = of_activations[::2], of_activations[1::2]
+    found = _activation_stats([t for pair in seen.values() for t in pair])
     stats["layers/names"] = list(seen)
-    stats["layers/rms"] = [rms for rms, _, _ in of_outputs]
-    stats["layers/zeros"] = [zeros for _, zeros, _ in of_outputs]
-    stats["layers/input_zeros"] = [zeros for _, zeros, _ in of_inputs]
-    stats["layers/dead"] = [dead for _, _, dead in of_inputs]
+    for key, first, column in (("rms", 0, 0), ("zeros", 0, 1), ("input_zeros", 1, 1), ("dead", 1, 2)):
+        stats[f"layers/{key}"] = [row[column] for row in found[first::2]]
     return stats
 
 
@@ -1124,8 +1108,8 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict:
-    """RMS of each parameter's gradient, weight and update, after a step and before its gradients are cleared.
-    `before`: `copy_weights(model)` from before it. Short vectors are also given whole, as `scalars/NAME`."""
+    """RMS of each parameter's gradient, weight and update, after a step. `before`: the weights from
+    before it. Short vectors are also given whole, as `scalars/NAME`."""
     named = {name: p for name, p in model.named_parameters() if name in before}
 
     def rms(tensors: list[torch.Tensor | None]) -> list[float | None]:
@@ -1150,7 +1134,7 @@ def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> 
 # Measurement
 # -------------------------------------------------------------------------------------------------
 
-# What a score depends on besides the program and the data (whose fingerprint is compared for itself).
+# What a score depends on besides the program and the data.
 MEASURED = (
     *("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE", "SPLIT_PATTERN", "SPECIAL_TOKENS", "BOS_TOKEN"),
     *("Tokenizer", "encode_pieces", "get_token_bytes", "pack_rows", "DOC_BATCH", "read_document_batches"),
@@ -1160,7 +1144,7 @@ MEASURED = (
 
 @functools.cache
 def measurement_sha256(source: bytes = PREPARE_SOURCE) -> str:
-    """Of the code behind MEASURED, without comments, docstrings and layout: where it is the same, results compare."""
+    """Of the code behind MEASURED, without comments, docstrings and layout."""
     found = []
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
@@ -1187,22 +1171,21 @@ PEAK_BF16_TFLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense bf16; None for a device that is not in the table: no MFU is better than a wrong one."""
+    """FLOP/s of dense bf16; None for an unknown device: no MFU is better than a wrong one."""
     for pattern, tflops in PEAK_BF16_TFLOPS.items():
         if re.fullmatch(pattern, device_name):
             return tflops * 1e12
     return None
 
 
-# Of the budget, by the last step: fifty of the baseline's steps. The demo shares its processor with other work.
-MAX_OVERRUN = 1.0 if DEMO else 0.05
-MAX_PAUSED_SHARE = 0.1  # of the budget; looking at the layers takes 1 % of it on an H100, 5 % in the demo
+MAX_OVERRUN = 1.0 if DEMO else 0.05  # of the budget, by the last step: fifty of the baseline's
+MAX_PAUSED_SHARE = 0.1  # of the budget; looking at the layers takes 1 % on an H100, 5 % in the demo
 
 
 class Clock:
-    """The clock of the budget. It runs from `start`, stands still inside `paused` (MAX_PAUSED_SHARE of the budget at
-    most: what is beyond counts), and is read once a step: `end_step` marks the end of a step in the GPU's queue and
-    `read_step` waits for that mark, so that work queued in between keeps the GPU busy while Python reads and logs."""
+    """The clock of the budget. It stands still inside `paused` (what is beyond MAX_PAUSED_SHARE
+    counts). `end_step` marks the end of a step in the GPU's queue and `read_step` waits for that
+    mark: work queued in between keeps the GPU busy while Python reads and logs."""
 
     def __init__(self, device: torch.device):
         self.device, self.is_cuda = device, device.type == "cuda"
@@ -1219,7 +1202,7 @@ class Clock:
         self._last = self._now()
 
     def end_step(self, values: dict[str, torch.Tensor]) -> None:
-        """Queue the mark, and a copy of tensors (0-d or 1-d, whole numbers exact up to 2^53) for `read_step`."""
+        """Queue the mark, and a copy of tensors (0-d or 1-d, whole numbers exact up to 2^53)."""
         self._shapes = {key: value.shape for key, value in values.items()}
         flat = torch.cat([value.detach().double().flatten() for value in values.values()])
         if self.is_cuda:
@@ -1228,13 +1211,13 @@ class Clock:
             self._event.record()
         else:
             self._host = flat
-        # After a pause the step is over now: what it takes to queue the next one belongs to the next one.
+        # After a pause the step is over now: to queue the next one belongs to the next one.
         if self._is_idle or not self.is_cuda:
             self._synchronize()
             self._marked = self._now()
 
     def read_step(self) -> dict[str, float | list[float]]:
-        """Wait for the marked step, bring `seconds` and `step_seconds` up to its end, return the values."""
+        """Wait for the marked step, bring `seconds` up to its end, return the values."""
         if self._marked is None:
             self._event.synchronize()
             self._marked = self._now()
@@ -1274,15 +1257,16 @@ KERNEL_KINDS = {
 
 
 def measure_step(gradients: Callable, update: Callable, num_micro_steps: int, device: torch.device) -> dict | None:
-    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients` does one
-    micro-batch, `update` the optimizer's part. Raises ValueError for a step longer than the budget."""
+    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients` does
+    one micro-batch. Raises ValueError for a step longer than the budget."""
     begin = time.perf_counter()
     gradients()
     if device.type == "cuda":
         torch.cuda.synchronize()
     step_s = num_micro_steps * (time.perf_counter() - begin)
     if step_s > (1 + MAX_OVERRUN) * TIME_BUDGET:
-        raise ValueError(f"a step takes about {step_s:.0f} s, longer than the whole budget of {TIME_BUDGET:.0f} s")
+        budget = f"longer than the whole budget of {TIME_BUDGET:.0f} s"
+        raise ValueError(f"a step takes about {step_s:.0f} s, {budget}")
     if device.type != "cuda":
         return None
     totals = dict.fromkeys((*KERNEL_KINDS, "optimizer"), 0.0)
@@ -1304,10 +1288,9 @@ def _kernel_times(work: Callable) -> list:
 # The record of a run
 # -------------------------------------------------------------------------------------------------
 
-CUDA_OWN_MB = 1024  # what CUDA and its libraries take for a process beside torch's memory: 0.5 to 0.9 GB seen
-LOCK_PATIENCE_S = 0.5  # who asks whether a run is in progress holds the lock for an instant
+CUDA_OWN_MB = 1024  # what CUDA takes for a process beside torch's memory: 0.5 to 0.9 GB seen
 MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
-START_ONLY = ("started_unix", "pid", "host", "train_py", "modules")  # of START_FILE; the summary repeats the rest
+START_ONLY = ("started_unix", "pid", "host", "train_py", "modules")  # not in the summary
 # The closing block, which scripts grep: values and their decimals.
 CLOSING_BLOCK = {
     **{"val_bpb": 6, "training_seconds": 1, "total_seconds": 1, "peak_vram_mb": 1, "mfu_percent": 2},
@@ -1317,7 +1300,7 @@ _run: "Run | None" = None  # what this process is
 
 
 def check_machine() -> None:
-    """Raise SetupError, within a second, for faults of the machine that would look like the experiment's later on."""
+    """Raise SetupError for faults of the machine that would look like the experiment's later on."""
     device = get_device()
     load_manifest()
     least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
@@ -1333,7 +1316,7 @@ def check_machine() -> None:
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         raise SetupError("no C compiler (gcc or clang), which Triton needs: install one, or set CC")
     if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
-        raise SetupError("no Python.h, which Triton needs: install python3-dev, or let uv bring its own Python")
+        raise SetupError("no Python.h, which Triton needs: install python3-dev or uv's own Python")
     for name, default in (("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()), ("TRITON_CACHE_DIR", "~/.triton")):
         folder = Path(os.environ.get(name) or default).expanduser()
         try:
@@ -1344,7 +1327,7 @@ def check_machine() -> None:
 
 
 def machine_stats() -> dict:
-    """What else this machine is busy with: memory on the GPU that is not ours (None without one), load a core."""
+    """What else this machine is busy with: GPU memory that is not ours (None without), load a core."""
     other_mb = None
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
@@ -1360,17 +1343,8 @@ def _git(folder: Path, *args: str) -> str | None:
     return done.stdout.strip()
 
 
-def _read_json(path: Path) -> dict:
-    """{} where there is nothing, or nothing readable."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def imported_modules(script: Path) -> dict[str, str]:
-    """{file: text} of the modules beside the script that this process has imported, without the fixed ones."""
+    """{file: text} of the modules beside the script that this process has imported."""
     modules = {}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or "/")
@@ -1382,41 +1356,39 @@ def imported_modules(script: Path) -> dict[str, str]:
 
 
 def lock_metrics() -> TextIO:
-    """METRICS_FILE, open for appending and locked until this process ends: that says that a run is in
-    progress, whatever clocks and process tables say. Raises SetupError where another run holds it."""
-    file, begin = open(METRICS_FILE, "a"), time.monotonic()  # noqa: SIM115 (open for the whole run)
-    while True:
-        try:
+    """METRICS_FILE, open for appending and locked until this process ends: that says that a run is
+    in progress, whatever clocks and process tables say."""
+    file = open(METRICS_FILE, "a")  # noqa: SIM115 (open for the whole run)
+    for _ in range(10):  # who asks whether a run is in progress holds the lock for an instant
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except BlockingIOError as e:
-            if time.monotonic() - begin > LOCK_PATIENCE_S:
-                other = _read_json(Path(START_FILE))
-                raise SetupError(
-                    f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: wait for it "
-                    "(`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
-                ) from e
         time.sleep(0.05)
+    other = read_json(Path(START_FILE))
+    raise SetupError(
+        f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: wait for it "
+        "(`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
+    )
 
 
 def set_aside_earlier_run() -> None:
-    """Move the files of an earlier run to the archive's folder unfiled/, from which analyze.py files them;
-    what the archive holds already is deleted. A crash of the coming run can then never show an old score."""
+    """Move an earlier run's files to the archive's folder unfiled/, from which analyze.py files them;
+    what the archive holds already is deleted. So a crash can never show an old score."""
     if Path(SUMMARY_FILE).exists():
         Path(CHECKPOINT_FILE).unlink(missing_ok=True)  # it was only needed until the run was scored
     paths = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
     present = [path for path in paths if path.exists() and path.stat().st_size]
-    start = _read_json(Path(START_FILE))
+    start = read_json(Path(START_FILE))
     run_id = str(start.get("run_id") or f"unknown-{secrets.token_hex(4)}")
     archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
     archive = archive / "demo" if start.get("demo", DEMO) else archive
-    filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if _read_json(path).get("run_id") == run_id]
+    filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if read_json(path).get("run_id") == run_id]
     # A score that came after its run was filed is kept: analyze.py files it again.
     results = [path.name for path in present if path.name in (EVAL_FILE, SUMMARY_FILE)]
     is_held = any(all((folder / name).exists() for name in results) for folder in filed)
     target, hidden = archive / "unfiled" / run_id, archive / "unfiled" / f".{run_id}"
     if present and not is_held and not target.exists():
-        hidden.mkdir(parents=True, exist_ok=True)  # nobody sees half of a run; an interrupted call is repeated
+        hidden.mkdir(parents=True, exist_ok=True)  # nobody sees half of a run
         for path in present:
             put = shutil.move if path.name == CHECKPOINT_FILE else shutil.copy
             put(path, hidden / path.name)
@@ -1428,7 +1400,7 @@ def set_aside_earlier_run() -> None:
 
 
 def process_age_s() -> float:
-    """Seconds since this process started, its imports included; 0 where the system does not tell (Linux does)."""
+    """Seconds since this process started, its imports included; 0 where only Linux could tell."""
     try:
         started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
@@ -1437,7 +1409,7 @@ def process_age_s() -> float:
 
 
 def end_children(pid: int | str = "self") -> None:
-    """Kill the processes that this one started and that still live (Linux): they would hold the GPU and the lock."""
+    """Kill the processes that this one started (Linux): they would hold the GPU and the lock."""
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in path.read_text().split():
             end_children(child)
@@ -1446,8 +1418,8 @@ def end_children(pid: int | str = "self") -> None:
 
 
 def current_run() -> "Run | None":
-    """The run that this process is. A training script without a Run of its own (upstream's) becomes one with its first
-    call; any other script, which may only look at the data, does not."""
+    """The run that this process is. A training script without a Run of its own (upstream's) becomes
+    one with its first call; any other script does not."""
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     if _run is None and Path(script).name.startswith("train"):
         Run(Path(script)).__enter__()
@@ -1455,12 +1427,10 @@ def current_run() -> "Run | None":
 
 
 class Run:
-    """One training run's files and figures, from its identity to its score. A context manager.
-
-    An exception inside it ends the process with one line that says why: `crash:` and exit code 1 for a failed
-    experiment, `error:` and 2 where the machine or the data is at fault, `stopped:` and 130 after an interrupt.
-    With `is_new` false, the files of the run that is here stay, to be scored again.
-    """
+    """One training run's files and figures, from its identity to its score. A context manager: an
+    exception ends the process with one line that says why, `crash:` (exit code 1) for a failed
+    experiment, `error:` (2) for the machine or the data, `stopped:` (130) after an interrupt.
+    With `is_new` false, the files of the run that is here stay, to be scored again."""
 
     def __init__(self, script: Path, is_new: bool = True):
         age_s = process_age_s()  # start-up begins with the process, not with the end of its imports
@@ -1502,7 +1472,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         global _run
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what is in its background ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
         try:
             if self.script.parent != Path.cwd():
                 raise SetupError(f"{self.script} leaves its files where it is called: cd {self.script.parent} first")
@@ -1525,7 +1495,7 @@ class Run:
         write_atomic(Path(START_FILE), finite_json(self.start, indent=2) + "\n")
 
     def start_training(self, device: torch.device, facts: dict) -> None:
-        """Start the clock. `facts`, the resolved configuration with `flops_per_token`, go into the summary."""
+        """Start the clock. `facts`, the resolved configuration, go into the summary."""
         gpu_name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         self.facts = json.loads(finite_json(facts | {"gpu_name": gpu_name}))  # what JSON cannot hold shows now
         self.clock = Clock(device)
@@ -1534,14 +1504,14 @@ class Run:
         print(f"gpu: {gpu_name}\nstartup_seconds: {self.startup_seconds:.1f}", flush=True)
 
     def log_step(self, step: int, num_tokens: int, values: dict[str, torch.Tensor], more: dict) -> None:
-        """Mark the end of a step. `values`, tensors on the device with `train/loss` among them, are not
-        waited for: `progress` reads them and writes the step's line."""
+        """Mark the end of a step. `values`, tensors with `train/loss` among them, are not waited for:
+        `progress` reads them and writes the step's line."""
         self.clock.end_step(values)
         self.pending = step, num_tokens, more
 
     def progress(self) -> float:
-        """How much of the budget is used up, 0 to 1, by the steps logged so far. Waits for the last one and
-        appends it to METRICS_FILE. Raises FloatingPointError on a loss that is NaN or has exploded."""
+        """How much of the budget is used up, 0 to 1. Waits for the last step and appends it to
+        METRICS_FILE. Raises FloatingPointError on a loss that is NaN or has exploded."""
         if self.pending:
             self._write_step(*self.pending, self.clock.read_step())
             self.pending = None
@@ -1582,7 +1552,7 @@ class Run:
         return 100 * flops * tokens_per_second / peak if flops and peak else None
 
     def end_training(self, model: torch.nn.Module) -> dict:
-        """Save a checkpoint, so that a failed evaluation never costs the run. Returns the summary so far."""
+        """Save a checkpoint: a failed evaluation must not cost the run. Returns the summary so far."""
         self.training_seconds, step_ms = self.clock.seconds, statistics.median(self.step_ms)
         self._write_start(self.start)  # with what was imported meanwhile
         pauses_over = self.clock.paused_seconds - MAX_PAUSED_SHARE * TIME_BUDGET
@@ -1605,7 +1575,7 @@ class Run:
         temporary = Path(f"{CHECKPOINT_FILE}.tmp")
         try:
             torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
-        except (OSError, RuntimeError) as e:  # torch's own words for a full disk are about positions in the file
+        except (OSError, RuntimeError) as e:  # torch's words for a full disk are about positions
             temporary.unlink(missing_ok=True)
             free_mb = shutil.disk_usage(".").free >> 20
             raise SetupError(f"{CHECKPOINT_FILE} could not be written, {free_mb} MB are free: {e}") from e
@@ -1621,7 +1591,7 @@ class Run:
         if summary["train_sha256"] != self.program["train_sha256"]:
             raise SetupError(f"{CHECKPOINT_FILE} was written by another {self.script.name}: check that one out first")
         model.load_state_dict(stored["model"])
-        self.start = self.program | _read_json(Path(START_FILE)) | {"run_id": summary["run_id"]}
+        self.start = self.program | read_json(Path(START_FILE)) | {"run_id": summary["run_id"]}
         self.training_seconds = summary["training_seconds"]
         print(f"run {summary['run_id']}", flush=True)
         return summary
@@ -1671,7 +1641,7 @@ class Run:
 
 def describe_error(error: BaseException) -> str:
     text = str(error).strip() or "no message"
-    inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # what torch.compile's page of explanation is about
+    inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # of torch.compile
     first = inside[1] if inside else text.splitlines()[0]
     is_either = "CUDA error" in text and "memory access" not in text
     advice = " (this may be the machine's fault: run it once more)" if is_either else ""
@@ -1716,13 +1686,13 @@ MAX_FUSED_VOCAB = 2**15  # a row of logits has to fit into registers
 MAX_FUSED_CAP = 40.0  # exp(-2 cap), the least that a logit can add to the sum, has to be a number in fp32
 kernels_used: set[str] = set()  # in this process: what the log says of them is what has run
 
-# The compiler's cache knows an operator by its name, and keeps the gradient that was registered for it at the time. So
-# another prepare.py gets another cache, and so does every train.py with operators of its own (in `Run`).
+# The compiler's cache keeps the gradient that was registered for an operator's name, so another
+# prepare.py gets another cache; so does a train.py with operators of its own (in `Run`).
 torch.compiler.config.cache_key_tag = PREPARE_SHA256
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels below run here: they were written for Hopper (H100, H200) and measured there alone."""
+    """Whether the kernels run here: they were written for Hopper and measured there alone."""
     is_cuda = triton is not None and torch.version.cuda is not None and device.type == "cuda"
     return is_cuda and torch.cuda.is_available() and torch.cuda.get_device_properties(device).major == 9
 
@@ -1738,8 +1708,8 @@ def _are_plain(*linears: torch.nn.Module) -> bool:
 
 
 def _tiles(t: Tensor, rows: int, cols: int) -> object:
-    """A matrix, or (B, T, heads, D) as (B T, heads D), in tiles for Hopper's copy engine. What sticks out at the edges
-    is zero, and is not written. What the engine cannot read as it lies is copied."""
+    """A matrix, or (B, T, heads, D) as (B T, heads D), in tiles for Hopper's copy engine; copied
+    where the engine cannot read it as it lies. What sticks out at the edges is zero."""
     matrix = t if t.dim() == 2 else t.flatten(2).flatten(0, 1)
     is_apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.size(1)
     if not is_apart or (matrix.stride(0) * matrix.element_size()) % 16 or matrix.data_ptr() % 16:
@@ -1851,7 +1821,7 @@ _rotations: set[tuple[int, int]] = set()  # tables known to rotate, by where the
 
 
 def _check_rotation(cos: Tensor, sin: Tensor) -> None:
-    """The way back through `turn` takes for granted that it rotates. Looked at once: that waits for the GPU."""
+    """The way back through `turn` needs a rotation. Looked at once: that waits for the GPU."""
     if (place := (cos.data_ptr(), sin.data_ptr())) in _rotations:
         return
     (c1, c2), (s1, s2) = cos.chunk(2, -1), sin.chunk(2, -1)
@@ -2135,9 +2105,9 @@ def prepare(source: Path | None, num_shards: int, download_workers: int, text_ke
     if manifest:
         check_same_data(manifest, CLIMBMIX, {})  # before anything is downloaded
     shards = manifest.get("shards", {})
-    held = {name for name in shards if is_intact(name, shards[name])}
     wanted = {*shards, *(f"shard_{i:05d}.parquet" for i in numbers), VAL_FILENAME}
-    download_shards(sorted(wanted - held), DATA_DIR, download_workers)
+    missing = sorted(name for name in wanted if not is_intact(name, shards.get(name)))
+    download_shards(missing, DATA_DIR, download_workers)
     # Shards beyond the wanted ones are used too, as upstream uses whatever its folder holds.
     return encode_source(CLIMBMIX, {path.name: path for path in sorted(DATA_DIR.glob("shard_*.parquet"))})
 
@@ -2182,7 +2152,7 @@ def main() -> int:
     except KeyboardInterrupt:
         sys.stdout.flush()
         print("\nerror: interrupted; call again to go on from here", file=sys.stderr, flush=True)
-        os._exit(130)  # an ordinary exit would wait for download threads, and those for a silent server
+        os._exit(130)  # an ordinary exit would wait for download threads
     print(f"ready: {CACHE_DIR} holds {manifest['source']}, fingerprint {manifest['fingerprint']}")
     totals = {split: sum(shard[split]["tokens"] for shard in manifest["shards"].values()) for split in SPLITS}
     print(f"       {totals['train']:,} training tokens, {totals['val']:,} validation tokens")
