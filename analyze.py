@@ -815,8 +815,10 @@ def static_config(text: str) -> dict:
             found = {name: part.value for part in node.body if (name := config_constant(part))} | found
         elif isinstance(node, ast.Call) and name_of(node.func) in ("Config", "replace"):
             found |= {k.arg: k.value for k in node.keywords if k.arg and is_literal(k.value)}
-    values = {name: eval(ast.unparse(value), {"__builtins__": {}}) for name, value in found.items()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    known = {"__builtins__": {}, "DEMO": is_demo()}
+    values = {name: eval(ast.unparse(value), known) for name, value in found.items()}
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: value for name, value in values.items() if value is not None}  # None: resolved by the program
 
 
 def config_constant(node: ast.AST) -> str | None:
@@ -827,10 +829,10 @@ def config_constant(node: ast.AST) -> str | None:
 
 
 def is_literal(node: ast.AST) -> bool:
-    """Whether an expression is made of numbers and texts alone, like 2**19."""
-    operators = ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop
+    """Whether an expression is made of numbers and texts alone, like 2**19, or 4 if DEMO else 8."""
+    operators = ast.BinOp | ast.UnaryOp | ast.operator | ast.unaryop | ast.IfExp
     allowed = ast.Constant | ast.Tuple | ast.List | ast.expr_context | operators
-    return all(isinstance(part, allowed) for part in ast.walk(node))
+    return all(isinstance(part, allowed) or name_of(part) == "DEMO" for part in ast.walk(node))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1238,6 +1240,7 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
         "noise": describe_noise(noise),
         "replicates": [e.name for e in same],
         "reasons": [],
+        "undecided": [e.name for e in others if e.is_valid and e.status == "pending" and is_lower(e, this)],
     }
     if flaw := compute_flaw(this, facts):
         return verdict | flaw
@@ -1248,6 +1251,10 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
         return verdict | judge_replicate(this, entries, best, noise)
     verdict |= compare_with(verdict["mean"], len(seed_scores([this, *same])), best, noise)
     return verdict | decide(verdict["difference"], verdict["standard_errors"], noise, facts)
+
+
+def is_lower(e: Entry, this: Entry) -> bool:
+    return this.val_bpb is not None and e.group != this.group and e.val_bpb < this.val_bpb
 
 
 def judge_replicate(this: Entry, entries: list[Entry], best: Best, noise: Noise) -> dict:
@@ -1311,7 +1318,7 @@ def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text
     config, machine = {}, {}
     if mine and theirs:
         config = {k: [theirs.get(k), mine.get(k)] for k in theirs | mine if theirs.get(k) != mine.get(k)}
-    for key in MACHINE_KEYS if best else ():
+    for key in (*MACHINE_KEYS, "seed") if best else ():
         pair = [best.record.get(key), this.record.get(key)]
         if None not in pair and pair[0] != pair[1]:
             machine[key] = pair
@@ -1599,21 +1606,27 @@ def compute_gap(run: Run, others: list[Run]) -> dict | None:
     mine = training_and_gap(run)
     if mine is None:
         return None
-    theirs = [pair for r in others if (pair := training_and_gap(r))]
+    theirs = [found for r in others if (found := training_and_gap(r))]
     best = np.mean(theirs, axis=0).tolist() if theirs else None
     epochs = number(run.records[-1].get("train/epoch")) or 1.0
-    is_wide = mine[1] > GAP_SHARE * sum(mine)
+    training, gap, error = mine
+    is_wide = gap > GAP_SHARE * (training + gap) + 2 * error
     return {"this": mine, "best": best, "epochs": epochs, "is_overfitting": epochs > 1 and is_wide}
 
 
-def training_and_gap(run: Run) -> tuple[float, float] | None:
+def training_and_gap(run: Run) -> tuple[float, float, float] | None:
+    """Training loss, what validation loss has more, and the standard error that the scatter of the steps gives the
+    first. None below ten steps: their mean says nothing."""
     curve, val = run.curve, number(run.summary.get("val_bpb"))
     if curve is None or val is None or curve.bpb_per_nat is None:
         return None
-    end = curve.bounds[-1]
-    nats = curve.nats[-1] - np.interp(0.95 * end, curve.bounds, curve.nats)
-    training = float(curve.bpb_per_nat * nats / (0.05 * end))
-    return training, val - training
+    tail = curve.bounds >= 0.95 * curve.bounds[-1]
+    spans = np.diff(curve.bounds[tail])
+    if len(spans) < 10:
+        return None
+    losses = curve.bpb_per_nat * np.diff(curve.nats[tail]) / spans
+    training, error = float(np.average(losses, weights=spans)), float(losses.std(ddof=1)) / math.sqrt(len(losses))
+    return training, val - training, error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1970,8 +1983,8 @@ def compute_costs(runs: list[Run]) -> dict[str, float]:
 DECISIONS = {
     "keep": f"keep (`{FILE} keep`)",
     "discard": f"discard (`{FILE} discard`)",
-    "rerun": f"{AGAIN} (`{TRAIN}`): the idea was not tested",
-    "wait": f"{AGAIN} (`{TRAIN}`), once the machine is quiet",
+    "rerun": f"{AGAIN}: the idea was not tested",
+    "wait": f"{AGAIN}, once the machine is quiet",
 }
 KINDS = {
     "baseline": "Nothing to compare with yet. Run it once more (`uv run analyze.py rerun`) for the noise.",
@@ -1992,15 +2005,23 @@ def render_verdict(stats: dict) -> list[str]:
     lines += [f"Mind: {clip(remark, 220)}." for remark in find_remarks(stats)[:6]]
     if v["kind"] not in ("crash", "stopped", "invalid"):
         lines.append(f"Noise between seeds of one program: {v['noise']}.")
-    return [*lines, f"Decision: {DECISIONS[v['advice']]}"]
+    decision = f"Decision: {DECISIONS[v['advice']]}"
+    if v["advice"] in ("rerun", "wait"):
+        record = stats["record"]
+        offset = f"AUTORESEARCH_SEED_OFFSET={record['seed_offset']:.0f} " if record.get("seed_offset") else ""
+        decision += ", after a commit of this train.py" * ("-dirty" in record.get("name", ""))
+        decision += f" (`{offset}{TRAIN_BESIDE}`)"
+    return [*lines, decision]
 
 
 def find_remarks(stats: dict) -> list[str]:
     v, record = stats["verdict"], stats["record"]
     remarks = [*record.get("damage", [])]
     if v.get("best_is_slower"):
-        remarks.append(f"the machine is faster now: the same work took the best {v['best_is_slower']:.0%} "
-                       "longer; run the best again (`uv run analyze.py rerun`) before you believe a gain")
+        remarks.append(f"the machine is faster now: the same work took the best {1 + v['best_is_slower']:.2g} times "
+                       "as long; run the best again (`uv run analyze.py rerun`) before you believe a gain")
+    if v["undecided"]:
+        remarks.append(f"lower, and not decided yet: {', '.join(v['undecided'][:3])}")
     if v["best"] and not v["best_is_kept"]:
         remarks.append(f"nothing is kept yet: {v['best']}, the first valid run, stands in as the best")
     if over_s := (record.get("pace") or {}).get("pauses_over_s"):
@@ -2069,8 +2090,10 @@ def render_paired(paired: dict) -> list[str]:
     if any(w["is_repeat"] for w in paired["windows"]):
         lines.append("* a later epoch: text seen before, no measure of learning.")
     if paired["rates"]:
-        lines.append(f"Rates differ ({clip('; '.join(paired['rates'][:4]), 200)}): before the warm-down the "
-                     "difference misleads; believe the windows at equal progress within it.")
+        told, last = clip("; ".join(paired["rates"][:4]), 200), paired["windows"][-1]
+        is_told = last["at_progress"] is not None and not last["is_repeat"]
+        believe = "believe the windows at equal progress within it" if is_told else "here only the score can tell"
+        lines.append(f"Rates differ ({told}): before the warm-down the difference misleads; {believe}.")
     if paired["note"]:
         lines.append(f"Mind: {paired['note']}.")
     return lines
@@ -2078,10 +2101,11 @@ def render_paired(paired: dict) -> list[str]:
 
 def render_gap(gap: dict) -> list[str]:
     best = " (best {:.4f} and {:+.4f})".format(*gap["best"]) if gap["best"] else ""
-    lines = ["Training loss at the end {:.4f} bpb, validation {:+.4f} to it{}.".format(*gap["this"], best)]
+    training, behind, error = gap["this"]
+    lines = [f"Training loss at the end {training:.4f} bpb, validation {behind:+.4f} ± {error:.4f} to it{best}."]
     if gap["is_overfitting"]:
-        lines.append(f"**Over-fitting**: epoch {gap['epochs']:.0f}, and validation is left behind: more steps "
-                     "need not help.")
+        lines.append(f"**Over-fitting**: epoch {gap['epochs']:.0f}, and validation is left behind: more passes over "
+                     "this text need not help.")
     elif gap["epochs"] > 1:
         lines.append(f"The data were repeated: epoch {gap['epochs']:.0f} at the end.")
     return lines
@@ -2298,7 +2322,8 @@ def render_audit(archive: Path, base: Iterable[str], best: Iterable[str], won: f
         means.append(numbers(record.get("audit_bpb") for record in records).mean())
     gain = means[0] - means[1]
     if not math.isfinite(gain):
-        return "It is not confirmed: no text but the score's own was scored."
+        return ("It is not confirmed: no text but the score's own was scored, for want of validation text (twice "
+                "what a score takes is needed).")
     return (f"On validation text that no score used the gain is {gain:.6f}: the search may have fitted "
             f"{max(won - gain, 0):.6f} to the text of the score.")
 
@@ -2673,6 +2698,9 @@ def find_origin(run: Run, folder: Path) -> Origin:
     if not is_known:
         return Origin(f"unknown-{sha256(normal(text) or run.identity)[:7]}", None, text, "(no commit)")
     subject = one_line(git(folder, "log", "-1", "--format=%s", commit) or "") or "(commit not in this repository)"
+    files = ["train.py", *(run.start.get("modules") or {})]
+    if git(folder, "show", "-m", "--first-parent", "--format=", "--name-only", commit, "--", *files) == "":
+        subject = "train.py as it was"  # its subject is about something else
     if run.start.get("git_dirty") or (committed is not None and normal(text) != normal(committed)):
         return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)")
     return Origin(commit[:7], commit, text, subject)
@@ -2698,6 +2726,8 @@ def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
     had a score is filed again in its own folder, the record last. A kill in between is mended by
     the next call."""
     origin, old = find_origin(run, folder), book.find(run)
+    if origin.description == "train.py as it was" and not any(e.is_valid for e in book.entries):
+        origin = replace(origin, description="baseline")
     taken = {path.name for path in archive.iterdir()}
     name = old.name if old else first_free(origin.name, taken.__contains__, ".")
     run = replace(run, name=name, train_py=origin.train_py)
@@ -2848,6 +2878,8 @@ def describe_here(archive: Path, folder: Path, book: Book) -> tuple[str, str | N
         return "no run's outputs", None
     run, filed = runs[-1], book.find(runs[-1])
     run_id = run.run_id or "without an id"
+    if "demo" in run.start and run.start["demo"] != is_demo():
+        return f"run {run_id} is of {'a real archive' if is_demo() else 'the demo'}, and no part of this one", None
     if not is_news(run, filed):
         return describe_filed(filed, archive, folder, book)
     if failure := environment_failure(run):
@@ -3100,9 +3132,9 @@ def find_batch_fault(folder: Path, values: dict) -> list[str]:
     in plain numbers."""
     found = re.search(r"^MAX_SEQ_LEN = (?:(\d+) if DEMO else )?(\d+)", read_text(folder / "prepare.py") or "", re.M)
     total, rows = (number(values.get(key)) for key in ("total_batch_size", "device_batch_size"))
-    if not found or not total or not rows or is_demo():  # the demo has sizes of its own
+    if not found or not total or not rows:
         return []
-    tokens = rows * int(found[2])
+    tokens = rows * int(found[1] if found[1] and is_demo() else found[2])
     if total % tokens == 0:
         return []
     return [f"total_batch_size {total:.0f} is no multiple of {tokens:.0f}, the tokens of one pass"]
@@ -3367,7 +3399,7 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1])
-        raise AnalyzeError(f"the data are not ready: {said}; run `uv run prepare.py`, then this again")
+        raise AnalyzeError(f"the data are not ready: {said.removeprefix('prepare.SetupError: ')}; then call this again")
     print(f"{one_line(done.stdout)}\nnext, the baseline: {TRAIN_BESIDE}")
 
 
@@ -3416,9 +3448,17 @@ def command_new_archive(archive: Path, folder: Path) -> None:
     with locked(archive):
         if is_running(folder):
             raise AnalyzeError("a run is in progress here: wait for its end, or stop it")
+        book = load_book(archive)
+        for run in find_outputs(folder):
+            filed = book.find(run)
+            for path in run.files if filed and filed.is_valid else ():
+                path.unlink()  # the archive has it; left here, it would be the baseline of the next one
         aside = f"{archive.name}.{time.strftime('%Y-%m-%d')}"
         target = archive.with_name(first_free(aside, lambda name: archive.with_name(name).exists()))
         os.rename(archive, target)
+        if (target / "night.sh").exists():  # the README's script is no part of a search
+            archive.mkdir()
+            shutil.copy(target / "night.sh", archive)
     print(f"the archive so far is {target}, with its {INSIGHTS} and {QUEUE}; the next run begins a new one")
 
 

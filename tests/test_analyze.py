@@ -1253,7 +1253,7 @@ def test_start_makes_the_branch_and_the_two_files_and_may_be_repeated(lab):
     lab.git("switch", "-q", "main")
     assert "branch autoresearch/tag-2;" in lab.analyze("start", "tag")[1]
     (lab.folder / "prepare.py").write_text("raise SystemExit('error: nothing here')\n")
-    assert "error: the data are not ready: error: nothing here; run `uv run prepare.py`" in lab.analyze("start")[2]
+    assert "error: the data are not ready: error: nothing here; then call this again" in lab.analyze("start")[2]
 
 
 def test_rerun_puts_the_best_in_place_and_names_a_seed_that_it_has_not_had(lab):

@@ -396,7 +396,7 @@ def test_the_report_names_what_helped_most_first(tmp_path):
 def test_a_gain_that_no_other_text_confirms_is_said_not_to_be_confirmed(tmp_path):
     write_scores(tmp_path, {"a000000": 0.990, "c000000": None})
     opening = render_gain(tmp_path, night())
-    assert "It is not confirmed: no text but the score's own was scored." in opening
+    assert "It is not confirmed: no text but the score's own was scored, for want of validation" in opening
     assert "fitted" not in opening
 
 

@@ -230,14 +230,17 @@ def test_an_invalid_run_gives_its_reasons_and_is_never_said_to_be_counted():
         (entry("b", 0.9, "q", "pending"), {}, "keep (`uv run analyze.py keep`)"),
         (entry("b", 1.1, "q", "pending"), {}, "discard (`uv run analyze.py discard`)"),
         (entry("b", None, "q", "crash"), {"is_killed": True},
-         "train the same commit again (`uv run train.py > run.log 2>&1`): the idea was not tested"),
+         f"train the same commit again: the idea was not tested (`{analyze.TRAIN_BESIDE}`)"),
         (entry("b", 1.1, "q", "pending", hampered=["slow"]), {},
-         "train the same commit again (`uv run train.py > run.log 2>&1`), once the machine is quiet"),
+         f"train the same commit again, once the machine is quiet (`{analyze.TRAIN_BESIDE}`)"),
+        (entry("b-dirty", 1.1, "q", "pending", hampered=["slow"], seed_offset=2), {},
+         "train the same commit again, once the machine is quiet, after a commit of this train.py "
+         f"(`AUTORESEARCH_SEED_OFFSET=2 {analyze.TRAIN_BESIDE}`)"),
     ],
 )
 def test_the_last_line_of_the_verdict_is_the_decision_with_its_command(this, facts, decision):
     verdict = verdict_of(this, entry("a", 1.0, "p"), **facts)
-    stats = {"verdict": verdict, "record": this.record, "prediction": "", "crash": None}
+    stats = {"verdict": verdict, "record": this.record | {"name": this.name}, "prediction": "", "crash": None}
     assert analyze.render_verdict(stats)[-1] == f"Decision: {decision}"
 
 
@@ -420,8 +423,10 @@ def test_a_loss_that_is_no_number_ends_the_curve_there():
 def test_over_fitting_is_called_that_when_the_text_repeats_and_the_gap_opens():
     epochs = [1 + (i >= 350) for i in range(600)]
     gap = analyze.compute_gap(make_run(val=0.90, **{"train/epoch": epochs}), [make_run("best", val=0.78)])
-    assert sum(gap["this"]) == pytest.approx(0.90)
-    assert gap["best"] == pytest.approx([gap["this"][0], 0.78 - gap["this"][0]])
+    training, behind, error = gap["this"]
+    assert training + behind == pytest.approx(0.90)
+    assert gap["best"] == pytest.approx([training, 0.78 - training, error])
+    assert 0 < error < 0.01
     assert gap["is_overfitting"]
     assert not analyze.compute_gap(make_run(val=0.90), [])["is_overfitting"]  # one epoch
 
