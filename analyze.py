@@ -1915,7 +1915,7 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         verdict = compute_verdict(this, [*earlier, this], facts | {"is_unchanged": True})
         # From now on another run of that program.
         this = replace(this, record=this.record | {"program": best.record.get("program")})
-    own = None if verdict.get("difference") is None else this.val_bpb - verdict["best_mean"]
+    own = None if verdict["replicates"] else verdict.get("difference")  # of a repeat the subject expects nothing
     entries = [*earlier, this]
     return plain({
         "record": this.record,
@@ -2037,6 +2037,8 @@ def render_comparison(stats: dict) -> str:
     if v["kind"] == "crash":
         return f"{clip((stats['crash'] or {}).get('reason') or 'by hand', 200)}. Best so far: {best}"
     text = f"val_bpb {show(v['val_bpb'])}, best so far {best}"
+    if v["replicates"] and v["kind"] != "replicate" and "mean" in v:
+        text = f"val_bpb {show(v['mean'])} (mean of {1 + len(v['replicates'])} runs), best so far {best}"
     if v.get("difference") is not None:
         text += f", difference {v['difference']:+.6f}"
     if v.get("standard_error"):
@@ -2921,6 +2923,9 @@ def compute_next(archive: Path, folder: Path, book: Book) -> str:
         return BASELINE
     if sha256(text or "") not in {e.record.get("train_sha256") for e in book.entries}:
         return "train (this commit has no run)"
+    best = compute_best(book.entries)
+    if best and best.is_kept and sha256(text or "") != book.entry(best.name).record.get("train_sha256"):
+        return f"`{FILE} rerun` puts the best, {best.name}, here; then the next idea (program.md, step 8)"
     return "the next idea (program.md, step 8)"
 
 

@@ -103,10 +103,16 @@ def parse_seconds(value: str) -> float:
     return float(value)
 
 
+SETTINGS = ("CACHE", "DEMO", "SEED_OFFSET", "TIME_BUDGET")
 SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 DEMO = bool(read_setting("AUTORESEARCH_DEMO", SWITCH.__getitem__, "1 for the demo, 0 or nothing for a real run"))
 DEMO_BUDGET = read_setting("AUTORESEARCH_TIME_BUDGET", parse_seconds, "seconds of training, such as 30")
 SEED_OFFSET = read_setting("AUTORESEARCH_SEED_OFFSET", int, "a whole number, such as 1") or 0
+
+for name in os.environ:  # a slip of the keyboard would train all night with the default
+    if name.startswith("AUTORESEARCH_") and name.removeprefix("AUTORESEARCH_") not in SETTINGS:
+        sys.stderr.write(f"error: {name} is no setting; AUTORESEARCH_ goes on with {', '.join(SETTINGS)}\n")
+        sys.exit(2)
 
 MAX_SEQ_LEN = 256 if DEMO else 2048  # tokens of context
 TIME_BUDGET = (DEMO_BUDGET or 30.0) if DEMO else 300  # seconds of training

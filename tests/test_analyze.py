@@ -529,6 +529,66 @@ def test_a_new_archive_puts_the_old_one_aside_and_takes_the_run_that_did_not_fit
     assert "**BASELINE**: val_bpb 0.970000" in lab.analyze()[1]
 
 
+def test_a_new_archive_keeps_the_script_of_the_night_and_does_not_begin_with_a_run_of_the_old(lab):
+    lab.baseline()
+    (lab.archive / "night.sh").write_text("echo night\n")
+    lab.analyze("new-archive")
+    assert (lab.archive / "night.sh").read_text() == "echo night\n"
+    assert not (lab.folder / "run_summary.json").exists()
+    assert "no run's outputs in" in lab.analyze()[2]
+
+
+def test_the_demos_run_is_no_part_of_the_real_archive(lab):
+    lab.commit("baseline")
+    lab.train(1.6, start={"demo": True})
+    status = lab.analyze("status")[1]
+    assert "is of the demo, and no part of this one\n" in status
+    assert status.endswith("next: uv run analyze.py start\n")
+
+
+def test_a_commit_that_did_not_touch_the_program_does_not_name_its_run(lab):
+    lab.commit("first")
+    (lab.folder / "notes.txt").write_text("notes\n")
+    lab.git("add", "notes.txt")
+    lab.git("commit", "-qm", "notes")
+    lab.train(0.998)
+    lab.analyze()
+    lab.analyze("keep")
+    lab.train(0.9981, start={"seed_offset": 1}, config={"seed": 43})
+    lab.analyze()
+    entries = analyze.load_book(lab.archive).entries
+    assert [e.description for e in entries] == ["baseline", "train.py as it was"]
+    assert "- `seed`: 42 -> 43\n" in (lab.archive / entries[1].name / "analysis.md").read_text()
+
+
+def test_an_undecided_run_that_scored_lower_is_named(lab):
+    lab.baseline()
+    lower = lab.commit("depth 9", variant(depth=9))
+    lab.train(0.98, config={"depth": 9})
+    lab.analyze()
+    lab.commit("depth 10", variant(depth=10))
+    lab.train(0.99, config={"depth": 10})
+    assert f"Mind: lower, and not decided yet: {lower}.\n" in lab.analyze()[1]
+
+
+def test_where_the_best_is_anothers_program_it_is_to_be_brought_here(lab):
+    base = lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    lab.train(0.9979, config={"depth": 9})
+    lab.analyze()
+    lab.analyze("keep")
+    lab.train(1.1, config={"depth": 9}, start={"seed_offset": 1})  # with its second run it is the best no more
+    lab.analyze()
+    lab.analyze("keep")
+    says = f"next: `uv run analyze.py rerun` puts the best, {base}, here; then the next idea (program.md, step 8)\n"
+    assert lab.analyze("status")[1].endswith(says)
+
+
+def test_knobs_that_the_demo_has_otherwise_are_read_before_the_run():
+    text = "class Config:\n    depth: int = 4 if DEMO else 8\n    kv: int | None = None\n    rows: int = 2**3\n"
+    assert analyze.static_config(text) == {"depth": 8, "rows": 8}
+
+
 def test_a_crash_never_inherits_a_score_nor_counts_as_a_number(lab):
     lab.baseline()
     lab.commit("depth 9", variant(depth=9))

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -779,6 +780,14 @@ def test_without_a_gpu_the_demo_is_pointed_out(monkeypatch):
     reason = r"no CUDA GPU found: The driver is too old \(torch 2\S+ is built for \w+"
     with pytest.raises(prepare.SetupError, match=f"{reason}.+driver 580.+{demo}"):
         prepare.get_device()
+
+
+def test_a_setting_that_does_not_exist_is_refused():
+    code = [sys.executable, "-c", "import prepare"]
+    done = subprocess.run(code, cwd=ROOT, env=os.environ | {"AUTORESEARCH_DEM": "1"}, capture_output=True, text=True)
+    settings = "CACHE, DEMO, SEED_OFFSET, TIME_BUDGET"
+    assert done.stderr == f"error: AUTORESEARCH_DEM is no setting; AUTORESEARCH_ goes on with {settings}\n"
+    assert done.returncode == 2
 
 
 def test_a_shorter_budget_is_for_the_demo_alone(work, capsys, monkeypatch):
