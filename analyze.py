@@ -950,7 +950,7 @@ def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
         "program": program_hash(run.train_py, modules=modules),
         "program_and_seed": program_hash(run.train_py, hide_seed=False, modules=modules),
         "code": program_hash(run.train_py, modules=modules, hide_config=True),
-        "seed": number(s.get("seed")),
+        "seed": s.get("seed") if number(s.get("seed")) is not None else None,
         "seed_offset": number(run.first_of("seed_offset")),
         **compute_comparable(run),
         **{key: s.get(key) for key in MACHINE_KEYS},
