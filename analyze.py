@@ -2235,10 +2235,15 @@ def is_outside_noise(e: Entry) -> bool:
 
 
 def compute_tried(entries: list[Entry]) -> list[Entry]:
-    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Of
-    replicates the last one speaks: its verdict is on all of them."""
-    last = {e.group: e for e in entries if verdict_of(e).get("kind") in TRIED}
-    return sorted(last.values(), key=lambda e: (not is_outside_noise(e), verdict_of(e)["difference"]))
+    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Of replicates the last
+    one speaks, whose verdict is on all of them, but against the best that the idea was built on."""
+    spoken: dict[tuple, Entry] = {}
+    for e in entries:
+        if verdict_of(e).get("kind") in TRIED:
+            first = spoken.setdefault(e.group, e)
+            if verdict_of(e).get("best") == verdict_of(first).get("best"):
+                spoken[e.group] = e
+    return sorted(spoken.values(), key=lambda e: (not is_outside_noise(e), verdict_of(e)["difference"]))
 
 
 def show_outcome(e: Entry) -> str:

@@ -1,5 +1,6 @@
 """The pictures by what is drawn, the morning's pages word for word: hand-made runs and small archives."""
 
+import dataclasses
 import json
 import math
 import re
@@ -303,6 +304,15 @@ def test_a_page_says_what_was_expected_and_what_came():
     assert told == "Expected -0.0060, came -0.0004 ± 0.0009."
     assert analyze.render_prediction(night()[1], None, None) == ""
     assert analyze.render_prediction(night()[0], -0.0004, 0.0009) == ""
+
+
+def test_an_effect_is_that_against_the_best_on_which_the_idea_was_built():
+    first, idea, *_ = night()
+    runs = []
+    for name, best, difference in (("b0", "a000000", -0.008), ("b1", "a000000", -0.007), ("b2", "c000000", 0.001)):
+        verdict = idea.stats["verdict"] | {"best": best, "difference": difference}
+        runs.append(dataclasses.replace(idea, name=name, stats=idea.stats | {"verdict": verdict}))
+    assert [e.name for e in analyze.compute_tried([first, *runs])] == ["b1"]
 
 
 def test_the_history_says_how_well_the_author_predicts():
