@@ -501,6 +501,9 @@ def load_folder(folder: Path, name: str = "", files: Iterable[str] | None = None
     log = printable(read_log(own[LOG])) if LOG in own else None
     if not summary and (summary := parse_closing_block(log)):  # a program that writes none, or one that was lost
         damage.append(f"{SUMMARY} is missing: the closing block of {LOG} stands in")
+    if not summary and LOG not in own and number(evaluation.get("val_bpb")):
+        summary = {"val_bpb": evaluation["val_bpb"]}  # the next start has taken the log, which had the rest
+        damage.append(f"{SUMMARY} is missing: {EVAL} stands in")
     records, bad_lines = parse_metrics(read_text(own[METRICS])) if METRICS in own else ([], [])
     train_py = start.get("train_py") or (read_text(own["train.py"]) if "train.py" in own else None)
     remarks = (*damage, *bad_lines)

@@ -589,6 +589,42 @@ def test_knobs_that_the_demo_has_otherwise_are_read_before_the_run():
     assert analyze.static_config(text) == {"depth": 8, "rows": 8}
 
 
+def test_a_run_that_left_only_its_evaluation_is_filed_with_its_score(lab):
+    lab.commit("another program")
+    lab.train(0.9)
+    away = lab.archive / "unfiled" / "r1"
+    away.mkdir(parents=True)
+    for name in ("run_start.json", "metrics.jsonl", "eval_record.json"):
+        (lab.folder / name).rename(away / name)
+    for name in ("run_summary.json", "run.log"):
+        (lab.folder / name).unlink()
+    lab.analyze()
+    (filed,) = analyze.load_book(lab.archive).entries
+    assert (filed.val_bpb, filed.status) == (0.9, "pending")
+    assert "run_summary.json is missing: eval_record.json stands in" in filed.record["damage"]
+
+
+def test_a_score_without_its_evaluation_record_is_invalid(lab):
+    lab.commit("baseline")
+    lab.train(0.9)
+    (lab.folder / "eval_record.json").unlink()
+    assert "- no readable eval_record.json: the score did not come from evaluate_bpb; call it, once" in lab.analyze()[1]
+
+
+def test_a_byte_order_mark_in_the_archives_facts_does_no_harm(lab):
+    lab.baseline()
+    path = lab.archive / "archive.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    lab.train(0.97, time_budget=600)
+    assert "the time budget is not what this archive began with" in lab.analyze()[1]
+
+
+def test_a_clock_that_stood_still_for_long_is_said(lab):
+    lab.commit("baseline")
+    lab.train(0.9, config={"pauses_over": 12.4})
+    assert "Mind: the clock stood still for 12 s more than looks at the layers need.\n" in lab.analyze()[1]
+
+
 def test_a_crash_never_inherits_a_score_nor_counts_as_a_number(lab):
     lab.baseline()
     lab.commit("depth 9", variant(depth=9))
