@@ -1060,7 +1060,7 @@ def compute_crash(run: Run) -> dict:
     reason = next((found[-1] for found in (inner, said, raised) if found), None)
     cause, helps = find_cause(reason)
     return {
-        "reason": reason or ("the log just stops: killed" if lines else "no log was kept"),
+        "reason": reason or ("the log just stops: killed" if lines else f"no {LOG}: started without `> {LOG} 2>&1`?"),
         "exception": raised[-1] if raised and raised[-1] not in (reason or "") and not inner else None,
         "frames": find_frames(lines, run.start.get("modules") or {}),
         "cause": cause,
@@ -2176,7 +2176,8 @@ def render_analysis(stats: dict, pictures: list[str]) -> str:
         ("History", stats["history"] and [*render_history(stats["history"]), stats["calibration"]]),
         ("Data", [f"Pictures: {', '.join(pictures) or 'none'}; numbers: stats.json and load_run().", *failed]),
     )
-    lines = [f"# {stats['record']['name']}: {clip(stats['description'], 100)}"]
+    demo = "demo run " * bool(stats["record"].get("demo"))
+    lines = [f"# {demo}{stats['record']['name']}: {clip(stats['description'], 100)}"]
     for heading, told in sections:
         if told:
             lines += ["", f"## {heading}", *(clip(one_line(line), 400) for line in told if line)]

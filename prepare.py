@@ -1612,6 +1612,8 @@ class Run:
         write_atomic(Path(SUMMARY_FILE), finite_json(summary, indent=2) + "\n")
         self.start.pop("ended", None)  # of the evaluation that failed before this one
         self._write_start(self.start)
+        if DEMO:
+            print("The demo's score, which compares with none of a real run:")
         print("---")
         for key, decimals in CLOSING_BLOCK.items():
             value = summary.get(key)

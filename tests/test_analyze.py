@@ -543,6 +543,9 @@ def test_the_demos_run_is_no_part_of_the_real_archive(lab):
     lab.train(1.6, start={"demo": True})
     status = lab.analyze("status")[1]
     assert "is of the demo, and no part of this one\n" in status
+    assert lab.analyze()[0] == 0
+    (page,) = (lab.archive / "demo").glob("*/analysis.md")
+    assert page.read_text().startswith(f"# demo run {page.parent.name}: ")
     assert status.endswith("next: uv run analyze.py start\n")
 
 
