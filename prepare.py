@@ -59,6 +59,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import tokenize
 import traceback
 from bisect import bisect_right, insort
 from collections import deque
@@ -1150,17 +1151,33 @@ MEASURED = (
 
 @functools.cache
 def measurement_sha256(source: bytes = PREPARE_SOURCE) -> str:
-    """Of the code behind MEASURED, without comments, docstrings and layout."""
-    found = []
+    """Of the code behind MEASURED, without comments, docstrings and layout: where it is the same, results
+    compare. Of its tokens, which all versions of Python read alike; a syntax tree they print differently."""
+    lines, found = source.decode().splitlines(), []
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
         if getattr(target, "id", getattr(target, "name", "")) not in MEASURED:
             continue
         for inner in ast.walk(node):
             if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None:
-                inner.body.pop(0)
-        found.append(ast.unparse(node))
+                first, last = inner.body[0].lineno - 1, inner.body[0].end_lineno
+                lines[first:last] = [""] * (last - first)
+        found.append(code_without_layout("\n".join(lines[node.lineno - 1 : node.end_lineno]) + "\n"))
     return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
+
+
+def code_without_layout(code: str) -> str:
+    """Its statements, a line each behind the column at which it begins, without comments and blanks."""
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    text, is_first = "", True
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type in layout:
+            continue
+        if is_first:
+            text += f"\n{token.start[1]} "
+        is_first = token.type == tokenize.NEWLINE
+        text += "".join(token.string.split())
+    return text
 
 
 # Peak dense bf16 rates in TFLOP/s, from the vendor's data sheets, by the whole name that torch gives.

@@ -422,6 +422,9 @@ def test_the_measurement_is_its_code_not_its_comments():
     hashes = {prepare.measurement_sha256(text.encode()) for text in other}
     assert len(hashes - {prepare.measurement_sha256()}) == len(other)
     assert all(hasattr(prepare, name) for name in prepare.MEASURED)
+    # As every version of Python reads it: 3.12 takes an f-string apart.
+    code = 'if x:  # why\n    y = f"a {b!r:>3}"\n\nz = (1,\n     2)\n'
+    assert prepare.code_without_layout(code) == '\n0 ifx:\n4 y=f"a{b!r:>3}"\n0 z=(1,2)'
 
 
 def test_scoring_leaves_the_random_state_alone(scoring):
