@@ -774,7 +774,7 @@ def functional(source: str, *without: ast.NodeTransformer) -> str:
                 node.body = node.body[has_docstring:] or [ast.Pass()]
         for transformer in without:
             tree = transformer.visit(tree)
-        return ast.unparse(tree)
+        return ast.unparse(tree).replace("'", '"')  # in f-strings, 3.12 has other quotes than 3.11
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "not a program\n" + source
 
