@@ -1712,7 +1712,7 @@ def find_slowness(this: Entry, timed: list[Entry]) -> list[str]:
     slower = step_ms / float(np.median([e.record["step_ms"] for e in known or peers]))
     witnesses = compute_witnesses(this.record.get("pace") or {}, peers)
     bar = SLOWER_ALIKE if witnesses else SLOWER_ALONE
-    if slower - 1 <= (SLOWER_SAME if known else bar):
+    if slower - 1 <= (SLOWER_SAME if known and this.record.get("gpu_name") else bar):  # a processor is never as steady
         return []
     is_confirmed = any(abs(e.record["step_ms"] / step_ms - 1) < SLOWER_SAME for e in same)
     if is_confirmed and not witnesses:
