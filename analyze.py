@@ -78,8 +78,7 @@ PAGE_LINES, PAGE_BYTES = 60, 5000
 # five minutes. It counts as two degrees of freedom.
 PRIOR_SIGMA = 0.001
 PRIOR_WEIGHT = 2
-# In standard errors of the difference to the best, as tests/bench_nights.py found them to gain
-# most.
+# In standard errors of the difference to the best; tests/bench_nights.py found these to gain most.
 KEEP_ERRORS, KEEP_ERRORS_WITH_CODE, GAIN_ERRORS = 0.5, 1.0, 2.0
 RERUN_EVERY = 15  # runs, after which the best is run again: the lowest of many noisy scores reads too low
 DWARFING = 0.12  # of the budget: what pictures leave off the scale, because it would flatten the rest
@@ -1107,8 +1106,7 @@ def find_frames(lines: list[str], modules: dict) -> list[str]:
 
 # Two runs can be compared where none of these is known to differ.
 KIND_KEYS = ("time_budget", "data_fingerprint", "eval_tokens", "measurement_sha256", "demo", "gpu_name")
-# Student's t, two-sided 95 %, by degrees of freedom: the bar where no prior supports a measured
-# sigma.
+# Student's t, two-sided 95 %, by degrees of freedom: the bar where sigma has no prior.
 STUDENT_T = {1: 12.7, 2: 4.3, 3: 3.2, 4: 2.8, 5: 2.6, 6: 2.4, 7: 2.4, 8: 2.3, 9: 2.3}
 
 
@@ -1618,8 +1616,8 @@ def compute_gap(run: Run, others: list[Run]) -> dict | None:
 
 
 def training_and_gap(run: Run) -> tuple[float, float, float] | None:
-    """Training loss, what validation loss has more, and the standard error that the scatter of the steps gives the
-    first. None below ten steps: their mean says nothing."""
+    """Training loss, what validation loss has more, and the standard error that the scatter of the steps (or their
+    micro-batches) gives the first. None below ten of them: their mean says nothing."""
     curve, val = run.curve, number(run.summary.get("val_bpb"))
     if curve is None or val is None or curve.bpb_per_nat is None:
         return None
@@ -1841,7 +1839,8 @@ def compute_history(entries: list[Entry]) -> dict:
     An idea is a program with a score that counts, from its first run on: neither a replicate nor a
     crash nor a hampered run tells of another."""
     alike = comparable(entries)
-    best, groups, lineage = compute_best(alike), compute_groups(alike), compute_lineage(alike)
+    best, groups = compute_best(alike), compute_groups(alike)
+    lineage = compute_lineage(alike, groups)
     gain = lineage[0][1] - best.mean if lineage else None
     optimism = compute_optimism(best, alike, compute_noise(alike)) if gain else 0.0
     starts = [t for e in entries if (t := e.record.get("started_unix"))]
@@ -1861,9 +1860,9 @@ def compute_history(entries: list[Entry]) -> dict:
     }
 
 
-def compute_lineage(entries: list[Entry]) -> list[list]:
+def compute_lineage(entries: list[Entry], groups: dict[tuple, list[Entry]]) -> list[list]:
     """Name, mean and description of each program that was kept, in order."""
-    groups, lineage = compute_groups(entries), {}
+    lineage: dict[tuple, list] = {}
     for e in entries:
         if e.status == "keep" and e.is_valid and e.group not in lineage:
             lineage[e.group] = [e.name, mean_bpb(groups[e.group]), e.description]
@@ -1882,8 +1881,7 @@ def compute_optimism(best: Best, entries: list[Entry], noise: Noise) -> float:
     error = (noise.sigma or 0.0) / math.sqrt(best.num_seeds)
     means = [mean_bpb(group) for group in compute_groups(entries).values()]
     num_near = max(sum(mean < best.mean + 2 * error for mean in means), 1)
-    # Blom (1958): the expected maximum of k normals is near the quantile of (k - 0.375) / (k +
-    # 0.25).
+    # Blom (1958): the expected maximum of k normals is near the quantile (k - 0.375) / (k + 0.25).
     return error * NormalDist().inv_cdf((num_near - 0.375) / (num_near + 0.25))
 
 
@@ -2699,6 +2697,9 @@ def is_starting(folder: Path) -> bool:
     return abs(time.time() - (folder / LOG).stat().st_mtime) < STARTING_S
 
 
+UNCHANGED = "train.py as it was"  # the description of a run whose commit did not touch its program
+
+
 def find_origin(run: Run, folder: Path) -> Origin:
     """What a run says it was trained from. Never HEAD by default."""
     head = (git(folder, "rev-parse", "HEAD") or "").strip()
@@ -2711,7 +2712,7 @@ def find_origin(run: Run, folder: Path) -> Origin:
     subject = one_line(git(folder, "log", "-1", "--format=%s", commit) or "") or "(commit not in this repository)"
     files = ["train.py", *(run.start.get("modules") or {})]
     if git(folder, "show", "-m", "--first-parent", "--format=", "--name-only", commit, "--", *files) == "":
-        subject = "train.py as it was"  # its subject is about something else
+        subject = UNCHANGED  # its own subject is about something else
     if run.start.get("git_dirty") or (committed is not None and normal(text) != normal(committed)):
         return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)")
     return Origin(commit[:7], commit, text, subject)
@@ -2737,7 +2738,7 @@ def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
     had a score is filed again in its own folder, the record last. A kill in between is mended by
     the next call."""
     origin, old = find_origin(run, folder), book.find(run)
-    if origin.description == "train.py as it was" and not any(e.is_valid for e in book.entries):
+    if origin.description == UNCHANGED and not any(e.is_valid for e in book.entries):
         origin = replace(origin, description="baseline")
     taken = {path.name for path in archive.iterdir()}
     name = old.name if old else first_free(origin.name, taken.__contains__, ".")
@@ -3464,9 +3465,9 @@ def command_new_archive(archive: Path, folder: Path) -> None:
             raise AnalyzeError("a run is in progress here: wait for its end, or stop it")
         book = load_book(archive)
         for run in find_outputs(folder):
-            filed = book.find(run)
-            for path in run.files if filed and filed.is_valid else ():
-                path.unlink()  # the archive has it; left here, it would be the baseline of the next one
+            if (filed := book.find(run)) and filed.is_valid:  # left here, it would be the next one's baseline
+                for path in run.files:
+                    path.unlink()
         aside = f"{archive.name}.{time.strftime('%Y-%m-%d')}"
         target = archive.with_name(first_free(aside, lambda name: archive.with_name(name).exists()))
         os.rename(archive, target)

@@ -188,11 +188,16 @@ def sha256_file(path: Path) -> str:
 def finite_json(value: object, indent: int | None = None) -> str:
     """JSON that any parser reads: NaN and infinity are null, what JSON lacks is text."""
 
-    def known(v):
-        return v.tolist() if isinstance(v, torch.Tensor | np.ndarray | np.generic) else str(v)
+    def clean(v):
+        if isinstance(v, torch.Tensor | np.ndarray | np.generic):
+            v = v.tolist()
+        if isinstance(v, float):
+            return v if math.isfinite(v) else None
+        if isinstance(v, dict):
+            return {str(key): clean(item) for key, item in v.items()}
+        return [clean(item) for item in v] if isinstance(v, list | tuple) else v
 
-    plain = json.loads(json.dumps(value, default=known), parse_constant=lambda _: None)
-    return json.dumps(plain, indent=indent)
+    return json.dumps(clean(value), indent=indent, allow_nan=False, default=str)
 
 
 def read_json(path: Path) -> dict:
