@@ -73,6 +73,9 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"
 STATUSES = ("pending", "keep", "discard", "crash", "invalid")
 NOTES_HEADING = "## Agent Investigation Notes"
 PAGE_LINES, PAGE_BYTES = 60, 5000
+# Raise it where a record's keys or hashes come to mean something else: records of another format are made anew.
+# Python 3.10 prints the programs that are hashed otherwise than its successors.
+RECORD_FORMAT = "2" + " of Python 3.10" * (sys.version_info < (3, 11))
 
 # Public logs of this experiment on H100 and H200 show 0.0005 to 0.0014 bpb between seeds in runs of
 # five minutes. It counts as two degrees of freedom.
@@ -636,8 +639,9 @@ def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, d
     no second run."""
     records = {}
     for folder in run_folders(archive):
-        record = read_stats(folder).get("record")
-        records[folder.name] = record or compute_record(load_folder(folder, folder.name), facts, Origin(folder.name))
+        record = read_stats(folder).get("record") or {}
+        is_current = record.get("format") == RECORD_FORMAT
+        records[folder.name] = record if is_current else renew_record(folder, record, facts)
     names: dict[str, str] = {}
     for name in sorted(records, key=lambda name: records[name].get("name", name) != name):
         first = names.setdefault(records[name]["identity"], name)
@@ -645,6 +649,13 @@ def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, d
             problems.append(f"{name} is a copy of {first}: left out")
             del records[name]
     return records
+
+
+def renew_record(folder: Path, old: dict, facts: dict) -> dict:
+    """A record worked out again from the run's files, with what only the old one (if any) knows."""
+    origin = Origin(folder.name, old.get("git_commit"), description=old.get("description") or "")
+    kept = {key: old[key] for key in ("name", "folder", "status", "built_on") if key in old}
+    return compute_record(load_folder(folder, folder.name), facts, origin) | kept
 
 
 def load_book(archive: Path) -> Book:
@@ -850,6 +861,7 @@ class Origin:
     commit: str | None = None
     train_py: str | None = None
     description: str = ""
+    parent_py: str | None = None  # train.py of the commit before
 
 
 def compute_comparable(run: Run) -> dict:
@@ -936,11 +948,13 @@ def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
     modules = run.start.get("modules") or {}
     started, elapsed_s = run_start_unix(run), number(s.get("total_seconds")) or compute_elapsed(run)
     return {
+        "format": RECORD_FORMAT,
         "identity": run.identity,
         "name": run.name,
         "folder": str(run.path),
         "description": origin.description,
         "git_commit": origin.commit or run.first_of("git_commit"),
+        "built_on": sha256(normal(origin.parent_py)) if origin.parent_py else None,
         "started_unix": started,
         "ended_unix": started + elapsed_s if started and elapsed_s else None,
         **compute_ending(run),
@@ -1491,9 +1505,8 @@ def compute_paired(this: Run, others: list[Run]) -> dict | None:
     if kappa is None or len(blocks) <= MIN_BLOCKS:
         few = f"{max(len(blocks) - 1, 0)} steps in common, and {MIN_BLOCKS} are needed"
         return paired | {"note": few if end else note}
-    *windows, last = compute_windows(mine, theirs, blocks, kappa)
-    # The nearest the curve comes to the score, but on text seen before it measures memory.
-    summary = None if last["is_repeat"] or last["at_progress"] is None else last
+    windows = compute_windows(mine, theirs, blocks, kappa)
+    summary = compute_summary(windows[-SUMMARY_WINDOWS:])
     rates = compute_rate_changes(this, others[0])
     return paired | {"note": note, "windows": windows, "summary": summary, "rates": rates}
 
@@ -1517,7 +1530,7 @@ def common_blocks(curves: list[Curve], end: float) -> np.ndarray:
 
 
 def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa: float) -> list[dict]:
-    """NUM_WINDOWS windows, and behind them the summary: the last SUMMARY_WINDOWS of them as one."""
+    """NUM_WINDOWS windows of equally many tokens."""
     spans, middles = np.diff(blocks), (blocks[1:] + blocks[:-1]) / 2
     losses = [np.diff(np.interp(blocks, c.bounds, c.nats)) / spans for c in (mine, *theirs)]
     differences = losses[0] - np.mean(losses[1:], axis=0)
@@ -1525,7 +1538,7 @@ def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa:
     pieces = [slice(a, b) for a, b in itertools.pairwise(edges)]
     inflation = inflation_of([detrended(middles[p], differences[p]) for p in pieces])
     windows = []
-    for p in [*pieces, slice(edges[-1 - SUMMARY_WINDOWS], edges[-1])]:
+    for p in pieces:
         first, last = float(blocks[p.start]), float(blocks[p.stop])
         scatter = detrended(middles[p], differences[p])
         difference = float(np.average(differences[p], weights=spans[p]))
@@ -1542,6 +1555,18 @@ def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa:
             "is_repeat": any(np.interp(last, 1e6 * c.tokens_m, c.epoch) > 1 for c in (mine, *theirs)),
         })
     return windows
+
+
+def compute_summary(windows: list[dict]) -> dict | None:
+    """The mean of these windows, the nearest the curve comes to the score; their errors are taken for independent.
+    None where a text was seen before, on which it measures memory."""
+    if any(w["is_repeat"] or w["at_progress"] is None for w in windows):
+        return None
+    return {
+        "from_m": windows[0]["from_m"],
+        "at_progress": float(np.mean([w["at_progress"] for w in windows])),
+        "at_progress_error": math.sqrt(sum(w["at_progress_error"] ** 2 for w in windows)) / len(windows),
+    }
 
 
 def detrended(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -1612,7 +1637,9 @@ def compute_gap(run: Run, others: list[Run]) -> dict | None:
     epochs = number(run.records[-1].get("train/epoch")) or 1.0
     training, gap, error = mine
     is_wide = gap > GAP_SHARE * (training + gap) + 2 * error
-    return {"this": mine, "best": best, "epochs": epochs, "is_overfitting": epochs > 1 and is_wide}
+    first = run.curve.tokens_m[run.curve.epoch == 1]  # packing leaves out what overhangs a row: less than there is
+    epoch_m = float(first[-1]) if epochs > 1 and len(first) else None
+    return {"this": mine, "best": best, "epochs": epochs, "epoch_m": epoch_m, "is_overfitting": epochs > 1 and is_wide}
 
 
 def training_and_gap(run: Run) -> tuple[float, float, float] | None:
@@ -1916,23 +1943,40 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         verdict = compute_verdict(this, [*earlier, this], facts | {"is_unchanged": True})
         # From now on another run of that program.
         this = replace(this, record=this.record | {"program": best.record.get("program")})
-    own = None if verdict["replicates"] else verdict.get("difference")  # of a repeat the subject expects nothing
     entries = [*earlier, this]
+    effect = compute_effect(this, entries, best, verdict)
     return plain({
         "record": this.record,
         "description": this.description,
         "verdict": verdict | {"best_is_slower": best and compute_best_pace(this, best)},
         "crash": crash,
         "changes": changes,
+        "effect": effect,
         "paired": paired,
         "gap": attempt("gap", lambda: compute_gap(run, best_runs)),
         "cost": {"this": compute_costs([run]), "best": compute_costs(best_runs)},
         "layers": attempt("layers", lambda: compute_layers(run, best_run)),
-        "prediction": render_prediction(this, own, verdict.get("standard_error")),
+        "prediction": "" if verdict["replicates"] else render_prediction(this, effect),
         "history": attempt("history", lambda: compute_history(entries)),
         "calibration": render_calibration(entries),
         "failed": failed,
     })
+
+
+def compute_effect(this: Entry, entries: list[Entry], best: Entry | None, verdict: dict) -> dict | None:
+    """What an idea brought against the program that it was built on, that of the commit before. Mostly this is the
+    best; where agents share an archive, another may have found a better one meanwhile. None for what is no idea."""
+    if best is None or verdict["kind"] not in TRIED:
+        return None
+    others = [e for e in comparable(entries, this) if e.is_valid and e.name != this.name]
+    bases = [e for e in others if e.record.get("train_sha256") == this.record.get("built_on")]
+    base = best if verdict["replicates"] or not bases or bases[-1].group == best.group else bases[-1]
+    told = {key: verdict[key] for key in ("difference", "standard_error", "standard_errors")}
+    if base is not best:
+        group = compute_groups(others)[base.group]
+        reference = Best(base.name, mean_bpb(group), (), base.group, True, len(seed_scores(group)))
+        told = compare_with(verdict["mean"], 1, reference, compute_noise(others))
+    return {"against": base.name, **told, "config": compute_changes(this, None, base, None)["config"]}
 
 
 FREE_LINES = 3  # a program that is longer by no more than these has not become more complex
@@ -2002,6 +2046,9 @@ def render_verdict(stats: dict) -> list[str]:
     lines = [f"**{v['kind'].upper()}**{what}: {render_comparison(stats)}."]
     lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
     lines += render_replicates(v)
+    effect = stats.get("effect")
+    if effect and effect["against"] != v["best"]:
+        lines.append(f"Built on {effect['against']}: {show_effect(effect)} bpb against that one.")
     lines += [line for line in (KINDS.get(v["kind"]), stats["prediction"]) if line]
     lines += [f"Mind: {clip(remark, 220)}." for remark in find_remarks(stats)[:6]]
     if v["kind"] not in ("crash", "stopped", "invalid"):
@@ -2089,7 +2136,7 @@ def render_paired(paired: dict) -> list[str]:
                      f"| {moved} |")
     if s := paired["summary"]:
         lines.append(f"From {s['from_m']:.4g} M tokens on, at equal progress: **{s['at_progress']:+.5f} ± "
-                     f"{s['at_progress_error']:.5f} bpb**; another seed moves this as it moves the score.")
+                     f"{s['at_progress_error']:.5f} bpb**; the ± leaves out what another seed would change.")
     if any(w["is_repeat"] for w in paired["windows"]):
         lines.append("* a later epoch: text seen before, no measure of learning.")
     if paired["rates"]:
@@ -2106,11 +2153,11 @@ def render_gap(gap: dict) -> list[str]:
     best = " (best {:.4f} and {:+.4f})".format(*gap["best"]) if gap["best"] else ""
     training, behind, error = gap["this"]
     lines = [f"Training loss at the end {training:.4f} bpb, validation {behind:+.4f} ± {error:.4f} to it{best}."]
+    epoch = f"epoch {gap['epochs']:.0f}, of about {show(gap['epoch_m'], '.3g')} M packed tokens each"
     if gap["is_overfitting"]:
-        lines.append(f"**Over-fitting**: epoch {gap['epochs']:.0f}, and validation is left behind: more passes over "
-                     "this text need not help.")
+        lines.append(f"**Over-fitting**: {epoch}, and validation is left behind: more passes need not help.")
     elif gap["epochs"] > 1:
-        lines.append(f"The data were repeated: epoch {gap['epochs']:.0f} at the end.")
+        lines.append(f"The data were repeated: the end was in {epoch}.")
     return lines
 
 
@@ -2179,9 +2226,10 @@ def render_analysis(stats: dict, pictures: list[str]) -> str:
     for heading, told in sections:
         if told:
             lines += ["", f"## {heading}", *(clip(one_line(line), 400) for line in told if line)]
-    lines = lines[: PAGE_LINES - 4]
-    while len("\n".join(lines).encode()) > PAGE_BYTES - len(NOTES_HEADING) - 60:
-        lines.pop()
+    shown = lines[: PAGE_LINES - 5]
+    while len("\n".join(shown).encode()) > PAGE_BYTES - len(NOTES_HEADING) - 120:
+        shown.pop()
+    lines = shown if len(shown) == len(lines) else [*shown, f"Cut here; {STATS} has the rest."]
     return "\n".join(lines) + "\n"
 
 
@@ -2231,9 +2279,17 @@ def verdict_of(e: Entry) -> dict:
     return e.stats.get("verdict") or {}
 
 
+def effect_of(e: Entry) -> dict:
+    verdict = verdict_of(e)
+    return e.stats.get("effect") or {"against": verdict.get("best"), **verdict}
+
+
+def show_effect(effect: dict) -> str:
+    return f"{effect['difference']:+.5f} ± {show(effect['standard_error'], '.5f')}"
+
+
 def is_outside_noise(e: Entry) -> bool:
-    v = verdict_of(e)
-    return v["kind"] != "unproven" and abs(v.get("standard_errors") or 0.0) >= GAIN_ERRORS
+    return verdict_of(e)["kind"] != "unproven" and abs(effect_of(e).get("standard_errors") or 0.0) >= GAIN_ERRORS
 
 
 def compute_tried(entries: list[Entry]) -> list[Entry]:
@@ -2243,9 +2299,9 @@ def compute_tried(entries: list[Entry]) -> list[Entry]:
     for e in entries:
         if verdict_of(e).get("kind") in TRIED:
             first = spoken.setdefault(e.group, e)
-            if verdict_of(e).get("best") == verdict_of(first).get("best"):
+            if effect_of(e)["against"] == effect_of(first)["against"]:
                 spoken[e.group] = e
-    return sorted(spoken.values(), key=lambda e: (not is_outside_noise(e), verdict_of(e)["difference"]))
+    return sorted(spoken.values(), key=lambda e: (not is_outside_noise(e), effect_of(e)["difference"]))
 
 
 def show_outcome(e: Entry) -> str:
@@ -2253,7 +2309,9 @@ def show_outcome(e: Entry) -> str:
     v = verdict_of(e)
     if v.get("kind") not in TRIED:
         return e.record.get("crash") or v.get("kind") or ""
-    return f"{v['difference']:+.5f} ± {show(v['standard_error'], '.5f')} ({v['kind']})"
+    effect = effect_of(e)
+    is_against_best = effect["against"] == v.get("best")
+    return f"{show_effect(effect)} ({v['kind'] if is_against_best else 'against ' + effect['against']})"
 
 
 def read_subject(e: Entry) -> tuple[str, float | None]:
@@ -2267,7 +2325,7 @@ def read_subject(e: Entry) -> tuple[str, float | None]:
 def changed_knobs(e: Entry) -> dict[str, str]:
     """Knob to "before -> after". A run that changed none changed the code, and goes by its
     subject."""
-    config = (e.stats.get("changes") or {}).get("config") or {}
+    config = (e.stats.get("effect") or e.stats.get("changes") or {}).get("config") or {}
     knobs = {k: pair for k, pair in config.items() if not DERIVED.fullmatch(k)}
     if knobs.get("num_kv_heads") == config.get("num_heads"):  # resolved: as many as there are heads
         knobs.pop("num_kv_heads", None)
@@ -2291,17 +2349,17 @@ def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
     return [*lines[:limit], f"never touched: {', '.join(untouched) or 'none'}"]
 
 
-def render_prediction(e: Entry, difference: float | None, error: float | None) -> str:
+def render_prediction(e: Entry, effect: dict | None) -> str:
     """What the subject expected and what came, one line; empty without the one or the other."""
     _, expected = read_subject(e)
-    if expected is None or difference is None or not error:
+    if expected is None or not effect or not effect["standard_error"]:
         return ""
-    return f"Expected {expected:+.4f}, came {difference:+.4f} ± {error:.4f}."
+    return f"Expected {expected:+.4f}, came {effect['difference']:+.4f} ± {effect['standard_error']:.4f}."
 
 
 def render_calibration(entries: list[Entry]) -> str:
     """How well the subjects predict; empty before the first prediction that was measured."""
-    pairs = [(read_subject(e)[1], verdict_of(e)["difference"]) for e in compute_tried(entries)]
+    pairs = [(read_subject(e)[1], effect_of(e)["difference"]) for e in compute_tried(entries)]
     are_right = [expected * came > 0 for expected, came in pairs if expected is not None]
     return f"Predictions with the right sign: {sum(are_right)} of {len(are_right)}." if are_right else ""
 
@@ -2318,7 +2376,7 @@ def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
         told = clip(one_line(claim), 80)
         if missing := sorted(cited - names):
             lines.append(f"no run is called {', '.join(missing)}: {told}")
-        elif cited and cited <= hidden:
+        elif cited and cited <= hidden and re.search(r"[-+\u2212]\d*\.\d", claim):  # it claims an effect
             lines.append(f"rests on runs inside the noise alone: {told}")
     return lines
 
@@ -2705,7 +2763,7 @@ def find_origin(run: Run, folder: Path) -> Origin:
     head = (git(folder, "rev-parse", "HEAD") or "").strip()
     commit = run.start.get("git_commit") or run.summary.get("git_commit") or commit_by_age(run, folder, head)
     is_known = re.fullmatch(r"[0-9a-f]{7,40}", commit) is not None
-    committed = git(folder, "show", f"{commit}:./train.py") if is_known else None
+    committed, parent = (git(folder, "show", f"{c}:./train.py") if is_known else None for c in (commit, f"{commit}^"))
     text = run.start.get("train_py") or (committed if head else read_text(folder / "train.py"))
     if not is_known:
         return Origin(f"unknown-{sha256(normal(text) or run.identity)[:7]}", None, text, "(no commit)")
@@ -2714,8 +2772,8 @@ def find_origin(run: Run, folder: Path) -> Origin:
     if git(folder, "show", "-m", "--first-parent", "--format=", "--name-only", commit, "--", *files) == "":
         subject = UNCHANGED  # its own subject is about something else
     if run.start.get("git_dirty") or (committed is not None and normal(text) != normal(committed)):
-        return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)")
-    return Origin(commit[:7], commit, text, subject)
+        return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)", parent)
+    return Origin(commit[:7], commit, text, subject, parent)
 
 
 def commit_by_age(run: Run, folder: Path, head: str) -> str:
@@ -2824,7 +2882,9 @@ def write_pages(archive: Path) -> None:
     if not book.entries:
         return
     for name in [e.name for e in book.entries]:
-        if "verdict" not in read_stats(archive / name) or not (archive / name / ANALYSIS).exists():
+        stats = read_stats(archive / name)
+        is_current = "verdict" in stats and stats["record"].get("format") == RECORD_FORMAT
+        if not is_current or not (archive / name / ANALYSIS).exists():
             write_run_pages(archive, book, book.entry(name))
             book = load_book(archive)
     table, report = archive / RESULTS, archive / "report.md"  # the report is written last
@@ -3161,7 +3221,8 @@ def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[
     if best is None:
         return ["nothing to compare with: this is the first program"]
     config = book.entry(best.name).record.get("config", {})
-    knobs = [f"{k} {json.dumps(config[k])} -> {json.dumps(v)}" for k, v in values.items() if config.get(k, v) != v]
+    changed = {k: v for k, v in values.items() if config and config.get(k) != v}
+    knobs = [f"{k} {json.dumps(config.get(k))} -> {json.dumps(v)}" for k, v in changed.items()]
     diff = diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), best.name)
     added, removed = diff_size(diff)
     told = [f"against {best.name}: {', '.join([*knobs, f'+{added} -{removed} lines of train.py'])}"]

@@ -574,6 +574,38 @@ def test_an_undecided_run_that_scored_lower_is_named(lab):
     assert f"Mind: lower, and not decided yet: {lower}.\n" in lab.analyze()[1]
 
 
+def test_an_idea_that_was_built_on_another_program_than_the_best_says_so(lab):
+    base = lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    lab.train(0.98, config={"depth": 9})
+    lab.analyze()
+    lab.analyze("keep")
+    lab.git("checkout", "-q", "--detach", base)  # as another worktree, which has not seen that
+    lab.commit("depth 10, expect -0.0040", variant(depth=10))
+    lab.train(0.99, config={"depth": 10})
+    told = lab.analyze()[1]
+    assert "**NOT BETTER**" in told
+    assert f"Built on {base}: -0.00800 ± 0.00141 bpb against that one.\nExpected -0.0040, came -0.0080 ± 0.0014.\n" in told
+
+
+def test_records_and_pages_of_another_edition_are_made_anew_and_what_was_decided_stays(lab):
+    base = lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    lab.train(0.99, config={"depth": 9})
+    lab.analyze()
+    lab.analyze("keep")
+    path = lab.archive / base / "stats.json"
+    stats = json.loads(path.read_text())
+    (lab.archive / "results.tsv").unlink()
+    path.write_text(json.dumps(stats | {"record": stats["record"] | {"format": "1", "program": "hashed otherwise"}}))
+    lab.git("checkout", "-q", base, "--", "train.py")
+    lab.git("commit", "-q", "-m", "again")
+    lab.train(1.0, start={"seed_offset": 1})
+    assert f"The same program as {base}." in lab.analyze()[1]
+    assert json.loads(path.read_text())["record"] == stats["record"]
+    assert [row[3] for row in lab.rows()] == ["keep", "keep", "pending"]
+
+
 def test_where_the_best_is_anothers_program_it_is_to_be_brought_here(lab):
     base = lab.baseline()
     lab.commit("depth 9", variant(depth=9))

@@ -299,11 +299,28 @@ def test_a_prediction_is_read_in_several_spellings_but_not_without_its_sign(subj
     assert "expect" not in idea or expected is None
 
 
+def test_where_the_best_was_another_agents_an_idea_is_measured_on_what_it_was_built_on():
+    base, sibling = entry("a000000", 0.998, kind="baseline", train_sha256="A"), entry("b000000", 0.980)
+    config = CONFIG | {"depth": 9}
+    idea = entry("c000000", 0.990, "pending", "depth 9, expect -0.0100", built_on="A")
+    idea.record["config"] = config
+    verdict = analyze.compute_verdict(idea, [base, sibling, idea])
+    assert (verdict["kind"], verdict["best"]) == ("not better", "b000000")
+    effect = analyze.compute_effect(idea, [base, sibling, idea], sibling, verdict)
+    assert effect == {"against": "a000000", "difference": pytest.approx(-0.008), "config": {"depth": [8, 9]},
+                      "standard_error": pytest.approx(0.001 * math.sqrt(2)), "standard_errors": pytest.approx(-5.657, 1e-3)}
+    idea = dataclasses.replace(idea, stats={"verdict": verdict, "effect": effect})
+    assert analyze.render_effects([idea], 1)[0] == "depth: 8 -> 9 -0.00800 ± 0.00141 (against a000000) in c000000"
+    assert analyze.render_prediction(idea, effect) == "Expected -0.0100, came -0.0080 ± 0.0014."
+    assert analyze.render_calibration([idea]) == "Predictions with the right sign: 1 of 1."
+
+
 def test_a_page_says_what_was_expected_and_what_came():
-    told = analyze.render_prediction(night()[1], -0.0004, 0.0009)
-    assert told == "Expected -0.0060, came -0.0004 ± 0.0009."
-    assert analyze.render_prediction(night()[1], None, None) == ""
-    assert analyze.render_prediction(night()[0], -0.0004, 0.0009) == ""
+    effect = {"against": "a000000", "difference": -0.0004, "standard_error": 0.0009}
+    assert analyze.render_prediction(night()[1], effect) == "Expected -0.0060, came -0.0004 ± 0.0009."
+    assert analyze.render_prediction(night()[1], effect | {"standard_error": None}) == ""
+    assert analyze.render_prediction(night()[1], None) == ""
+    assert analyze.render_prediction(night()[0], effect) == ""
 
 
 def test_an_effect_is_that_against_the_best_on_which_the_idea_was_built():
@@ -326,13 +343,14 @@ def test_claims_are_checked_against_the_runs_they_cite():
 ## Claims
 - A higher rate helps (b000000, c000000).
 - The MLP can be rewritten,
-  at no cost (c000000).
+  which brings -0.0010 (c000000).
+- Steps take 300 ms (c000000).
 - Depth hurts: d000000, d000001.
 - 1048576 tokens a step are too many (a000000).
 - The machine is slow today.
 """
     assert analyze.check_insights(text, night()) == [
-        "rests on runs inside the noise alone: The MLP can be rewritten, at no cost (c000000).",
+        "rests on runs inside the noise alone: The MLP can be rewritten, which brings -0.0010 (c000000).",
         "no run is called d000001: Depth hurts: d000000, d000001.",
     ]
     assert analyze.check_insights(None, night()) == []

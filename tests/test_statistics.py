@@ -319,6 +319,15 @@ def test_a_machine_that_became_faster_is_named_before_a_gain_is_believed():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_summary_is_the_mean_of_the_last_two_windows_as_the_table_shows_them():
+    paired = analyze.compute_paired(make_run(shift=np.linspace(0, 0.01, 600)), [make_run("best")])
+    last, summary = paired["windows"][-2:], paired["summary"]
+    assert summary["at_progress"] == pytest.approx((last[0]["at_progress"] + last[1]["at_progress"]) / 2)
+    assert summary["from_m"] == last[0]["from_m"]
+    assert f"From {summary['from_m']:.4g} M tokens on, at equal progress: **{summary['at_progress']:+.5f} ± " in "".join(
+        analyze.render_paired(paired))
+
+
 def test_a_shift_of_all_losses_is_found_in_every_window_with_a_tiny_error():
     paired = analyze.compute_paired(make_run(shift=0.01), [make_run("best")])
     assert len(paired["windows"]) == 10
@@ -427,7 +436,8 @@ def test_over_fitting_is_called_that_when_the_text_repeats_and_the_gap_opens():
     assert training + behind == pytest.approx(0.90)
     assert gap["best"] == pytest.approx([training, 0.78 - training, error])
     assert 0 < error < 0.01
-    assert gap["is_overfitting"]
+    assert analyze.render_gap(gap)[1] == ("**Over-fitting**: epoch 2, of about 184 M packed tokens each, and validation is "
+                                          "left behind: more passes need not help.")
     assert not analyze.compute_gap(make_run(val=0.90), [])["is_overfitting"]  # one epoch
 
 
@@ -516,6 +526,10 @@ def test_the_page_is_short_whatever_happens_and_begins_with_the_verdict_and_the_
     assert page.partition("\n\n## Paired curve")[0].endswith("\nDecision: keep (`uv run analyze.py keep`)")
     assert "**NEW BEST**: val_bpb 0.980000, best so far 0.990000 (best), difference -0.010000 ± 0.001414 bpb" in page
     assert json.loads(json.dumps(stats)) == stats
+    assert "Cut here" not in page
+    cut = analyze.render_analysis(stats | {"layers": [f"unit {i}" for i in range(60)]}, [])
+    assert cut.endswith("\nCut here; stats.json has the rest.\n")
+    assert cut.count("\n") < analyze.PAGE_LINES
 
 
 def test_compare_shows_scores_settings_that_differ_and_the_paired_curve():
