@@ -5,7 +5,7 @@
     uv run analyze.py discard [RUN]      it is not; the best run's train.py is restored and committed
     uv run analyze.py status [--json]    where the search stands, on one page
     uv run analyze.py compare RUN RUN …  archived runs side by side
-    uv run analyze.py check              before a run: is this train.py new, and would it run? Exit status 0 or 1
+    uv run analyze.py check              before a run: is this train.py new, and in order? Exit status 0 or 1
     uv run analyze.py start [TAG]        a branch for the night and the agent's two files, then what to do next
     uv run analyze.py rerun              the best run's train.py, and the command that trains it under another seed
     uv run analyze.py stop               end the run in progress here; it is filed as stopped, with its metrics
@@ -139,9 +139,12 @@ CRASH_CAUSES = (
     ("a failed launch on the GPU: the machine's fault or the program's", LAUNCH,
      "train the same commit once more; if it fails again it is the program's"),
 )
+SWITCH = dict.fromkeys(("", "0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
 # The commands that pages name.
-FILE, WAIT, TRAIN = "uv run analyze.py", "uv run analyze.py --wait", "uv run train.py > run.log 2>&1"
-TRAIN_BESIDE = f"setsid timeout --kill-after=10 600 {TRAIN} &"  # as step 2 of program.md has it
+DEMO_PREFIX = "AUTORESEARCH_DEMO=1 " * SWITCH.get(os.environ.get("AUTORESEARCH_DEMO", "").lower(), False)
+FILE, TRAIN = f"{DEMO_PREFIX}uv run analyze.py", "uv run train.py > run.log 2>&1"
+WAIT, RERUN = f"{FILE} --wait", f"{FILE} rerun"
+TRAIN_BESIDE = f"{DEMO_PREFIX}setsid timeout --kill-after=10 600 {TRAIN} &"  # as step 2 of program.md has it
 AGAIN = "train the same commit again"
 KILLED = "killed from outside, or out of time"
 KILLED_HELP = "the idea was not tested: train the same commit again; see whether the machine's own memory ran out"
@@ -151,7 +154,6 @@ UNPRINTABLE = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
-SWITCH = dict.fromkeys(("", "0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
 
 
 class AnalyzeError(ValueError):
@@ -528,7 +530,7 @@ def resolve_name(wanted: str, names: list[str]) -> str:
         return fits[0]
     if fits:
         raise AnalyzeError(f"{wanted!r} fits {len(fits)} runs: {', '.join(fits[:6])}: name one of them in full")
-    raise AnalyzeError(f"no archived run is called {wanted!r}: `uv run analyze.py status` and {RESULTS} list them")
+    raise AnalyzeError(f"no archived run is called {wanted!r}: `{FILE} status` and {RESULTS} list them")
 
 
 def run_folders(archive: Path) -> list[Path]:
@@ -888,7 +890,7 @@ def compute_invalid(run: Run, facts: dict) -> list[str]:
         if None not in (mine, began) and mine != began:
             pair = ", was ".join(str(value)[:16] for value in (mine, began))
             reasons.append(f"{what} is not what this archive began with ({pair}): {remedy}, or begin a new archive "
-                           "(`uv run analyze.py new-archive`)")
+                           f"(`{FILE} new-archive`)")
     return reasons + compute_clock_faults(run)
 
 
@@ -1253,6 +1255,7 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
         "best_runs": len(best.names) if best else 0,
         "best_is_kept": bool(best and best.is_kept),
         "noise": describe_noise(noise),
+        "claim_errors": noise.claim_errors,
         "replicates": [e.name for e in same],
         "reasons": [],
         "undecided": [e.name for e in others if e.is_valid and e.status == "pending" and is_lower(e, this)],
@@ -1264,7 +1267,7 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
         return verdict | {"kind": "baseline", "advice": "keep"}
     if best.group == this.group:
         return verdict | judge_replicate(this, entries, best, noise)
-    verdict |= compare_with(verdict["mean"], len(seed_scores([this, *same])), best, noise)
+    verdict |= compare_groups([this, *same], [e for e in others if e.name in best.names], noise)
     return verdict | decide(verdict["difference"], verdict["standard_errors"], noise, facts)
 
 
@@ -1280,7 +1283,7 @@ def judge_replicate(this: Entry, entries: list[Entry], best: Best, noise: Noise)
         "kind": "replicate",
         "advice": "keep" if is_still_best else "discard",
         "dethroned_by": None if is_still_best else [after.name, after.mean],
-        **compare_with(this.val_bpb, 1, best, noise),
+        **compare_groups([this], [e for e in entries if e.name in best.names], noise),
     }
 
 
@@ -1299,10 +1302,11 @@ def compute_flaw(this: Entry, facts: dict) -> dict | None:
     return None
 
 
-def compare_with(mean: float, num_seeds: int, best: Best, noise: Noise) -> dict:
-    difference, error, errors = mean - best.mean, None, None
+def compare_groups(mine: list[Entry], theirs: list[Entry], noise: Noise) -> dict:
+    """Runs of one program against those of another: the difference of their means, and its error."""
+    difference, error, errors = mean_bpb(mine) - mean_bpb(theirs), None, None
     if noise.sigma:
-        error = noise.sigma * math.sqrt(1 / num_seeds + 1 / best.num_seeds)
+        error = noise.sigma * math.sqrt(1 / len(seed_scores(mine)) + 1 / len(seed_scores(theirs)))
         errors = difference / error
     return {"difference": difference, "standard_error": error, "standard_errors": errors}
 
@@ -1384,6 +1388,7 @@ def diff_size(diff: list[str]) -> tuple[int, int]:
 
 NUM_WINDOWS, SUMMARY_WINDOWS = 10, 2
 MIN_BLOCKS = 40  # below four a window, no error can be estimated
+RATES_APART = 0.05  # of the peak: at the end of a warm-down of half the budget, runs that differ by 3 % in speed
 FARTHEST_SHIFT = 0.1  # of the tokens: beyond one window the best's curve is not straight enough to move along
 # Knobs that change how fast a run learns at a given moment, and so what equal tokens mean.
 RATE_KEYS = re.compile(r"lr|warm|(?<!device_)batch|decay|momentum|schedule")
@@ -1402,6 +1407,7 @@ class Curve:
     bounds: np.ndarray  # those token counts
     nats: np.ndarray  # sum of the loss up to there
     share: np.ndarray  # of the budget used up there
+    rate: np.ndarray  # the learning rate's multiplier over the steps, NaN where unknown
     bpb_per_nat: float | None
 
 
@@ -1424,6 +1430,7 @@ def compute_curve(run: Run) -> Curve | None:
         bounds=bounds,
         nats=nats,
         share=np.interp(bounds, np.append(0.0, tokens), np.append(0.0, share)),
+        rate=run.series("train/lr_multiplier")[:num_steps],
         bpb_per_nat=num_tokens / (math.log(2) * num_bytes) if num_tokens and num_bytes else None,
     )
 
@@ -1544,6 +1551,7 @@ def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa:
         difference = float(np.average(differences[p], weights=spans[p]))
         error = math.sqrt(inflation * float(scatter @ scatter)) / len(scatter)
         moved = move_to_progress(mine, theirs, first, last)
+        rate, *rates = (float(np.interp((first + last) / 2, 1e6 * c.tokens_m, c.rate)) for c in (mine, *theirs))
         windows.append({
             "from_m": first / 1e6,
             "to_m": last / 1e6,
@@ -1552,6 +1560,7 @@ def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa:
             "error": kappa * error,
             "at_progress": moved and kappa * (difference - moved[0]),
             "at_progress_error": moved and kappa * math.hypot(error, moved[1]),
+            "are_rates_apart": bool(abs(rate - np.mean(rates)) > RATES_APART),
             "is_repeat": any(np.interp(last, 1e6 * c.tokens_m, c.epoch) > 1 for c in (mine, *theirs)),
         })
     return windows
@@ -1601,14 +1610,15 @@ def inflation_of(pieces: list[np.ndarray]) -> float:
 def move_to_progress(mine: Curve, theirs: list[Curve], first: float, last: float) -> tuple[float, float] | None:
     """Change of the best's loss in nats, and its error, between this window's text and the tokens
     at which the best was as far in its budget as this run is here, along a straight line through
-    the best's losses around there."""
+    the best's losses around there. None in the first window, where the curve is not straight, and
+    where those tokens are too far away."""
     middle = (first + last) / 2
     progress = np.interp(middle, mine.bounds, mine.share)
     changes, variances = [], []
     for curve in theirs:
         shift = float(np.interp(progress, curve.share, curve.bounds)) - middle
         around = curve.bounds[(curve.bounds >= first + min(shift, 0)) & (curve.bounds <= last + max(shift, 0))]
-        if abs(shift) > FARTHEST_SHIFT * 1e6 * curve.tokens_m[-1] or len(around) < 5:
+        if not first or abs(shift) > FARTHEST_SHIFT * 1e6 * curve.tokens_m[-1] or len(around) < 5:
             return None
         x = (around[1:] + around[:-1]) / 2
         y = np.diff(np.interp(around, curve.bounds, curve.nats)) / np.diff(around)
@@ -1671,7 +1681,9 @@ SLOWER_SAME = 0.04
 # a tenth it may be the code, and beyond, a second witness must agree; at a half more, none is
 # needed.
 SLOWER_ALIKE, SLOWER_ALONE = 0.10, 0.50
-STALLED_SHARE = 0.03  # of the budget, in steps that took twice the median: worth two sigma of the score
+# Of the budget, in steps that took twice the median: worth two sigma of the score. On a processor, where other work
+# gets in between, a third of the noise.
+STALLED_SHARE, STALLED_SHARE_CPU = 0.03, 0.10
 SLOW_START = 3.0  # times the usual: 36 s with an empty compiler's cache and 16 s with a full one are no witness
 OTHER_GPU_MB, HIGH_LOAD = 1024.0, 0.5  # memory that another process needs to do any work; load above the usual, a core
 WORK_KEYS = ("flops_per_token", "num_params_M", "total_batch_size", "device_batch_size", "width", "window_sizes")
@@ -1720,7 +1732,7 @@ def compute_machine(this: Entry, earlier: list[Entry]) -> list[str]:
 
 def find_stalls(record: dict) -> list[str]:
     pace, trained_s = record.get("pace") or {}, record.get("training_s") or 0.0
-    if pace.get("stalled_s", 0.0) <= STALLED_SHARE * trained_s:
+    if pace.get("stalled_s", 0.0) <= (STALLED_SHARE if record.get("gpu_name") else STALLED_SHARE_CPU) * trained_s:
         return []
     lost = f"{pace['stalled_s']:.1f} of {trained_s:.0f} s lost"
     return [f"{pace['stalls']} step(s) took more than twice the median: {lost}"]
@@ -1943,8 +1955,9 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         verdict = compute_verdict(this, [*earlier, this], facts | {"is_unchanged": True})
         # From now on another run of that program.
         this = replace(this, record=this.record | {"program": best.record.get("program")})
+    effect = compute_effect(this, [*earlier, this], best, verdict)
+    this = replace(this, stats={"verdict": verdict, "effect": effect})
     entries = [*earlier, this]
-    effect = compute_effect(this, entries, best, verdict)
     return plain({
         "record": this.record,
         "description": this.description,
@@ -1973,9 +1986,7 @@ def compute_effect(this: Entry, entries: list[Entry], best: Entry | None, verdic
     base = best if verdict["replicates"] or not bases or bases[-1].group == best.group else bases[-1]
     told = {key: verdict[key] for key in ("difference", "standard_error", "standard_errors")}
     if base is not best:
-        group = compute_groups(others)[base.group]
-        reference = Best(base.name, mean_bpb(group), (), base.group, True, len(seed_scores(group)))
-        told = compare_with(verdict["mean"], 1, reference, compute_noise(others))
+        told = compare_groups([this], compute_groups(others)[base.group], compute_noise(others))
     return {"against": base.name, **told, "config": compute_changes(this, None, base, None)["config"]}
 
 
@@ -2010,7 +2021,7 @@ def compute_costs(runs: list[Run]) -> dict[str, float]:
         values = {
             "M tokens": run.summary.get("total_tokens_M"),
             "steps": run.summary.get("num_steps"),
-            "ms a step": run.step_ms,
+            "ms a step (median)": run.step_ms,
             "MB": run.summary.get("peak_vram_mb"),
             "% MFU": run.summary.get("mfu_percent"),
         }
@@ -2032,8 +2043,9 @@ DECISIONS = {
     "wait": f"{AGAIN}, once the machine is quiet",
 }
 KINDS = {
-    "baseline": "Nothing to compare with yet. Run it once more (`uv run analyze.py rerun`) for the noise.",
-    "unproven": "Better by the rule for keeping, not by that for claiming: kept, it may be no gain.",
+    "baseline": f"Nothing to compare with yet. Run it once more (`{RERUN}`) for the noise.",
+    "unproven": "Better by the rule for keeping, not by that for claiming ({claim_errors} standard errors, as far as "
+                "the noise is known): it may be no gain.",
     "unchanged": "The edit changed nothing: configuration and losses are the best's. It counts as another "
                  "run of that program, not as an idea.",
 }
@@ -2049,16 +2061,19 @@ def render_verdict(stats: dict) -> list[str]:
     effect = stats.get("effect")
     if effect and effect["against"] != v["best"]:
         lines.append(f"Built on {effect['against']}: {show_effect(effect)} bpb against that one.")
-    lines += [line for line in (KINDS.get(v["kind"]), stats["prediction"]) if line]
+    lines += [line for line in (KINDS.get(v["kind"], "").format(**v), stats["prediction"]) if line]
     lines += [f"Mind: {clip(remark, 220)}." for remark in find_remarks(stats)[:6]]
     if v["kind"] not in ("crash", "stopped", "invalid"):
-        lines.append(f"Noise between seeds of one program: {v['noise']}.")
-    decision = f"Decision: {DECISIONS[v['advice']]}"
+        without = ", without this run" * (v["kind"] == "replicate")
+        lines.append(f"Noise between seeds of one program{without}: {v['noise']}.")
+    is_mendable = v["kind"] == "crash" and v["advice"] == "discard"
+    mend = "mend a slip and train again, three attempts at most; else " * is_mendable
+    decision = f"Decision: {mend}{DECISIONS[v['advice']]}"
     if v["advice"] in ("rerun", "wait"):
         record = stats["record"]
         offset = f"AUTORESEARCH_SEED_OFFSET={record['seed_offset']:.0f} " if record.get("seed_offset") else ""
         decision += ", after a commit of this train.py" * ("-dirty" in record.get("name", ""))
-        decision += f" (`{offset}{TRAIN_BESIDE}`)"
+        decision += f" (`{offset}{TRAIN_BESIDE}`)" + "; after three such runs, discard" * (v["advice"] == "wait")
     return [*lines, decision]
 
 
@@ -2066,14 +2081,15 @@ def find_remarks(stats: dict) -> list[str]:
     v, record = stats["verdict"], stats["record"]
     remarks = [*record.get("damage", [])]
     if v.get("best_is_slower"):
-        remarks.append(f"the machine is faster now: the same work took the best {1 + v['best_is_slower']:.2g} times "
-                       "as long; run the best again (`uv run analyze.py rerun`) before you believe a gain")
+        remarks.append(f"the best's steps, of the same sizes, took {1 + v['best_is_slower']:.2g} times as long: unless "
+                       f"this code is why, the machine is faster now; then `{RERUN}` before you believe a gain")
     if v["undecided"]:
         remarks.append(f"lower, and not decided yet: {', '.join(v['undecided'][:3])}")
     if v["best"] and not v["best_is_kept"]:
         remarks.append(f"nothing is kept yet: {v['best']}, the first valid run, stands in as the best")
-    if over_s := (record.get("pace") or {}).get("pauses_over_s"):
-        remarks.append(f"the clock stood still for {over_s:.0f} s more than looks at the layers need")
+    over_s = (record.get("pace") or {}).get("pauses_over_s") or 0.0
+    if over_s >= 0.5:
+        remarks.append(f"pauses of the clock took {over_s:.0f} s more than is allowed: these counted as training")
     return remarks
 
 
@@ -2129,7 +2145,7 @@ def render_paired(paired: dict) -> list[str]:
     lines = [f"This run minus {names}: training loss on the same text, bpb, ± one standard error of the text.",
              "| budget | M tokens | at equal tokens | at equal progress |", "|---|---|---|---|"]
     for w in paired["windows"]:
-        mark, moved = " *" if w["is_repeat"] else "", "-"
+        mark, moved = " *" * w["is_repeat"] + " †" * w["are_rates_apart"], "-"
         if w["at_progress"] is not None:
             moved = f"{w['at_progress']:+.5f} ± {w['at_progress_error']:.5f}"
         lines.append(f"| {w['progress']:.0%}{mark} | {w['to_m']:.4g} | {w['difference']:+.5f} ± {w['error']:.5f} "
@@ -2137,13 +2153,18 @@ def render_paired(paired: dict) -> list[str]:
     if s := paired["summary"]:
         lines.append(f"From {s['from_m']:.4g} M tokens on, at equal progress: **{s['at_progress']:+.5f} ± "
                      f"{s['at_progress_error']:.5f} bpb**; the ± leaves out what another seed would change.")
+    if any(w["at_progress"] is None for w in paired["windows"][1:]):
+        lines.append("-: the best was as far in its budget too many tokens away from here.")
     if any(w["is_repeat"] for w in paired["windows"]):
         lines.append("* a later epoch: text seen before, no measure of learning.")
+    if any(w["are_rates_apart"] for w in paired["windows"]):
+        lines.append("† other learning rates on the same text, as they go by time: equal tokens do not tell who "
+                     "learned better.")
     if paired["rates"]:
         told, last = clip("; ".join(paired["rates"][:4]), 200), paired["windows"][-1]
         is_told = last["at_progress"] is not None and not last["is_repeat"]
-        believe = "believe the windows at equal progress within it" if is_told else "here only the score can tell"
-        lines.append(f"Rates differ ({told}): before the warm-down the difference misleads; {believe}.")
+        believe = "believe equal progress, in the warm-down" if is_told else "for this run only the score can tell"
+        lines.append(f"Rates differ ({told}): equal tokens do not tell who learned better; {believe}.")
     if paired["note"]:
         lines.append(f"Mind: {paired['note']}.")
     return lines
@@ -2198,11 +2219,13 @@ def render_counts(h: dict) -> str:
 def render_history(h: dict) -> list[str]:
     lines = [f"{render_counts(h)}, {h['ideas_since_best'] or 0} idea(s) since the best was found."]
     if h["gain"]:
-        lines.append(f"Gain since the first kept run: {h['gain'] + h['optimism']:.6f} bpb as scored, "
-                     f"{h['gain']:.6f} after allowing for the lowest of many noisy scores reading too low.")
+        line = f"Gain since the first kept run: {h['gain'] + h['optimism']:.6f} bpb"
+        if h["optimism"]:
+            line += f" as scored, {h['gain']:.6f} after allowing for the lowest of many noisy scores reading too low"
+        lines.append(f"{line}.")
     if (h["runs_since_best_was_run"] or 0) >= RERUN_EVERY:
         lines.append(f"The best was last run {h['runs_since_best_was_run']} runs ago: "
-                     "`uv run analyze.py rerun`.")
+                     f"`{RERUN}`.")
     return lines
 
 
@@ -2213,7 +2236,7 @@ def render_analysis(stats: dict, pictures: list[str]) -> str:
     sections = (
         ("Verdict", render_verdict(stats)),
         ("Crash", stats["crash"] and render_crash(stats["crash"])),
-        ("Paired curve", stats["paired"] and render_paired(stats["paired"])),
+        ("Paired curve", stats["paired"] and not stats["crash"] and render_paired(stats["paired"])),
         ("Training and validation", stats["gap"] and render_gap(stats["gap"])),
         ("What changed", render_changes(stats["changes"])),
         ("Layers", [f"- {line}" for line in stats["layers"] or []]),
@@ -2280,8 +2303,8 @@ def verdict_of(e: Entry) -> dict:
 
 
 def effect_of(e: Entry) -> dict:
-    verdict = verdict_of(e)
-    return e.stats.get("effect") or {"against": verdict.get("best"), **verdict}
+    verdict, changes = verdict_of(e), e.stats.get("changes") or {}
+    return e.stats.get("effect") or {"against": verdict.get("best"), "config": changes.get("config"), **verdict}
 
 
 def show_effect(effect: dict) -> str:
@@ -2293,14 +2316,18 @@ def is_outside_noise(e: Entry) -> bool:
 
 
 def compute_tried(entries: list[Entry]) -> list[Entry]:
-    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Of replicates the last
-    one speaks, whose verdict is on all of them, but against the best that the idea was built on."""
+    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Each with its effect as
+    it is told by all runs that there are by now, of its program and of the one that it was built on."""
+    groups, noise, by_name = compute_groups(entries), compute_noise(entries), {e.name: e for e in entries}
     spoken: dict[tuple, Entry] = {}
     for e in entries:
-        if verdict_of(e).get("kind") in TRIED:
-            first = spoken.setdefault(e.group, e)
-            if effect_of(e)["against"] == effect_of(first)["against"]:
-                spoken[e.group] = e
+        if verdict_of(e).get("kind") not in TRIED or e.group in spoken:
+            continue
+        base = by_name.get(effect_of(e)["against"])
+        if base and {base.group, e.group} <= groups.keys():
+            told = compare_groups(groups[e.group], groups[base.group], noise)
+            e = replace(e, stats=e.stats | {"effect": effect_of(e) | told})
+        spoken[e.group] = e
     return sorted(spoken.values(), key=lambda e: (not is_outside_noise(e), effect_of(e)["difference"]))
 
 
@@ -2319,13 +2346,13 @@ def read_subject(e: Entry) -> tuple[str, float | None]:
     found = EXPECTED.search(e.description)
     if not found:
         return e.description, None
-    return e.description[: found.start()], float(found[1].replace("\u2212", "-"))
+    return e.description[: found.start()].rstrip(" :;,"), float(found[1].replace("\u2212", "-"))
 
 
 def changed_knobs(e: Entry) -> dict[str, str]:
     """Knob to "before -> after". A run that changed none changed the code, and goes by its
     subject."""
-    config = (e.stats.get("effect") or e.stats.get("changes") or {}).get("config") or {}
+    config = effect_of(e)["config"] or {}
     knobs = {k: pair for k, pair in config.items() if not DERIVED.fullmatch(k)}
     if knobs.get("num_kv_heads") == config.get("num_heads"):  # resolved: as many as there are heads
         knobs.pop("num_kv_heads", None)
@@ -2413,9 +2440,11 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
         told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: "
                     f"{h['gain']:.6f} remain.")
     told.append(render_audit(archive, base.names, best.names, won))
-    proven = [e for e in compute_tried(entries) if e.status == "keep" and verdict_of(e)["kind"] == "new best"]
-    helped = "; ".join(f"{read_subject(e)[0]}: {show_outcome(e)}" for e in proven[:6])
-    told.append(f"What helped: {helped or 'nothing that stands outside the noise'}.")
+    kept = [e for e in compute_tried(entries) if e.status == "keep"]
+    for what, is_proven in (("What helped", True), ("Kept besides, and unproven one by one", False)):
+        some = [e for e in kept if (verdict_of(e)["kind"] == "new best") == is_proven]
+        if listed := "; ".join(f"{read_subject(e)[0]}: {show_outcome(e)}" for e in some[:6]):
+            told.append(f"{what}: {listed}.")
     return " ".join(told)
 
 
@@ -2962,15 +2991,15 @@ def describe_here(archive: Path, folder: Path, book: Book) -> tuple[str, str | N
 def describe_filed(e: Entry, archive: Path, folder: Path, book: Book) -> tuple[str, str | None]:
     later, best = book.entries[book.entries.index(e) + 1 :], compute_best(book.entries)
     told = f"run {e.name}, filed, {e.status}: {clip(e.description, 80)}"
-    if not any(other.group[0] == e.group[0] for other in later):  # not trained again since
+    own = e.record.get("train_sha256")
+    is_left = own == sha256(normal(read_text(folder / "train.py")) or "")
+    if is_left and not any(other.group[0] == e.group[0] for other in later):  # not trained again since
         if e.record.get("was_killed"):
             return f"run {e.name}, filed, {KILLED}: the idea was not tested; {AGAIN}", AGAIN
         if e.record.get("hampered"):
             return f"run {e.name}, filed, {e.status} (hampered by the machine: {AGAIN})", AGAIN
     if e.status == "pending":
         return told, f"read {archive / e.name / ANALYSIS}, then keep or discard {e.name}"
-    own = e.record.get("train_sha256")
-    is_left = own == sha256(normal(read_text(folder / "train.py")) or "")
     if e.status != "keep" and is_left and best and best.is_kept and own != book.entry(best.name).record["train_sha256"]:
         return told, f"{FILE} discard"
     return told, None
@@ -2994,8 +3023,10 @@ def compute_next(archive: Path, folder: Path, book: Book) -> str:
     if sha256(text or "") not in {e.record.get("train_sha256") for e in book.entries}:
         return "train (this commit has no run)"
     best = compute_best(book.entries)
+    if len([e for e in book.entries if e.is_valid]) == 1:
+        return f"`{RERUN}`: the baseline once more, which measures the noise"
     if best and best.is_kept and sha256(text or "") != book.entry(best.name).record.get("train_sha256"):
-        return f"`{FILE} rerun` puts the best, {best.name}, here; then the next idea (program.md, step 8)"
+        return f"`{RERUN}` puts the best, {best.name}, here; then the next idea (program.md, step 8)"
     return "the next idea (program.md, step 8)"
 
 
@@ -3033,7 +3064,7 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "here": here,
         "live": compute_live(archive, folder, book, best),
         "elsewhere": [describe_running(run) for run in find_running(book, folder)],
-        "pending": [e.name for e in book.entries if e.status == "pending"],
+        "pending": [e.name for e in book.entries if e.status == "pending" and not e.record.get("hampered")],
         "unfiled": sorted(p.name for p in (archive / "unfiled").glob("[!.]*/")),
         **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "gain", "gpu_share")},
         "queue": list_items(read_text(archive / QUEUE)),
@@ -3061,16 +3092,20 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
         return []
     share = trained_s / budget_s
     line = f"{share:.0%} of the budget, {max(budget_s - trained_s, 0):.0f} s left before the score"
-    paired = compute_paired(run, [load_folder(archive / best.name, best.name)])
+    best_run = load_folder(archive / best.name, best.name)
+    paired = compute_paired(run, [best_run])
     if not paired or not paired["windows"]:
         return [line]
     last = paired["windows"][-1]
     line += f"; at equal tokens {last['difference']:+.4f} ± {last['error']:.4f} bpb against {best.name}"
+    line += " (other learning rates there)" * last["are_rates_apart"]
+    mine, theirs = run.curve, best_run.curve
+    line += f", {mine.bounds[-1] / np.interp(share, theirs.share, theirs.bounds) - 1:+.0%} tokens"
     limit = farthest_behind(book.entries, share)
     if share < 0.25 or limit is None or last["difference"] - 2 * last["error"] <= limit:
         return [line]
     return [line, f"hopeless: no run that came within the noise was so far behind here ({limit:+.4f} at most): "
-                  "`uv run analyze.py stop` ends it"]
+                  f"`{FILE} stop` ends it"]
 
 
 def farthest_behind(entries: list[Entry], share: float) -> float | None:
@@ -3181,7 +3216,7 @@ def find_repeats(book: Book, folder: Path, text: str, modules: dict, values: dic
     for e in [] if best is None or is_inconclusive(same) else same[-1:]:
         seed = "" if e.record.get("program_and_seed") == exact else " but for its seed"
         what = f"program{seed}" if e.record.get("program") == program else "configuration"
-        again = "; `uv run analyze.py rerun` runs the best again" if best and e.group == best.group else ""
+        again = f"; `{RERUN}` runs the best again" if best and e.group == best.group else ""
         result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}{again}"
         faults.append(f"this {what} was trained before: {result}")
     for run in find_running(book, folder):
@@ -3221,7 +3256,7 @@ def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[
     if best is None:
         return ["nothing to compare with: this is the first program"]
     config = book.entry(best.name).record.get("config", {})
-    changed = {k: v for k, v in values.items() if config and config.get(k) != v}
+    changed = {k: v for k, v in values.items() if config and config.get(k, v if is_seed(k) else None) != v}
     knobs = [f"{k} {json.dumps(config.get(k))} -> {json.dumps(v)}" for k, v in changed.items()]
     diff = diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), best.name)
     added, removed = diff_size(diff)
@@ -3362,7 +3397,7 @@ def command_keep(name: str | None, archive: Path, folder: Path) -> None:
         best = compute_best(load_book(archive).entries)
     print(f"{this.name} kept; the best is {best.name} at {best.mean:.6f} ({len(best.names)} run(s))")
     if verdict["kind"] == "unproven":
-        print(f"mind: {verdict['difference']:+.6f} bpb is inside the noise: kept, and not claimed")
+        print(f"mind: {verdict['difference']:+.6f} bpb is kept, and not claimed: it may be no gain")
     elif verdict["kind"] == "not better":
         print(f"mind: it is worse than {verdict['best']} by {verdict['difference']:.6f} bpb")
 
@@ -3467,7 +3502,8 @@ def command_start(tag: str | None, archive: Path, folder: Path) -> None:
         if done.returncode:
             raise AnalyzeError(f"git: {one_line(done.stderr.decode(errors='replace'))}")
     with locked(archive):
-        for file, text in ((INSIGHTS, "# Insights\n\n## Claims\n"), (QUEUE, f"# Ideas\n\n{PRIORS}")):
+        whence = "From the real run's logs; the demo's sizes are others.\n\n" * is_demo()
+        for file, text in ((INSIGHTS, "# Insights\n\n## Claims\n"), (QUEUE, f"# Ideas\n\n{whence}{PRIORS}")):
             if not (archive / file).exists():
                 write_atomic(archive / file, text)
     print(f"branch {branch}; {INSIGHTS} and {QUEUE} are in {archive}")

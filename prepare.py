@@ -456,12 +456,13 @@ def document_hash(text: str) -> int:
 
 def write_demo_text(path: Path) -> None:
     """The source of this Python's library as JSON lines, shuffled by hash: in the order of names
-    the score would depend on the module at which training stops."""
+    the score would depend on the module at which training stops. Cut so short that most pieces fit
+    a row: of longer ones packing drops the rest."""
     library, documents = Path(sysconfig.get_paths()["stdlib"]), []
     skipped = {"site-packages", "test", "tests", "__pycache__", "idlelib", "lib2to3"}
     for file in sorted(library.rglob("*.py")):
         if not skipped & set(file.relative_to(library).parts):
-            documents += split_text(file.read_text("utf-8", errors="replace"), 8 * MAX_SEQ_LEN)
+            documents += split_text(file.read_text("utf-8", errors="replace"), 2 * MAX_SEQ_LEN)
     lines = [json.dumps({"text": document}) for document in sorted(documents, key=document_hash)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "\n".join(lines) + "\n")
@@ -2183,11 +2184,11 @@ def main() -> int:
         sys.stdout.flush()
         print("\nerror: interrupted; call again to go on from here", file=sys.stderr, flush=True)
         os._exit(130)  # an ordinary exit would wait for download threads
+    for warning in find_warnings(manifest):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"ready: {CACHE_DIR} holds {manifest['source']}, fingerprint {manifest['fingerprint']}")
     totals = {split: sum(shard[split]["tokens"] for shard in manifest["shards"].values()) for split in SPLITS}
     print(f"       {totals['train']:,} training tokens, {totals['val']:,} validation tokens")
-    for warning in find_warnings(manifest):
-        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 

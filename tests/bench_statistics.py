@@ -50,7 +50,7 @@ def make_curve(num_steps: int, extra: np.ndarray, text: np.ndarray) -> Curve:
     nats = np.append(0.0, np.cumsum(loss * BATCH))
     flat = np.ones(num_steps)
     share = np.append(0.0, progress)
-    return Curve(ends / 1e6, loss, flat, math.nan * flat, bounds, nats, share, KAPPA)
+    return Curve(ends / 1e6, loss, flat, math.nan * flat, bounds, nats, share, flat, KAPPA)
 
 
 Case = tuple[list[dict], np.ndarray, np.ndarray]
@@ -73,7 +73,7 @@ def paired_cases(num_runs: int, correlation: float, ratio: float) -> Iterator[Ca
         own = true_loss(middles, progress) + trend[: len(middles)]
         at_tokens = own - true_loss(middles, middles / (NUM_STEPS * BATCH))
         at_progress = own - true_loss(progress * NUM_STEPS * BATCH, progress)
-        edges = np.searchsorted(blocks, [1e6 * w["from_m"] for w in windows[:-1]] + [blocks[-1]])
+        edges = np.searchsorted(blocks, [1e6 * w["from_m"] for w in windows] + [blocks[-1]])
         yield windows, KAPPA * window_means(at_tokens, edges), KAPPA * window_means(at_progress, edges)
 
 
@@ -90,16 +90,18 @@ def check_windows(num_runs: int) -> list[list]:
     rows = []
     for correlation in (0.0, 0.5, 0.7):
         found = list(paired_cases(num_runs, correlation, 1.0))
-        errors = np.array([[w["difference"] for w in ws[:-1]] - truth for ws, truth, _ in found])[:, 1:]
-        bars = np.array([[w["error"] for w in ws[:-1]] for ws, _, _ in found])[:, 1:]
+        errors = np.array([[w["difference"] for w in ws] - truth for ws, truth, _ in found])[:, 1:]
+        bars = np.array([[w["error"] for w in ws] for ws, _, _ in found])[:, 1:]
         rows.append(["window at equal tokens", f"autocorrelation {correlation}", *coverage(errors, bars)])
     for ratio in (0.97, 1.0, 1.03):
         found = list(paired_cases(num_runs, 0.5, ratio))
-        errors = np.array([[w["at_progress"] for w in ws[:-1]] - truth for ws, _, truth in found])[:, 1:]
-        bars = np.array([[w["at_progress_error"] for w in ws[:-1]] for ws, _, _ in found])[:, 1:]
+        errors = np.array([[w["at_progress"] for w in ws] - truth for ws, _, truth in found])[:, 1:]
+        bars = np.array([[w["at_progress_error"] for w in ws] for ws, _, _ in found])[:, 1:]
         rows.append(["window at equal progress", f"{ratio - 1:+.0%} steps", *coverage(errors, bars)])
-        errors = np.array([ws[-1]["at_progress"] - truth[-2:].mean() for ws, _, truth in found])
-        bars = np.array([ws[-1]["at_progress_error"] for ws, _, _ in found])
+        summaries = [analyze.compute_summary(ws[-analyze.SUMMARY_WINDOWS :]) for ws, _, _ in found]
+        truths = [truth[-analyze.SUMMARY_WINDOWS :].mean() for _, _, truth in found]
+        errors = np.array([summary["at_progress"] for summary in summaries]) - truths
+        bars = np.array([summary["at_progress_error"] for summary in summaries])
         rows.append(["summary at equal progress", f"{ratio - 1:+.0%} steps", *coverage(errors, bars)])
     return rows
 
@@ -154,7 +156,7 @@ def check_hampered(num_runs: int) -> list[list]:
 
     def timed(name: str, step_ms: float, program: str, **pace: float) -> Entry:
         config = {"flops_per_token": 2.5e8}
-        return entry(name, 1.0, program, step_ms=step_ms, training_s=300.0, config=config, pace=pace)
+        return entry(name, 1.0, program, step_ms=step_ms, training_s=300.0, config=config, pace=pace, gpu_name="H100")
 
     def idle() -> float:
         return 100 * (1 + 0.015 * rng.standard_normal())

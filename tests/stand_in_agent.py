@@ -90,7 +90,7 @@ class Agent:
         if done == RERUN:
             said = subprocess.check_output([*COMMANDS.split(), "rerun"], text=True)
             command = said.rpartition("next: ")[2].strip()
-            assert command.startswith("AUTORESEARCH_SEED_OFFSET=1 setsid timeout --kill-after=10 600 uv run"), said
+            assert command.startswith("AUTORESEARCH_SEED_OFFSET=1 AUTORESEARCH_DEMO=1 setsid timeout"), said
             shell(command)
         else:
             budget = "export AUTORESEARCH_TIME_BUDGET=600; " if done == KILLED else ""  # time enough to be killed in

@@ -232,10 +232,11 @@ def test_an_invalid_run_gives_its_reasons_and_is_never_said_to_be_counted():
         (entry("b", None, "q", "crash"), {"is_killed": True},
          f"train the same commit again: the idea was not tested (`{analyze.TRAIN_BESIDE}`)"),
         (entry("b", 1.1, "q", "pending", hampered=["slow"]), {},
-         f"train the same commit again, once the machine is quiet (`{analyze.TRAIN_BESIDE}`)"),
+         f"train the same commit again, once the machine is quiet (`{analyze.TRAIN_BESIDE}`); "
+         "after three such runs, discard"),
         (entry("b-dirty", 1.1, "q", "pending", hampered=["slow"], seed_offset=2), {},
          "train the same commit again, once the machine is quiet, after a commit of this train.py "
-         f"(`AUTORESEARCH_SEED_OFFSET=2 {analyze.TRAIN_BESIDE}`)"),
+         f"(`AUTORESEARCH_SEED_OFFSET=2 {analyze.TRAIN_BESIDE}`); after three such runs, discard"),
     ],
 )
 def test_the_last_line_of_the_verdict_is_the_decision_with_its_command(this, facts, decision):
@@ -324,8 +325,19 @@ def test_the_summary_is_the_mean_of_the_last_two_windows_as_the_table_shows_them
     last, summary = paired["windows"][-2:], paired["summary"]
     assert summary["at_progress"] == pytest.approx((last[0]["at_progress"] + last[1]["at_progress"]) / 2)
     assert summary["from_m"] == last[0]["from_m"]
-    assert f"From {summary['from_m']:.4g} M tokens on, at equal progress: **{summary['at_progress']:+.5f} ± " in "".join(
-        analyze.render_paired(paired))
+    told = f"From {summary['from_m']:.4g} M tokens on, at equal progress: **{summary['at_progress']:+.5f} ± "
+    assert told in "".join(analyze.render_paired(paired))
+
+
+def test_where_one_run_is_faster_the_windows_of_its_later_warm_down_are_marked():
+    slow, fast = make_run("best", 500), make_run(num_steps=600)
+    paired = analyze.compute_paired(fast, [slow])
+    assert [w["are_rates_apart"] for w in paired["windows"]] == [False] * 5 + [True] * 5
+    lines = analyze.render_paired(paired)
+    assert sum("% † |" in line for line in lines) == 5
+    assert lines[-1].startswith("† other learning rates on the same text")
+    same = analyze.compute_paired(make_run(), [make_run("best")])
+    assert not any("†" in line for line in analyze.render_paired(same))
 
 
 def test_a_shift_of_all_losses_is_found_in_every_window_with_a_tiny_error():
@@ -436,8 +448,8 @@ def test_over_fitting_is_called_that_when_the_text_repeats_and_the_gap_opens():
     assert training + behind == pytest.approx(0.90)
     assert gap["best"] == pytest.approx([training, 0.78 - training, error])
     assert 0 < error < 0.01
-    assert analyze.render_gap(gap)[1] == ("**Over-fitting**: epoch 2, of about 184 M packed tokens each, and validation is "
-                                          "left behind: more passes need not help.")
+    assert analyze.render_gap(gap)[1] == ("**Over-fitting**: epoch 2, of about 184 M packed tokens each, and "
+                                          "validation is left behind: more passes need not help.")
     assert not analyze.compute_gap(make_run(val=0.90), [])["is_overfitting"]  # one epoch
 
 
