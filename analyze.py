@@ -656,7 +656,7 @@ def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, d
 def renew_record(folder: Path, old: dict, facts: dict) -> dict:
     """A record worked out again from the run's files, with what only the old one (if any) knows."""
     origin = Origin(folder.name, old.get("git_commit"), description=old.get("description") or "")
-    kept = {key: old[key] for key in ("name", "folder", "status", "built_on") if key in old}
+    kept = {key: old[key] for key in ("name", "folder", "status", "built_on", "hampered") if key in old}
     return compute_record(load_folder(folder, folder.name), facts, origin) | kept
 
 
@@ -1436,9 +1436,11 @@ def compute_curve(run: Run) -> Curve | None:
 
 
 def compute_progress(run: Run) -> np.ndarray:
-    """Share of the budget used up at the end of each step. Logged is the share at its beginning;
-    without it, steps are taken to be of equal length."""
-    begun = run.series("train/progress")
+    """Share of the budget used up at the end of each step, by the clock; where that was not logged,
+    by the shares at the beginnings; else steps are taken to be of equal length."""
+    begun, clock_s, budget_s = run.series("train/progress"), run.series("time/training_s"), run.first_of("time_budget")
+    if number(budget_s) and np.isfinite(clock_s).all():
+        return np.maximum.accumulate(clock_s / budget_s)
     if not np.isfinite(begun).all():
         return np.linspace(0, 1, len(begun) + 1)[1:]
     return np.maximum.accumulate(np.append(begun[1:], 2 * begun[-1] - begun[-2]))
@@ -2910,15 +2912,18 @@ def write_pages(archive: Path) -> None:
     book = load_book(archive)
     if not book.entries:
         return
+    is_new = False
     for name in [e.name for e in book.entries]:
         stats = read_stats(archive / name)
-        is_current = "verdict" in stats and stats["record"].get("format") == RECORD_FORMAT
-        if not is_current or not (archive / name / ANALYSIS).exists():
+        if "verdict" not in stats or not (archive / name / ANALYSIS).exists():
             write_run_pages(archive, book, book.entry(name))
-            book = load_book(archive)
+            book, is_new = load_book(archive), True
+        elif stats["record"].get("format") != RECORD_FORMAT:  # its page stays: it tells what was decided on
+            write_json(archive / name / STATS, stats | {"record": book.entry(name).record})
+            is_new = True
     table, report = archive / RESULTS, archive / "report.md"  # the report is written last
-    if not report.exists() or report.stat().st_mtime_ns < table.stat().st_mtime_ns:
-        write_morning(archive, book)
+    if is_new or not report.exists() or report.stat().st_mtime_ns < table.stat().st_mtime_ns:
+        write_morning(archive, load_book(archive))
 
 
 def write_run_pages(archive: Path, book: Book, this: Entry) -> None:

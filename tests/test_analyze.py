@@ -589,7 +589,7 @@ def test_an_idea_that_was_built_on_another_program_than_the_best_says_so(lab):
     assert f"{built}Expected -0.0040, came -0.0080 ± 0.0014.\n" in told
 
 
-def test_records_and_pages_of_another_edition_are_made_anew_and_what_was_decided_stays(lab):
+def test_records_of_another_edition_are_made_anew_and_what_was_decided_stays(lab):
     base = lab.baseline()
     lab.commit("depth 9", variant(depth=9))
     lab.train(0.99, config={"depth": 9})
