@@ -207,7 +207,7 @@ def test_the_demo_runs_as_the_readme_says(checkout, demo):
     there = {k: v for k, v in env.items() if k != "AUTORESEARCH_DEMO"} | {"AUTORESEARCH_CACHE": str(demo[0])}
     there["AUTORESEARCH_TIME_BUDGET"] = "5"
     said = output_of(["bash", "-euc", script], folder, there)
-    assert "**BASELINE**: val_bpb " in said
+    assert re.search(r"\*\*(BASELINE|HAMPERED)\*\*: val_bpb ", said)  # a busy machine may hold five seconds up
     assert "demo" in said.splitlines()[0]
     assert [row[3] for row in rows_of(folder / ".auto-log-research" / "demo")] == ["pending"]
     assert rows_of(folder / ".auto-log-research") == []
