@@ -1137,7 +1137,7 @@ class Noise:
     @property
     def source(self) -> str:
         if self.sigma is None:
-            return "run the baseline again first"
+            return f"run the baseline again with another seed (`{RERUN}`)"
         measured = f"{self.freedom} degree(s) of freedom measured"
         prior = f", and a prior of {PRIOR_SIGMA} for the five-minute run, counted as {PRIOR_WEIGHT}"
         return measured + prior * self.has_prior
@@ -1250,15 +1250,12 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
     same = [e for e in others if e.group == this.group and e.is_valid]
     verdict = {
         "val_bpb": this.val_bpb,
-        "best": best and best.name,
-        "best_mean": best and best.mean,
-        "best_runs": len(best.names) if best else 0,
-        "best_is_kept": bool(best and best.is_kept),
+        **describe_best(best),
         "noise": describe_noise(noise),
         "claim_errors": noise.claim_errors,
         "replicates": [e.name for e in same],
         "reasons": [],
-        "undecided": [e.name for e in others if e.is_valid and e.status == "pending" and is_lower(e, this)],
+        "undecided": [e.name for e in others if is_lower_and_undecided(e, this)],
     }
     if flaw := compute_flaw(this, facts):
         return verdict | flaw
@@ -1271,8 +1268,16 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
     return verdict | decide(verdict["difference"], verdict["standard_errors"], noise, facts)
 
 
-def is_lower(e: Entry, this: Entry) -> bool:
-    return this.val_bpb is not None and e.group != this.group and e.val_bpb < this.val_bpb
+def describe_best(best: Best | None) -> dict:
+    if best is None:
+        return {"best": None, "best_mean": None, "best_runs": 0, "best_is_kept": False}
+    return {"best": best.name, "best_mean": best.mean, "best_runs": len(best.names), "best_is_kept": best.is_kept}
+
+
+def is_lower_and_undecided(e: Entry, this: Entry) -> bool:
+    if this.val_bpb is None or not e.is_valid or e.group == this.group:
+        return False
+    return e.status == "pending" and e.val_bpb < this.val_bpb
 
 
 def judge_replicate(this: Entry, entries: list[Entry], best: Best, noise: Noise) -> dict:
@@ -1334,13 +1339,10 @@ def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text
     diff."""
     mine, theirs = (e.record.get("config") or {} if e else {} for e in (this, best))
     added, removed = diff_size(diff_lines(best_text, text, "best"))
-    config, machine = {}, {}
-    if mine and theirs:
-        config = {k: [theirs.get(k), mine.get(k)] for k in theirs | mine if theirs.get(k) != mine.get(k)}
-    for key in (*MACHINE_KEYS, "seed") if best else ():
-        pair = [best.record.get(key), this.record.get(key)]
-        if None not in pair and pair[0] != pair[1]:
-            machine[key] = pair
+    config = {k: [theirs.get(k), mine.get(k)] for k in theirs | mine} if mine and theirs else {}
+    machine = {k: [best.record.get(k), this.record.get(k)] for k in (*MACHINE_KEYS, "seed")} if best else {}
+    config = {k: pair for k, pair in config.items() if pair[0] != pair[1]}
+    machine = {k: pair for k, pair in machine.items() if None not in pair and pair[0] != pair[1]}
     return {
         "against": best and best.name,
         "config": config,
@@ -2126,7 +2128,9 @@ def render_replicates(v: dict) -> list[str]:
     return lines
 
 
-def render_crash(crash: dict) -> list[str]:
+def render_crash(crash: dict | None) -> list[str]:
+    if crash is None:
+        return []
     ended = "before the first step" if crash["last_step"] is None else f"step {crash['last_step']:.0f}"
     if crash["last_loss"] is not None:
         ended += f", last loss {crash['last_loss']:.4f}"
@@ -2155,6 +2159,12 @@ def render_paired(paired: dict) -> list[str]:
     if s := paired["summary"]:
         lines.append(f"From {s['from_m']:.4g} M tokens on, at equal progress: **{s['at_progress']:+.5f} ± "
                      f"{s['at_progress_error']:.5f} bpb**; the ± leaves out what another seed would change.")
+    return lines + explain_marks(paired)
+
+
+def explain_marks(paired: dict) -> list[str]:
+    """What the marks in the table mean, and what its numbers cannot tell."""
+    lines = []
     if any(w["at_progress"] is None for w in paired["windows"][1:]):
         lines.append("-: the best was as far in its budget too many tokens away from here.")
     if any(w["is_repeat"] for w in paired["windows"]):
@@ -2237,7 +2247,7 @@ def render_analysis(stats: dict, pictures: list[str]) -> str:
     failed = [f"- not computed: {part}: {clip(why, 160)}" for part, why in stats["failed"].items()]
     sections = (
         ("Verdict", render_verdict(stats)),
-        ("Crash", stats["crash"] and render_crash(stats["crash"])),
+        ("Crash", render_crash(stats["crash"])),
         ("Paired curve", stats["paired"] and not stats["crash"] and render_paired(stats["paired"])),
         ("Training and validation", stats["gap"] and render_gap(stats["gap"])),
         ("What changed", render_changes(stats["changes"])),
@@ -2251,11 +2261,14 @@ def render_analysis(stats: dict, pictures: list[str]) -> str:
     for heading, told in sections:
         if told:
             lines += ["", f"## {heading}", *(clip(one_line(line), 400) for line in told if line)]
+    return fit_page(lines)
+
+
+def fit_page(lines: list[str]) -> str:
     shown = lines[: PAGE_LINES - 5]
     while len("\n".join(shown).encode()) > PAGE_BYTES - len(NOTES_HEADING) - 120:
         shown.pop()
-    lines = shown if len(shown) == len(lines) else [*shown, f"Cut here; {STATS} has the rest."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(shown if len(shown) == len(lines) else [*shown, f"Cut here; {STATS} has the rest."]) + "\n"
 
 
 def write_analysis(folder: Path, text: str) -> None:
@@ -2394,20 +2407,21 @@ def render_calibration(entries: list[Entry]) -> str:
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
-    """Claims of insights.md that cite runs which do not exist, or rest on runs inside the noise
-    alone."""
+    """Claims of insights.md that cite runs which do not exist, or claim an effect on runs inside the
+    noise alone."""
     programs = {e.group for e in compute_tried(entries) if not is_outside_noise(e)}
     names, hidden = {e.name for e in entries}, {e.name for e in entries if e.group in programs}
-    lines = []
-    claims = (text or "").partition("## Claims")[2]
-    for claim in re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", claims, re.M):
-        cited = {n for n in RUN_NAME.findall(claim) if n in names or not n.isdecimal()}
-        told = clip(one_line(claim), 80)
-        if missing := sorted(cited - names):
-            lines.append(f"no run is called {', '.join(missing)}: {told}")
-        elif cited and cited <= hidden and re.search(r"[-+\u2212]\d*\.\d", claim):  # it claims an effect
-            lines.append(f"rests on runs inside the noise alone: {told}")
-    return lines
+    claims = re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", (text or "").partition("## Claims")[2], re.M)
+    doubts = ((find_doubt(claim, names, hidden), claim) for claim in claims)
+    return [f"{doubt}: {clip(one_line(claim), 80)}" for doubt, claim in doubts if doubt]
+
+
+def find_doubt(claim: str, names: set[str], hidden: set[str]) -> str:
+    cited = {n for n in RUN_NAME.findall(claim) if n in names or not n.isdecimal()}
+    if missing := sorted(cited - names):
+        return f"no run is called {', '.join(missing)}"
+    is_effect = re.search(r"[-+\u2212]\d*\.\d", claim)
+    return "rests on runs inside the noise alone" if cited and cited <= hidden and is_effect else ""
 
 
 def render_audit(archive: Path, base: Iterable[str], best: Iterable[str], won: float) -> str:

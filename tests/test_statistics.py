@@ -90,7 +90,8 @@ def test_the_prior_belongs_to_the_five_minute_run_alone(record):
     first, second = entry("a", 1.97, "p", **record), entry("b", 1.95, "q", "pending", **record)
     noise = analyze.compute_noise([first, second])
     assert noise.sigma is None
-    assert analyze.describe_noise(noise) == "unknown: run the baseline again first"
+    again = "unknown: run the baseline again with another seed (`uv run analyze.py rerun`)"
+    assert analyze.describe_noise(noise) == again
     verdict = verdict_of(second, first)
     assert (verdict["kind"], verdict["advice"], verdict["standard_errors"]) == ("unproven", "keep", None)
 
