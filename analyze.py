@@ -1890,7 +1890,7 @@ def compute_history(entries: list[Entry]) -> dict:
     hours = sum(e.record.get("total_s") or e.record.get("training_s") or 0.0 for e in entries) / 3600
     return {
         "num_runs": len(entries),
-        "counts": {status: sum(e.status == status for e in entries) for status in STATUSES},
+        "counts": {status: sum(status_shown(e) == status for e in entries) for status in (*STATUSES, "hampered")},
         "lineage": lineage,
         "hours": hours,
         "first_start_unix": min(starts, default=None),
@@ -1901,6 +1901,11 @@ def compute_history(entries: list[Entry]) -> dict:
         "last": [[e.name, e.val_bpb, e.status, e.description] for e in entries[-5:]],
         "gpu_share": compute_gpu_share(entries),
     }
+
+
+def status_shown(e: Entry) -> str:
+    """Of a hampered run nothing is to be decided."""
+    return "hampered" if e.status == "pending" and e.record.get("hampered") else e.status
 
 
 def compute_lineage(entries: list[Entry], groups: dict[tuple, list[Entry]]) -> list[list]:
@@ -3083,7 +3088,7 @@ def compute_status(archive: Path, folder: Path) -> dict:
         "here": here,
         "live": compute_live(archive, folder, book, best),
         "elsewhere": [describe_running(run) for run in find_running(book, folder)],
-        "pending": [e.name for e in book.entries if e.status == "pending" and not e.record.get("hampered")],
+        "pending": [e.name for e in book.entries if status_shown(e) == "pending"],
         "unfiled": sorted(p.name for p in (archive / "unfiled").glob("[!.]*/")),
         **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "gain", "gpu_share")},
         "queue": list_items(read_text(archive / QUEUE)),

@@ -488,6 +488,37 @@ def test_a_last_step_that_the_machine_held_up_is_hampered_and_no_baseline_is_ask
     assert lab.analyze("check")[0] == 0  # there is no best yet: the same program may run again
 
 
+def test_a_hampered_run_waits_for_no_decision_and_is_left_behind_with_its_program(lab):
+    lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    lab.train(0.99, make_records(num_steps=300, step_ms=[1000.0] * 299 + [91_000.0]), config={"depth": 9})
+    assert "; after three such runs, discard\n" in lab.analyze()[1]
+    status = lab.analyze("status")[1]
+    assert "archive: 2 runs (1 keep, 1 hampered);" in status
+    assert "pending, decide keep or discard: none\n" in status
+    assert status.endswith("next: train the same commit again\n")
+    lab.analyze("rerun")  # the program here is another now
+    assert "train the same commit again" not in lab.analyze("status")[1].splitlines()[-1]
+
+
+def test_a_crash_asks_to_mend_a_slip_first_and_has_no_paired_curve(lab):
+    lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    lab.crash("crash: TypeError: no such thing at step 0\n")
+    told = lab.analyze()[1]
+    mend = "mend a slip and train again, three attempts at most"
+    assert f"Decision: {mend}; else discard (`uv run analyze.py discard`)\n" in told
+    assert "Paired curve" not in lab.page(lab.rows()[-1][0])
+
+
+def test_commands_that_pages_name_carry_the_demos_setting(lab):
+    code = "import analyze; print(analyze.FILE, analyze.TRAIN_BESIDE)"
+    env = os.environ | {"AUTORESEARCH_DEMO": "yes", "PYTHONPATH": str(SCRIPT.parent)}
+    said = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
+    assert said == ("AUTORESEARCH_DEMO=1 uv run analyze.py AUTORESEARCH_DEMO=1 setsid timeout --kill-after=10 600 "
+                    "uv run train.py > run.log 2>&1 &\n")
+
+
 def test_without_a_score_that_counts_the_baseline_is_next(lab):
     lab.commit("baseline")
     lab.train(0.9, evaluation={"causal": False})
