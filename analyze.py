@@ -2579,7 +2579,7 @@ def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndar
         is_known = np.isfinite(x + y)
         x, y = x[is_known], y[is_known]
         if name == this:
-            axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, label="this, each step")
+            axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, zorder=1, label="this, each step")
         size = max(len(x) // 100, 1)
         means = [values[len(x) % size :].reshape(-1, size).mean(axis=1) for values in (x, y)]
         label, color = (f"this: {name}", BLUE) if name == this else (f"best: {name}", ORANGE)
