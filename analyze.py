@@ -1814,24 +1814,36 @@ def update_ratios(record: dict) -> dict[str, float]:
 
 
 def layer_table(run: Run, share: float) -> dict[tuple[str, str], float]:
-    """(Kind, name) to what was seen at this share of the looks: of layers, parameters and
-    scalars."""
+    """(Kind, name) to what was seen of layers, parameters and scalars at this share of the looks:
+    the median over a tenth of them around it, as one look is at one batch."""
 
-    def look_at(looks: list) -> dict | list:
-        return looks[int(share * (len(looks) - 1))] if looks else {}
+    def around(looks: list) -> list:
+        middle, half = int(share * (len(looks) - 1)), len(looks) // 20
+        return looks[max(middle - half, 0) : middle + half + 1]
 
-    layers, params = (look_at(run.records_with(f"{what}/names")) for what in ("layers", "params"))
-    scalars = {name: numbers(look_at(looks)) for name, looks in run.scalars.items()}
-    kinds = {
-        "dead units": named_values(layers, "layers/names", "layers/dead"),
-        "inputs near zero": named_values(layers, "layers/names", "layers/input_zeros"),
-        "output RMS": named_values(layers, "layers/names", "layers/rms"),
-        "gradient RMS": named_values(params, "params/names", "params/grad_rms"),
-        "update/weight": update_ratios(params),
-        "scalar RMS": {name: float(np.sqrt(np.mean(values**2))) for name, values in scalars.items()},
-    }
-    table = {(kind, name): value for kind, values in kinds.items() for name, value in values.items()}
+    found: dict[tuple[str, str], list[float]] = {}
+    for look in around(run.records_with("layers/names")) + around(run.records_with("params/names")):
+        for kind, values in look_at(look).items():
+            for name, value in values.items():
+                found.setdefault((kind, name), []).append(value)
+    for name, looks in run.scalars.items():
+        found["scalar RMS", name] = [float(np.sqrt(np.mean(numbers(look) ** 2))) for look in around(looks)]
+    table = {key: float(np.median(values)) for key, values in found.items() if values}
     return {key: value for key, value in table.items() if math.isfinite(value)}
+
+
+def look_at(record: dict) -> dict[str, dict[str, float]]:
+    return {
+        "dead units": named_values(record, "layers/names", "layers/dead"),
+        "inputs near zero": named_values(record, "layers/names", "layers/input_zeros"),
+        "output RMS": named_values(record, "layers/names", "layers/rms"),
+        "gradient RMS": named_values(record, "params/names", "params/grad_rms"),
+        "update/weight": update_ratios(record),
+    }
+
+
+def num_blocks(table: dict[tuple[str, str], float]) -> int:
+    return len({name.split(".")[1] for _, name in table if name.startswith("blocks.")})
 
 
 def compute_layers(run: Run, best: Run | None) -> list[str]:
@@ -1840,6 +1852,8 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
     have moved."""
     early, late = layer_table(run, EARLY), layer_table(run, LATE)
     theirs = layer_table(best, LATE) if best else {}
+    if num_blocks(theirs) != num_blocks(late):  # block 2 of three is not block 2 of four
+        theirs = {key: value for key, value in theirs.items() if not key[1].startswith("blocks.")}
     for name in run.scalars:  # they start where the configuration says
         start = number(run.summary.get(f"{name.removesuffix('s')}_init"))
         early["scalar RMS", name] = early.get(("scalar RMS", name)) if start is None else start

@@ -481,14 +481,11 @@ def test_an_edit_that_changed_nothing_is_said_to_have_changed_nothing():
 
 
 def layers_of(**series):
-    """Looks at one step in ten: `series` name a list of what is seen early and late, by layer or parameter."""
-    names = {"layers/names": ["a", "b", "c"], "params/names": ["p", "q", "r"]}
+    """Looks at one step in ten: `series` name a list of what is seen in equal parts of the run (mostly early and late),
+    by layer or parameter."""
     columns = {}
-    for key in (*names, *series):
-        looks = [None] * 600
-        for i in range(0, 600, 10):
-            looks[i] = names[key] if key in names else series[key][0 if i < 300 else 1]
-        columns[key] = looks
+    for key, values in ({"layers/names": [["a", "b", "c"]], "params/names": [["p", "q", "r"]]} | series).items():
+        columns[key] = [None if i % 10 else values[i * len(values) // 600] for i in range(600)]
     return make_run(**columns)
 
 
@@ -515,6 +512,23 @@ def test_the_eight_largest_departures_are_named_and_two_of_a_kind():
     best = layers_of(**{"layers/rms": [[1.0] * 3] * 2})
     assert [line.split(":")[0] for line in analyze.compute_layers(this, best)] == [
         "scalar RMS of s8", "scalar RMS of s7", "output RMS of a", "output RMS of b"]
+
+
+def test_one_odd_look_among_sixty_names_no_layer():
+    usual, odd = [1.0] * 3, [1.0, 50.0, 1.0]
+    best = layers_of(**{"layers/rms": [usual]})
+    assert analyze.compute_layers(layers_of(**{"layers/rms": [usual] * 53 + [odd] + [usual] * 6}), best) == []
+    assert analyze.compute_layers(layers_of(**{"layers/rms": [usual] * 50 + [odd] * 10}), best) == [
+        "output RMS of b: 50, exploding (early 1, best 1)"]
+
+
+def test_blocks_of_another_depth_are_not_compared_by_their_numbers():
+    def blocks(num, rms):
+        names = [*(f"blocks.{i}.mlp" for i in range(num)), "lm_head"]
+        return layers_of(**{"layers/names": [names], "layers/rms": [[rms] * (num + 1)]})
+
+    assert len(analyze.compute_layers(blocks(2, 9.0), blocks(2, 1.0))) == 2
+    assert analyze.compute_layers(blocks(3, 9.0), blocks(2, 1.0)) == ["output RMS of lm_head: 9 (early 9, best 1)"]
 
 
 def test_scalars_start_where_the_configuration_says_and_stand_beside_the_bests():
