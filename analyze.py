@@ -641,9 +641,16 @@ def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, d
     no second run."""
     records = {}
     for folder in run_folders(archive):
-        record = read_stats(folder).get("record") or {}
-        is_current = record.get("format") == RECORD_FORMAT
-        records[folder.name] = record if is_current else renew_record(folder, record, facts)
+        record = read_stats(folder).get("record")
+        if record is None:
+            record = compute_record(load_folder(folder, folder.name), facts, Origin(folder.name))
+        elif record.get("format") != RECORD_FORMAT:
+            record = renew_record(folder, record)
+        records[folder.name] = record
+    for name, record in records.items():
+        verdict = read_stats(archive / name).get("verdict") or {}
+        if verdict.get("kind") == "unchanged" and verdict.get("best") in records:
+            records[name] = record | {"program": records[verdict["best"]]["program"]}
     names: dict[str, str] = {}
     for name in sorted(records, key=lambda name: records[name].get("name", name) != name):
         first = names.setdefault(records[name]["identity"], name)
@@ -653,11 +660,11 @@ def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, d
     return records
 
 
-def renew_record(folder: Path, old: dict, facts: dict) -> dict:
-    """A record worked out again from the run's files, with what only the old one (if any) knows."""
-    origin = Origin(folder.name, old.get("git_commit"), description=old.get("description") or "")
-    kept = {key: old[key] for key in ("name", "folder", "status", "built_on", "hampered") if key in old}
-    return compute_record(load_folder(folder, folder.name), facts, origin) | kept
+def renew_record(folder: Path, old: dict) -> dict:
+    """A record of another format with its programs hashed anew; all else in it stands."""
+    start = read_fields(folder / START, [])
+    text = start.get("train_py") or read_text(folder / "train.py")
+    return old | {"format": RECORD_FORMAT} | ({} if text is None else hash_programs(text, start.get("modules") or {}))
 
 
 def load_book(archive: Path) -> Book:
@@ -801,6 +808,12 @@ def is_seed(name: str | None) -> bool:
     return name is not None and (name.lower() == "seed" or name.lower().endswith("_seed"))
 
 
+@cache
+def hash_functional(source: str, hide_seed: bool, hide_config: bool) -> str:
+    without = [_WithoutConfig()] * hide_config + [_WithoutSeed()] * hide_seed
+    return sha256(functional(normal(source), *without))
+
+
 def program_hash(
     text: str | None, hide_seed: bool = True, modules: dict | None = None, hide_config: bool = False
 ) -> str | None:
@@ -808,10 +821,17 @@ def program_hash(
     seed do not count. `modules` are the files beside the program that it imports, by name."""
     if text is None:
         return None
-    without = [_WithoutConfig()] * hide_config + [_WithoutSeed()] * hide_seed
     files = [("", text), *sorted((modules or {}).items())]
-    hashes = [name + sha256(functional(normal(str(source)), *without)) for name, source in files]
+    hashes = [name + hash_functional(str(source), hide_seed, hide_config) for name, source in files]
     return sha256("\n".join(hashes))[:16]
+
+
+def hash_programs(text: str | None, modules: dict) -> dict[str, str | None]:
+    return {
+        "program": program_hash(text, modules=modules),
+        "program_and_seed": program_hash(text, hide_seed=False, modules=modules),
+        "code": program_hash(text, modules=modules, hide_config=True),
+    }
 
 
 def configuration(summary: dict) -> dict:
@@ -832,8 +852,7 @@ def static_config(text: str) -> dict:
             found |= {k.arg: k.value for k in node.keywords if k.arg and is_literal(k.value)}
     known = {"__builtins__": {}, "DEMO": is_demo()}
     values = {name: eval(ast.unparse(value), known) for name, value in found.items()}
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return {name: value for name, value in values.items() if value is not None}  # None: resolved by the program
+    return json.loads(json.dumps(values))  # as a summary has them
 
 
 def config_constant(node: ast.AST) -> str | None:
@@ -965,9 +984,7 @@ def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
         "memory_gb": None if (peak_mb := number(s.get("peak_vram_mb"))) is None else peak_mb / 1024,
         "train_sha256": sha256(normal(run.train_py)) if run.train_py else None,
         "modules": {name: sha256(normal(str(text))) for name, text in modules.items()},
-        "program": program_hash(run.train_py, modules=modules),
-        "program_and_seed": program_hash(run.train_py, hide_seed=False, modules=modules),
-        "code": program_hash(run.train_py, modules=modules, hide_config=True),
+        **hash_programs(run.train_py, modules),
         "seed": s.get("seed") if number(s.get("seed")) is not None else None,
         "seed_offset": number(run.first_of("seed_offset")),
         **compute_comparable(run),
@@ -1463,7 +1480,8 @@ def compute_loss_sums(records: list[dict], tokens: np.ndarray) -> tuple[np.ndarr
     micro-batches."""
     bounds, nats = [0.0], [0.0]
     for record, end in zip(records, tokens, strict=True):
-        parts = numbers(record.get("train/micro_losses") or [])
+        parts = record.get("train/micro_losses")
+        parts = numbers(parts if isinstance(parts, list) else [])
         if not len(parts) or not np.isfinite(parts).all():
             parts = numbers([record["train/loss"]])
         ends = np.linspace(bounds[-1], end, len(parts) + 1)
@@ -1517,7 +1535,8 @@ def compute_paired(this: Run, others: list[Run]) -> dict | None:
         few = f"{max(len(blocks) - 1, 0)} steps in common, and {MIN_BLOCKS} are needed"
         return paired | {"note": few if end else note}
     windows = compute_windows(mine, theirs, blocks, kappa)
-    summary = compute_summary(windows[-SUMMARY_WINDOWS:])
+    is_whole = end >= 0.95e6 * min(c.tokens_m[-1] for c in (mine, *theirs))
+    summary = compute_summary(windows[-SUMMARY_WINDOWS:]) if is_whole else None
     rates = compute_rate_changes(this, others[0])
     return paired | {"note": note, "windows": windows, "summary": summary, "rates": rates}
 
@@ -1648,10 +1667,11 @@ def compute_gap(run: Run, others: list[Run]) -> dict | None:
         return None
     theirs = [found for r in others if (found := training_and_gap(r))]
     best = np.mean(theirs, axis=0).tolist() if theirs else None
-    epochs = number(run.records[-1].get("train/epoch")) or 1.0
+    passed = np.floor(run.curve.epoch - run.curve.epoch[0])  # some count from 0, some in parts
+    epochs = 1.0 + (passed[-1] if np.isfinite(passed).all() else 0.0)
     training, gap, error = mine
     is_wide = gap > GAP_SHARE * (training + gap) + 2 * error
-    first = run.curve.tokens_m[run.curve.epoch == 1]  # packing leaves out what overhangs a row: less than there is
+    first = run.curve.tokens_m[passed == 0]  # packing leaves out what overhangs a row: less than there is
     epoch_m = float(first[-1]) if epochs > 1 and len(first) else None
     return {"this": mine, "best": best, "epochs": epochs, "epoch_m": epoch_m, "is_overfitting": epochs > 1 and is_wide}
 
@@ -1912,7 +1932,7 @@ def compute_history(entries: list[Entry]) -> dict:
         "optimism": optimism,
         "ideas_since_best": len(groups) - 1 - list(groups).index(best.group) if best else None,
         "runs_since_best_was_run": runs_since(alike, best),
-        "last": [[e.name, e.val_bpb, e.status, e.description] for e in entries[-5:]],
+        "last": [[e.name, e.val_bpb, status_shown(e), e.description] for e in entries[-5:]],
         "gpu_share": compute_gpu_share(entries),
     }
 
@@ -2005,11 +2025,12 @@ def compute_effect(this: Entry, entries: list[Entry], best: Entry | None, verdic
     if best is None or verdict["kind"] not in TRIED:
         return None
     others = [e for e in comparable(entries, this) if e.is_valid and e.name != this.name]
-    bases = [e for e in others if e.record.get("train_sha256") == this.record.get("built_on")]
-    base = best if verdict["replicates"] or not bases or bases[-1].group == best.group else bases[-1]
-    told = {key: verdict[key] for key in ("difference", "standard_error", "standard_errors")}
-    if base is not best:
-        told = compare_groups([this], compute_groups(others)[base.group], compute_noise(others))
+    built_on = None if verdict["replicates"] or this.record.get("modules") else this.record.get("built_on")
+    groups = [e.group for e in others if built_on and e.record.get("train_sha256") == built_on]
+    base, told = best, {key: verdict[key] for key in ("difference", "standard_error", "standard_errors")}
+    if groups and groups[-1] != best.group:
+        runs = compute_groups(others)[groups[-1]]
+        base, told = runs[0], compare_groups([this], runs, compute_noise(others))
     return {"against": base.name, **told, "config": compute_changes(this, None, base, None)["config"]}
 
 
@@ -2067,8 +2088,8 @@ DECISIONS = {
 }
 KINDS = {
     "baseline": f"Nothing to compare with yet. Run it once more (`{RERUN}`) for the noise.",
-    "unproven": "Better by the rule for keeping, not by that for claiming ({claim_errors} standard errors, as far as "
-                "the noise is known): it may be no gain.",
+    "unproven": "Better by the rule for keeping, but it may be no gain: as far as the noise is known here, a claim "
+                "takes {claim_errors} standard errors.",
     "unchanged": "The edit changed nothing: configuration and losses are the best's. It counts as another "
                  "run of that program, not as an idea.",
 }
@@ -2086,18 +2107,23 @@ def render_verdict(stats: dict) -> list[str]:
         lines.append(f"Built on {effect['against']}: {show_effect(effect)} bpb against that one.")
     lines += [line for line in (KINDS.get(v["kind"], "").format(**v), stats["prediction"]) if line]
     lines += [f"Mind: {clip(remark, 220)}." for remark in find_remarks(stats)[:6]]
-    if v["kind"] not in ("crash", "stopped", "invalid"):
+    is_known = v["kind"] not in ("baseline", "replicate") or not v["noise"].startswith("unknown")
+    if v["kind"] not in ("crash", "stopped", "invalid", "hampered") and is_known:
         without = ", without this run" * (v["kind"] == "replicate")
         lines.append(f"Noise between seeds of one program{without}: {v['noise']}.")
     is_mendable = v["kind"] == "crash" and v["advice"] == "discard"
     mend = "mend a slip and train again, three attempts at most; else " * is_mendable
     decision = f"Decision: {mend}{DECISIONS[v['advice']]}"
     if v["advice"] in ("rerun", "wait"):
-        record = stats["record"]
-        offset = f"AUTORESEARCH_SEED_OFFSET={record['seed_offset']:.0f} " if record.get("seed_offset") else ""
-        decision += ", after a commit of this train.py" * ("-dirty" in record.get("name", ""))
-        decision += f" (`{offset}{TRAIN_BESIDE}`)" + "; after three such runs, discard" * (v["advice"] == "wait")
+        decision += ", after a commit of this train.py" * ("-dirty" in stats["record"].get("name", ""))
+        decision += f" (`{train_again(stats['record'])}`); after three such runs, discard"
     return [*lines, decision]
+
+
+def train_again(record: dict) -> str:
+    """The command that trains this run's program once more, with its seed."""
+    offset = record.get("seed_offset")
+    return f"AUTORESEARCH_SEED_OFFSET={offset:.0f} {TRAIN_BESIDE}" if offset else TRAIN_BESIDE
 
 
 def find_remarks(stats: dict) -> list[str]:
@@ -2184,13 +2210,12 @@ def render_paired(paired: dict) -> list[str]:
 def explain_marks(paired: dict) -> list[str]:
     """What the marks in the table mean, and what its numbers cannot tell."""
     lines = []
-    if any(w["at_progress"] is None for w in paired["windows"][1:]):
-        lines.append("-: the best was as far in its budget too many tokens away from here.")
+    if any(w["at_progress"] is None for w in paired["windows"]):
+        lines.append("-: the other curve is too steep there, or too far away, to tell.")
     if any(w["is_repeat"] for w in paired["windows"]):
         lines.append("* a later epoch: text seen before, no measure of learning.")
     if any(w["are_rates_apart"] for w in paired["windows"]):
-        lines.append("† other learning rates on the same text, as they go by time: equal tokens do not tell who "
-                     "learned better.")
+        lines.append("† other learning rates on the same text: equal tokens do not tell who learned better.")
     if paired["rates"]:
         told, last = clip("; ".join(paired["rates"][:4]), 200), paired["windows"][-1]
         is_told = last["at_progress"] is not None and not last["is_repeat"]
@@ -2219,7 +2244,8 @@ def render_changes(changes: dict) -> list[str]:
     config = changes["config"]
     lines = [f"train.py: +{changes['lines_added']} -{changes['lines_removed']} lines (`train.diff`)."]
     if not config:
-        known = "the same, every key" if changes["is_config_known"] else "unknown"
+        known = "the same" + ", but for the seed" * ("seed" in changes["machine"])
+        known = known if changes["is_config_known"] else "unknown"
         lines.append(f"Resolved configuration: {known}.")
     for key, pair in [*itertools.islice(config.items(), 6), *changes["machine"].items()]:
         before, after = (clip(json.dumps(value).strip('"'), 50) for value in pair)
@@ -2346,7 +2372,8 @@ def show_effect(effect: dict) -> str:
 
 
 def is_outside_noise(e: Entry) -> bool:
-    return verdict_of(e)["kind"] != "unproven" and abs(effect_of(e).get("standard_errors") or 0.0) >= GAIN_ERRORS
+    effect = effect_of(e)
+    return effect.get("is_outside", abs(effect.get("standard_errors") or 0.0) >= GAIN_ERRORS)
 
 
 def compute_tried(entries: list[Entry]) -> list[Entry]:
@@ -2355,11 +2382,13 @@ def compute_tried(entries: list[Entry]) -> list[Entry]:
     groups, noise, by_name = compute_groups(entries), compute_noise(entries), {e.name: e for e in entries}
     spoken: dict[tuple, Entry] = {}
     for e in entries:
-        if verdict_of(e).get("kind") not in TRIED or e.group in spoken:
-            continue
         base = by_name.get(effect_of(e)["against"])
-        if base and {base.group, e.group} <= groups.keys():
+        is_idea = verdict_of(e).get("kind") in TRIED and e.is_valid and e.group not in spoken
+        if not is_idea or (base and not base.is_valid):
+            continue
+        if base:
             told = compare_groups(groups[e.group], groups[base.group], noise)
+            told["is_outside"] = abs(told["standard_errors"] or 0.0) >= noise.claim_errors
             e = replace(e, stats=e.stats | {"effect": effect_of(e) | told})
         spoken[e.group] = e
     return sorted(spoken.values(), key=lambda e: (not is_outside_noise(e), effect_of(e)["difference"]))
@@ -2371,8 +2400,9 @@ def show_outcome(e: Entry) -> str:
     if v.get("kind") not in TRIED:
         return e.record.get("crash") or v.get("kind") or ""
     effect = effect_of(e)
-    is_against_best = effect["against"] == v.get("best")
-    return f"{show_effect(effect)} ({v['kind'] if is_against_best else 'against ' + effect['against']})"
+    against = "" if effect["against"] == v.get("best") else f", against {effect['against']}"
+    proven = "a gain" if effect["difference"] < 0 else "a loss"
+    return f"{show_effect(effect)} ({proven if is_outside_noise(e) else 'inside the noise'}{against})"
 
 
 def read_subject(e: Entry) -> tuple[str, float | None]:
@@ -2463,7 +2493,9 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
     if h["gpu_share"]:
         night += f", the GPU at work {h['gpu_share']:.0%} of the time"
     best, lineage = compute_best(entries), h["lineage"]
-    if best is None or not lineage or lineage[0][0] == best.name:
+    if best is None or not lineage:
+        return f"{night}. No run is kept yet."
+    if lineage[0][0] == best.name:
         return f"{night}. No gain over the first kept run."
     first = next(e for e in entries if e.name == lineage[0][0])
     base = compute_best(compute_groups(entries)[first.group])
@@ -2477,7 +2509,7 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
     told.append(render_audit(archive, base.names, best.names, won))
     kept = [e for e in compute_tried(entries) if e.status == "keep"]
     for what, is_proven in (("What helped", True), ("Kept besides, and unproven one by one", False)):
-        some = [e for e in kept if (verdict_of(e)["kind"] == "new best") == is_proven]
+        some = [e for e in kept if (is_outside_noise(e) and effect_of(e)["difference"] < 0) == is_proven]
         if listed := "; ".join(f"{read_subject(e)[0]}: {show_outcome(e)}" for e in some[:6]):
             told.append(f"{what}: {listed}.")
     return " ".join(told)
@@ -2505,7 +2537,7 @@ def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -
         "## Everything tried",
         render_tried(entries),
         *book.problems,
-        "## Pictures of the best run",
+        "## Pictures of the best run" if pictures else "",
         *(f"![]({name})" for name in pictures),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -2602,6 +2634,8 @@ def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndar
     # The start would flatten the rest, and so would single spikes; what is low is never cut off.
     if (values := np.concatenate(late)).size:
         low, high = values.min(), np.percentile(values, 99.5)
+        top = max((float(np.max(y[np.isfinite(y)])) for _, y in curves.values() if np.isfinite(y).any()), default=high)
+        high = top if top < high + 0.5 * (high - low) else high
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     axes.set_title(title)
     axes.legend()
@@ -2637,7 +2671,7 @@ def draw_paired(axes: Axes, windows: list[dict]) -> None:
         axes.axvspan(repeats[0], windows[-1]["to_m"], color="0.93", label="text seen before: no measure of learning")
     axes.axhline(0, color="black", lw=0.8)
     axes.set_title("this minus best, bpb ± 2 standard errors; below zero is better")
-    axes.legend(loc="lower right", frameon=True)
+    axes.legend(loc="best", frameon=True)
 
 
 def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
@@ -2654,7 +2688,7 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
 
 
 def draw_layers(run: Run, best: Run | None) -> Figure | None:
-    """Two heat maps, over the run and beside the best's end. None without layers."""
+    """Two heat maps, over the run and beside the best's late state. None without layers."""
     looks = (
         ("output RMS, log10", "layers/names", lambda record: named_values(record, "layers/names", "layers/rms")),
         ("update / weight, log10", "params/names", update_ratios),
@@ -2664,8 +2698,9 @@ def draw_layers(run: Run, best: Run | None) -> Figure | None:
     figure = new_figure(f"{run.name}: layers", run.start, height=10, left=0.14, wspace=0.45)
     for axes, (title, key, look) in zip(figure.subplots(1, 2), looks, strict=True):
         mine, theirs = ([look(record) for record in r.records_with(key)] if r else [] for r in (run, best))
-        axes.set_title(title + "; right of the gap, the best's end" * bool(theirs))
-        draw_heat(axes, mine, theirs[-1:], len(run.records))
+        axes.set_title(title + f"; right of the gap, the best at {LATE:.0%}" * bool(theirs))
+        late = int(LATE * (len(theirs) - 1))  # at the end no weight moves
+        draw_heat(axes, mine, theirs[late : late + 1], len(run.records))
     figure.supxlabel("step; grey: zero or not finite")
     return figure
 
@@ -2836,7 +2871,7 @@ def find_origin(run: Run, folder: Path) -> Origin:
     if git(folder, "show", "-m", "--first-parent", "--format=", "--name-only", commit, "--", *files) == "":
         subject = UNCHANGED  # its own subject is about something else
     if run.start.get("git_dirty") or (committed is not None and normal(text) != normal(committed)):
-        return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)", parent)
+        return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)", committed)
     return Origin(commit[:7], commit, text, subject, parent)
 
 
@@ -3033,9 +3068,10 @@ def describe_filed(e: Entry, archive: Path, folder: Path, book: Book) -> tuple[s
     is_left = own == sha256(normal(read_text(folder / "train.py")) or "")
     if is_left and not any(other.group[0] == e.group[0] for other in later):  # not trained again since
         if e.record.get("was_killed"):
-            return f"run {e.name}, filed, {KILLED}: the idea was not tested; {AGAIN}", AGAIN
-        if e.record.get("hampered"):
-            return f"run {e.name}, filed, {e.status} (hampered by the machine: {AGAIN})", AGAIN
+            told = f"run {e.name}, filed, {KILLED}: the idea was not tested; {AGAIN}"
+            return told, f"{AGAIN}: `{train_again(e.record)}`"
+        if status_shown(e) == "hampered":
+            return f"run {e.name}, filed, hampered by the machine: {AGAIN}", f"{AGAIN}: `{train_again(e.record)}`"
     if e.status == "pending":
         return told, f"read {archive / e.name / ANALYSIS}, then keep or discard {e.name}"
     if e.status != "keep" and is_left and best and best.is_kept and own != book.entry(best.name).record["train_sha256"]:
@@ -3061,9 +3097,11 @@ def compute_next(archive: Path, folder: Path, book: Book) -> str:
     if sha256(text or "") not in {e.record.get("train_sha256") for e in book.entries}:
         return "train (this commit has no run)"
     best = compute_best(book.entries)
+    if best is None:
+        return BASELINE
     if len([e for e in book.entries if e.is_valid]) == 1:
         return f"`{RERUN}`: the baseline once more, which measures the noise"
-    if best and best.is_kept and sha256(text or "") != book.entry(best.name).record.get("train_sha256"):
+    if best.is_kept and sha256(text or "") != book.entry(best.name).record.get("train_sha256"):
         return f"`{RERUN}` puts the best, {best.name}, here; then the next idea (program.md, step 8)"
     return "the next idea (program.md, step 8)"
 
@@ -3125,8 +3163,8 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
         return []
     run = load_folder(folder, "this run", [START, METRICS])
     trained_s = number(run.records[-1].get("time/training_s")) if run.records else None
-    budget_s = number(book.entry(best.name).record.get("time_budget")) if best else None
-    if trained_s is None or not budget_s:
+    budget_s = number(run.first_of("time_budget"))
+    if best is None or trained_s is None or not budget_s:
         return []
     share = trained_s / budget_s
     line = f"{share:.0%} of the budget, {max(budget_s - trained_s, 0):.0f} s left before the score"
@@ -3137,8 +3175,8 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
     last = paired["windows"][-1]
     line += f"; at equal tokens {last['difference']:+.4f} ± {last['error']:.4f} bpb against {best.name}"
     line += " (other learning rates there)" * last["are_rates_apart"]
-    mine, theirs = run.curve, best_run.curve
-    line += f", {mine.bounds[-1] / np.interp(share, theirs.share, theirs.bounds) - 1:+.0%} tokens"
+    theirs = best_run.curve
+    line += f", {compute_tokens(run)[-1] / np.interp(share, theirs.share, theirs.bounds) - 1:+.0%} tokens"
     limit = farthest_behind(book.entries, share)
     if share < 0.25 or limit is None or last["difference"] - 2 * last["error"] <= limit:
         return [line]
@@ -3231,11 +3269,17 @@ def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
         values = static_config(text)
     except (SyntaxError, ValueError, RecursionError) as e:
         return [f"train.py does not parse: line {getattr(e, 'lineno', '?')}: {getattr(e, 'msg', e)}"], []
+    except Exception as e:  # whatever an expression in Config raises
+        return [f"a constant of Config cannot be computed: {type(e).__name__}: {e}"], []
     book, modules = load_book(archive), imported_modules(folder, text)
-    faults = find_repeats(book, folder, text, modules, values) + find_batch_fault(folder, values)
+    faults = find_repeats(archive, book, folder, modules, values) + find_batch_fault(folder, values)
     changed = git(folder, "status", "--porcelain", "--", "prepare.py", "analyze.py", *modules) or ""
     if names := sorted(line[3:].strip() for line in changed.splitlines()):
         faults.append(f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest")
+    began_s, given_s = number(book.facts.get("time_budget")), os.environ.get("AUTORESEARCH_TIME_BUDGET")
+    if began_s and given_s and given_s != f"{began_s:g}":
+        faults.append(f"AUTORESEARCH_TIME_BUDGET is {given_s}, and this archive's runs trained for {began_s:g} s: unset "
+                      f"it, or `{FILE} new-archive`")
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < DISK_GB:
         faults.append(f"the disk is nearly full: {free_gb:.1f} GB are free; a run needs {DISK_GB:.0f}")
@@ -3243,14 +3287,14 @@ def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
     return faults, told[:1] if faults else told
 
 
-def find_repeats(book: Book, folder: Path, text: str, modules: dict, values: dict) -> list[str]:
+def find_repeats(archive: Path, book: Book, folder: Path, modules: dict, values: dict) -> list[str]:
     """The newest run that this program would repeat, or that had its code and its configuration
     written in another way; and those under way elsewhere. A run that was hampered or killed, and a
     first failed launch, say nothing."""
-    program, exact = program_hash(text, modules=modules), program_hash(text, hide_seed=False, modules=modules)
-    code, faults, best = program_hash(text, modules=modules, hide_config=True), [], compute_best(book.entries)
+    program, exact, code = hash_programs(read_text(folder / "train.py"), modules).values()
+    faults, best = [], compute_best(book.entries)
     same = [e for e in book.entries if e.record.get("program") == program
-            or (e.record.get("code") == code and values and has_configuration(e, values))]
+            or (e.record.get("code") == code and has_constants(archive / e.name, values))]
     for e in [] if best is None or is_inconclusive(same) else same[-1:]:
         seed = "" if e.record.get("program_and_seed") == exact else " but for its seed"
         what = f"program{seed}" if e.record.get("program") == program else "configuration"
@@ -3263,9 +3307,16 @@ def find_repeats(book: Book, folder: Path, text: str, modules: dict, values: dic
     return faults
 
 
+def has_constants(folder: Path, values: dict) -> bool:
+    """Whether the constants of this run's Config are these, but for the seed."""
+    theirs = static_config(read_text(folder / "train.py") or "")
+    return all(theirs.get(k) == values.get(k) for k in theirs.keys() | values.keys() if not is_seed(k))
+
+
 def has_configuration(e: Entry, values: dict) -> bool:
+    """Whether the run's resolved configuration is what these constants say; None is resolved by the program."""
     theirs = e.record.get("config") or {}
-    return bool(theirs) and all(theirs.get(k) == v for k, v in values.items() if not is_seed(k))
+    return bool(theirs) and all(v in (None, theirs.get(k)) for k, v in values.items() if not is_seed(k))
 
 
 def is_inconclusive(runs: list[Entry]) -> bool:
@@ -3294,7 +3345,7 @@ def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[
     if best is None:
         return ["nothing to compare with: this is the first program"]
     config = book.entry(best.name).record.get("config", {})
-    changed = {k: v for k, v in values.items() if config and config.get(k, v if is_seed(k) else None) != v}
+    changed = {k: v for k, v in values.items() if config and v not in (None, config.get(k, v if is_seed(k) else None))}
     knobs = [f"{k} {json.dumps(config.get(k))} -> {json.dumps(v)}" for k, v in changed.items()]
     diff = diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), best.name)
     added, removed = diff_size(diff)

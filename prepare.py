@@ -2146,11 +2146,12 @@ def prepare(source: Path | None, num_shards: int, download_workers: int, text_ke
 def find_warnings(manifest: dict) -> Iterator[str]:
     """What was left out of the text, and how often the score repeats itself."""
     shards = manifest["shards"].values()
-    bad = [shard for shard in shards if shard["bad"]]
-    if bad:
-        num_bad = sum(shard["bad"] for shard in bad)
-        num_lines = num_bad + sum(shard[split]["documents"] for shard in bad for split in SPLITS)
-        yield f"{num_bad:,} of {num_lines:,} lines were left out; the first: {bad[0]['first_bad'][0]}"
+    bad = {name: shard for name, shard in manifest["shards"].items() if shard["bad"]}
+    for name, shard in itertools.islice(bad.items(), 10):
+        num_lines = shard["bad"] + sum(shard[split]["documents"] for split in SPLITS)
+        yield f"{shard['bad']:,} of {num_lines:,} lines of {name} were left out; the first: {shard['first_bad'][0]}"
+    if len(bad) > 10:
+        yield f"lines of {len(bad) - 10} more files were left out"
     num_tokens = sum(shard["val"]["tokens"] for shard in shards)
     times, mb = EVAL_TOKENS / num_tokens, sum(shard["size"] for shard in shards) / 1e6
     if times > 1:

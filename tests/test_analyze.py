@@ -496,7 +496,7 @@ def test_a_hampered_run_waits_for_no_decision_and_is_left_behind_with_its_progra
     status = lab.analyze("status")[1]
     assert "archive: 2 runs (1 keep, 1 hampered);" in status
     assert "pending, decide keep or discard: none\n" in status
-    assert status.endswith("next: train the same commit again\n")
+    assert status.endswith(f"next: train the same commit again: `{analyze.TRAIN_BESIDE}`\n")
     lab.analyze("rerun")  # the program here is another now
     assert "train the same commit again" not in lab.analyze("status")[1].splitlines()[-1]
 
@@ -638,6 +638,60 @@ def test_records_of_another_edition_are_made_anew_and_what_was_decided_stays(lab
     assert [row[3] for row in lab.rows()] == ["keep", "keep", "pending"]
 
 
+def test_a_run_with_uncommitted_changes_was_built_on_the_commit_that_it_changes(lab):
+    lab.baseline()
+    lab.commit("depth 9", variant(depth=9))
+    lab.train(0.980, config={"depth": 9})
+    lab.analyze()
+    lab.analyze("keep")
+    (lab.folder / "train.py").write_text(variant(depth=9, matrix_lr=0.05))
+    lab.train(0.975, config={"depth": 9, "matrix_lr": 0.05}, start={"git_dirty": True})
+    assert "Built on" not in lab.analyze()[1]  # but on the best
+    assert lab.stats(lab.rows()[-1][0])["effect"]["config"] == {"matrix_lr": [0.04, 0.05]}
+
+
+def test_what_a_record_knows_outlives_a_new_format_though_the_runs_files_are_damaged(lab):
+    base = lab.baseline()
+    path = lab.archive / base / "stats.json"
+    stats = json.loads(path.read_text())
+    path.write_text(json.dumps(stats | {"record": stats["record"] | {"format": "1"}}))
+    for file in ("run_summary.json", "run.log"):
+        (lab.archive / base / file).write_text("")
+    assert lab.analyze("status")[1].startswith(f"best: {base} val_bpb 0.998000, one run")
+
+
+def test_an_edit_without_effect_stays_a_run_of_the_bests_program_in_a_new_format(lab):
+    base = lab.baseline()
+    name = lab.commit("depth 9", variant(depth=9))
+    lab.train(0.9982, config={"depth": 9})
+    lab.analyze()
+    path = lab.archive / name / "stats.json"
+    stats = json.loads(path.read_text())
+    verdict = stats["verdict"] | {"kind": "unchanged", "best": base}
+    path.write_text(json.dumps(stats | {"verdict": verdict, "record": stats["record"] | {"format": "1"}}))
+    first, second = analyze.load_book(lab.archive).entries
+    assert first.record["program"] == second.record["program"]
+
+
+def test_after_the_only_run_was_discarded_the_baseline_is_next(lab):
+    lab.baseline()
+    lab.analyze("discard")
+    assert lab.analyze("status")[1].endswith("next: train the baseline (program.md, step 2)\n")
+
+
+def test_a_constant_set_to_none_is_another_configuration_and_one_that_fails_is_named(lab):
+    text = PROGRAM.replace("    seed: int = 42", "    cap: float | None = 15.0\n    seed: int = 42")
+    lab.commit("baseline", text)
+    lab.train(0.998, config={"cap": 15.0})
+    lab.analyze()
+    lab.analyze("keep")
+    (lab.folder / "train.py").write_text(text.replace("= 15.0", "= None"))
+    assert lab.analyze("check")[0] == 0
+    (lab.folder / "train.py").write_text(text.replace("= 15.0", "= 1 / 0"))
+    assert lab.analyze("check")[:2] == (
+        1, "a constant of Config cannot be computed: ZeroDivisionError: division by zero\n")
+
+
 def test_where_the_best_is_anothers_program_it_is_to_be_brought_here(lab):
     base = lab.baseline()
     lab.commit("depth 9", variant(depth=9))
@@ -653,7 +707,7 @@ def test_where_the_best_is_anothers_program_it_is_to_be_brought_here(lab):
 
 def test_knobs_that_the_demo_has_otherwise_are_read_before_the_run():
     text = "class Config:\n    depth: int = 4 if DEMO else 8\n    kv: int | None = None\n    rows: int = 2**3\n"
-    assert analyze.static_config(text) == {"depth": 8, "rows": 8}
+    assert analyze.static_config(text) == {"depth": 8, "kv": None, "rows": 8}
 
 
 def test_a_run_that_left_only_its_evaluation_is_filed_with_its_score(lab):
@@ -1396,7 +1450,7 @@ def test_the_last_line_of_the_status_says_what_to_do_now(lab):
     assert next_of(lab) == "mend that, then train again"
     lab.crash("step 3\n")
     lab.analyze()
-    assert next_of(lab) == "train the same commit again"
+    assert next_of(lab) == f"train the same commit again: `{analyze.TRAIN_BESIDE}`"
 
 
 def test_start_makes_the_branch_and_the_two_files_and_may_be_repeated(lab):

@@ -440,7 +440,7 @@ def test_bad_lines_are_counted_among_all_and_the_first_is_named_every_time(cache
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     for _ in range(2):
         assert call_main("--source", tmp_path / "a.jsonl") == 0
-        message = f"warning: 100 of 200 lines were left out; the first: {tmp_path}/a.jsonl:1: Expecting property name"
+        message = f"warning: 100 of 200 lines of a.jsonl were left out; the first: {tmp_path}/a.jsonl:1: Expecting property"
         assert message in capsys.readouterr().err
 
 
@@ -1121,7 +1121,7 @@ def test_the_command_prepares_own_text(cache, call_main, capsys):
         f.write(jsonl(*hundred("a")) + "oops\n")
     assert call_main("--source", "text.jsonl") == 0
     out, err = capsys.readouterr()
-    assert err.startswith("warning: 1 of 101 lines were left out; the first: ")
+    assert re.match(r"warning: 1 of 101 lines of \S+ were left out; the first: ", err)
     manifest = prepare.load_manifest()
     assert manifest["source"] == f"{cache.parent}/work/text.jsonl"
     assert f"ready: {cache} holds {manifest['source']}, fingerprint {manifest['fingerprint']}" in out

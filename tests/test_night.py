@@ -96,9 +96,9 @@ def test_an_idea_is_measured_on_what_it_was_built_on_not_on_a_siblings_find(book
     warmdown = next(e for e in book.entries if e.name == "2232a9f")
     assert warmdown.stats["verdict"]["kind"] == "not better"
     tried = {e.name: analyze.show_outcome(e) for e in analyze.compute_tried(book.entries)}
-    assert tried["2232a9f"] == "-0.00661 ± 0.00079 (against bcf323f)"
+    assert tried["2232a9f"] == "-0.00661 ± 0.00079 (a gain, against bcf323f)"
     effects = analyze.render_effects(book.entries)
-    assert any(line.startswith("dropout: null -> 0.1 -0.00735 ± 0.00079 (against bcf323f)") for line in effects)
+    assert any(line.startswith("dropout: null -> 0.1 -0.00735 ± 0.00079 (a gain, against bcf323f)") for line in effects)
 
 
 @pytest.mark.parametrize("rule", ["ours", "lower than the best"])

@@ -231,7 +231,8 @@ def test_an_invalid_run_gives_its_reasons_and_is_never_said_to_be_counted():
         (entry("b", 0.9, "q", "pending"), {}, "keep (`uv run analyze.py keep`)"),
         (entry("b", 1.1, "q", "pending"), {}, "discard (`uv run analyze.py discard`)"),
         (entry("b", None, "q", "crash"), {"is_killed": True},
-         f"train the same commit again: the idea was not tested (`{analyze.TRAIN_BESIDE}`)"),
+         f"train the same commit again: the idea was not tested (`{analyze.TRAIN_BESIDE}`); "
+         "after three such runs, discard"),
         (entry("b", 1.1, "q", "pending", hampered=["slow"]), {},
          f"train the same commit again, once the machine is quiet (`{analyze.TRAIN_BESIDE}`); "
          "after three such runs, discard"),
@@ -386,6 +387,7 @@ def test_rows_that_part_end_the_pairing_and_it_is_said_where():
     paired = analyze.compute_paired(make_run(**{"train/data_sum": other}), [make_run("best")])
     assert paired["note"] == f"the two runs saw other rows after {300 * BATCH / 1e6:.1f} M tokens"
     assert paired["windows"][-1]["to_m"] == pytest.approx(300 * BATCH / 1e6)
+    assert paired["summary"] is None  # it would be about the middle of the run
 
 
 def test_another_context_length_is_no_pairing_and_the_page_says_why():
@@ -452,6 +454,9 @@ def test_over_fitting_is_called_that_when_the_text_repeats_and_the_gap_opens():
     assert analyze.render_gap(gap)[1] == ("**Over-fitting**: epoch 2, of about 184 M packed tokens each, and "
                                           "validation is left behind: more passes need not help.")
     assert not analyze.compute_gap(make_run(val=0.90), [])["is_overfitting"]  # one epoch
+    for other in ([e - 1 for e in epochs], [i / 350 for i in range(600)]):  # counted from 0, and in parts
+        assert analyze.render_gap(analyze.compute_gap(make_run(val=0.90, **{"train/epoch": other}), []))[1].startswith(
+            "**Over-fitting**: epoch 2, of about 184 M packed tokens each")
 
 
 def test_an_edit_that_changed_nothing_is_said_to_have_changed_nothing():
