@@ -3278,8 +3278,8 @@ def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
         faults.append(f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest")
     began_s, given_s = number(book.facts.get("time_budget")), os.environ.get("AUTORESEARCH_TIME_BUDGET")
     if began_s and given_s and given_s != f"{began_s:g}":
-        faults.append(f"AUTORESEARCH_TIME_BUDGET is {given_s}, and this archive's runs trained for {began_s:g} s: unset "
-                      f"it, or `{FILE} new-archive`")
+        faults.append(f"AUTORESEARCH_TIME_BUDGET is {given_s}, and this archive's runs trained for {began_s:g} s: "
+                      f"unset it, or `{FILE} new-archive`")
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < DISK_GB:
         faults.append(f"the disk is nearly full: {free_gb:.1f} GB are free; a run needs {DISK_GB:.0f}")
