@@ -636,9 +636,9 @@ def parse_stats(path: Path, written_ns: int) -> dict:
     return stats if isinstance(record, dict) and isinstance(record.get("identity"), str) else {}
 
 
-def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, dict]:
+def load_records(archive: Path, facts: dict, booked: set[str], problems: list[str]) -> dict[str, dict]:
     """Name to record of every run; worked out again where it is lost. A copy of a run's folder is
-    no second run."""
+    no second run; `booked`, those with a row, are no copies."""
     records = {}
     for folder in run_folders(archive):
         record = read_stats(folder).get("record")
@@ -652,7 +652,7 @@ def load_records(archive: Path, facts: dict, problems: list[str]) -> dict[str, d
         if verdict.get("kind") == "unchanged" and verdict.get("best") in records:
             records[name] = record | {"program": records[verdict["best"]]["program"]}
     names: dict[str, str] = {}
-    for name in sorted(records, key=lambda name: records[name].get("name", name) != name):
+    for name in sorted(records, key=lambda name: (name not in booked, records[name].get("name", name) != name)):
         first = names.setdefault(records[name]["identity"], name)
         if first != name:
             problems.append(f"{name} is a copy of {first}: left out")
@@ -672,9 +672,10 @@ def load_book(archive: Path) -> Book:
     a row has one made of its record, before those that started later."""
     problems: list[str] = []
     facts = read_fields(archive / FACTS, problems)
-    records = load_records(archive, facts, problems)
+    lines = (read_text(archive / RESULTS) or "").splitlines(keepends=True)
+    records = load_records(archive, facts, {line.split("\t")[0].strip() for line in lines}, problems)
     entries: dict[str, Entry] = {}
-    for i, line in enumerate((read_text(archive / RESULTS) or "").splitlines(keepends=True), 1):
+    for i, line in enumerate(lines, 1):
         if line.strip("\0 \r\n") and not line.startswith("commit\t"):
             try:
                 this = read_row(line, records, entries)

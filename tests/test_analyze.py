@@ -673,6 +673,15 @@ def test_an_edit_without_effect_stays_a_run_of_the_bests_program_in_a_new_format
     assert first.record["program"] == second.record["program"]
 
 
+def test_a_copy_whose_name_comes_first_does_not_replace_the_run(lab):
+    base = lab.baseline()
+    shutil.copytree(lab.archive / base, lab.archive / "0copy")
+    (lab.archive / "0copy" / "stats.json").unlink()
+    book = analyze.load_book(lab.archive)
+    assert [(e.name, e.status) for e in book.entries] == [(base, "keep")]
+    assert book.problems == [f"0copy is a copy of {base}: left out"]
+
+
 def test_after_the_only_run_was_discarded_the_baseline_is_next(lab):
     lab.baseline()
     lab.analyze("discard")
