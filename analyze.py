@@ -17,7 +17,7 @@ results.tsv, archive.json (what the archive began with); for the morning report.
 (baseline to best).
 
 The folders are the truth: a run is whatever has one. results.tsv gives each its status and description, and may be
-edited; a row that is removed or damaged comes back (to leave a run out, write `discard` or `invalid` as its status).
+edited; a row that is removed or damaged comes back (to leave a run out, write `invalid` as its status).
 Of the files in a run's folder, stats.json and the pages can be deleted: the next call makes them again. The agent's own
 investigations start with
 
@@ -1897,7 +1897,8 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
 
 def ratio_of(kind: str, value: float, other: float | None) -> float:
     least = TRIFLE if kind in ("dead units", "inputs near zero") else 1e-12
-    return 1.0 if other is None else (abs(value) + least) / (abs(other) + least)
+    is_unknown = other is None or (other == 0 and least < TRIFLE)  # what began at zero has grown, and no more is known
+    return 1.0 if is_unknown else (abs(value) + least) / (abs(other) + least)
 
 
 def name_alarm(kind: str, value: float, grown: float) -> str:
@@ -2130,7 +2131,10 @@ def train_again(record: dict) -> str:
 def find_remarks(stats: dict) -> list[str]:
     v, record = stats["verdict"], stats["record"]
     remarks = [*record.get("damage", [])]
-    if v.get("best_is_slower"):
+    if v.get("best_is_slower") and v["kind"] == "replicate":
+        remarks.append(f"this program took {1 + v['best_is_slower']:.2g} times as long a step before: if that run was "
+                       f"held up, write `invalid` as the status of {v['best']} in {RESULTS}")
+    elif v.get("best_is_slower"):
         remarks.append(f"the best's steps, of the same sizes, took {1 + v['best_is_slower']:.2g} times as long: unless "
                        f"this code is why, the machine is faster now; then `{RERUN}` before you believe a gain")
     if v["undecided"]:
@@ -3653,8 +3657,8 @@ def command_new_archive(archive: Path, folder: Path) -> None:
         book = load_book(archive)
         for run in find_outputs(folder):
             if (filed := book.find(run)) and filed.is_valid:  # left here, it would be the next one's baseline
-                for path in run.files:
-                    path.unlink()
+                for path in (*run.files, folder / "checkpoint.pt"):
+                    path.unlink(missing_ok=True)
         aside = f"{archive.name}.{time.strftime('%Y-%m-%d')}"
         target = archive.with_name(first_free(aside, lambda name: archive.with_name(name).exists()))
         os.rename(archive, target)

@@ -673,6 +673,13 @@ def test_an_edit_without_effect_stays_a_run_of_the_bests_program_in_a_new_format
     assert first.record["program"] == second.record["program"]
 
 
+def test_a_program_that_is_suddenly_faster_points_at_its_slow_run(lab):
+    base = lab.baseline(records=make_records(num_steps=60, noise=0), num_steps=60)
+    lab.train(0.990, make_records(num_steps=300), start={"seed_offset": 1}, num_steps=300)
+    assert ("Mind: this program took 5 times as long a step before: if that run was held up, write `invalid` as the "
+            f"status of {base} in results.tsv.\n") in lab.analyze()[1]
+
+
 def test_a_copy_whose_name_comes_first_does_not_replace_the_run(lab):
     base = lab.baseline()
     shutil.copytree(lab.archive / base, lab.archive / "0copy")
