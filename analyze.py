@@ -1408,6 +1408,7 @@ def diff_size(diff: list[str]) -> tuple[int, int]:
 
 NUM_WINDOWS, SUMMARY_WINDOWS = 10, 2
 MIN_BLOCKS = 40  # below four a window, no error can be estimated
+MIN_SLOPE = 25  # steps: the slope through fewer of them moved a repeat of one program by 0.3 bpb
 RATES_APART = 0.05  # of the peak: at the end of a warm-down of half the budget, runs that differ by 3 % in speed
 FARTHEST_SHIFT = 0.1  # of the tokens: beyond one window the best's curve is not straight enough to move along
 # Knobs that change how fast a run learns at a given moment, and so what equal tokens mean.
@@ -1642,7 +1643,7 @@ def move_to_progress(mine: Curve, theirs: list[Curve], first: float, last: float
     for curve in theirs:
         shift = float(np.interp(progress, curve.share, curve.bounds)) - middle
         around = curve.bounds[(curve.bounds >= first + min(shift, 0)) & (curve.bounds <= last + max(shift, 0))]
-        if not first or abs(shift) > FARTHEST_SHIFT * 1e6 * curve.tokens_m[-1] or len(around) < 5:
+        if not first or abs(shift) > FARTHEST_SHIFT * 1e6 * curve.tokens_m[-1] or len(around) <= MIN_SLOPE:
             return None
         x = (around[1:] + around[:-1]) / 2
         y = np.diff(np.interp(around, curve.bounds, curve.nats)) / np.diff(around)
@@ -2222,10 +2223,11 @@ def explain_marks(paired: dict) -> list[str]:
     if any(w["are_rates_apart"] for w in paired["windows"]):
         lines.append("† other learning rates on the same text: equal tokens do not tell who learned better.")
     if paired["rates"]:
-        told, last = clip("; ".join(paired["rates"][:4]), 200), paired["windows"][-1]
+        told, last = clip("; ".join(paired["rates"][:4]), 180), paired["windows"][-1]
         is_told = last["at_progress"] is not None and not last["is_repeat"]
         believe = "believe equal progress, in the warm-down" if is_told else "for this run only the score can tell"
-        lines.append(f"Rates differ ({told}): equal tokens do not tell who learned better; {believe}.")
+        lines.append(f"Rates, schedule or batch differ ({told}): equal tokens do not tell who learned better; "
+                     f"{believe}.")
     if paired["note"]:
         lines.append(f"Mind: {paired['note']}.")
     return lines
@@ -3528,8 +3530,8 @@ def check_nothing_is_lost(archive: Path, folder: Path, book: Book, names: list[s
         texts = {normal(text) for text in (read_text(folder / file), git(folder, "show", f":./{file}"))}
         texts -= {None, normal(git(folder, "show", f"HEAD:./{file}"))}
         if {sha256(text) for text in texts} - archived:
-            raise AnalyzeError(f"{file} has changes that are neither committed nor archived, and discarding would lose "
-                               f"them: commit them (git commit {file}) or undo them (git checkout {file})")
+            raise AnalyzeError(f"{file} has changes that are neither committed nor archived, and this would lose them: "
+                               f"put them aside (git stash, then git stash pop) or commit them (git commit {file})")
 
 
 def restore_best(this: Entry, best: Best | None, archive: Path, folder: Path) -> str:
