@@ -3230,7 +3230,7 @@ def render_search(s: dict) -> list[str]:
     else:
         lines.append("best: none yet")
     since = f", {s['hours_since_first_start']:.1f} h since the first" if s["hours_since_first_start"] else ""
-    share = f"; a run was under way for {s['gpu_share']:.0%} of the time" if s["gpu_share"] else ""
+    share = f"; up to the last one's end, under way for {s['gpu_share']:.0%} of the time" if s["gpu_share"] else ""
     return [
         *lines,
         f"noise: sigma {show(s['noise']['sigma'])} bpb ({s['noise']['source']})",
