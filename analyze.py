@@ -2288,8 +2288,7 @@ def render_history(h: dict) -> list[str]:
             line += f" as scored, {h['gain']:.6f} after allowing for the lowest of many noisy scores reading too low"
         lines.append(f"{line}.")
     if (h["runs_since_best_was_run"] or 0) >= RERUN_EVERY:
-        lines.append(f"The best was last run {h['runs_since_best_was_run']} runs ago: "
-                     f"`{RERUN}`.")
+        lines.append(f"The best was last run {h['runs_since_best_was_run']} runs ago: `{RERUN}`.")
     return lines
 
 
@@ -2383,6 +2382,10 @@ def is_outside_noise(e: Entry) -> bool:
     return effect.get("is_outside", abs(effect.get("standard_errors") or 0.0) >= GAIN_ERRORS)
 
 
+def is_gain(e: Entry) -> bool:
+    return is_outside_noise(e) and effect_of(e)["difference"] < 0
+
+
 def compute_tried(entries: list[Entry]) -> list[Entry]:
     """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Each with its effect as
     it is told by all runs that there are by now, of its program and of the one that it was built on."""
@@ -2408,8 +2411,8 @@ def show_outcome(e: Entry) -> str:
         return e.record.get("crash") or v.get("kind") or ""
     effect = effect_of(e)
     against = "" if effect["against"] == v.get("best") else f", against {effect['against']}"
-    proven = "a gain" if effect["difference"] < 0 else "a loss"
-    return f"{show_effect(effect)} ({proven if is_outside_noise(e) else 'inside the noise'}{against})"
+    otherwise = "a loss" if is_outside_noise(e) else "inside the noise"
+    return f"{show_effect(effect)} ({'a gain' if is_gain(e) else otherwise}{against})"
 
 
 def read_subject(e: Entry) -> tuple[str, float | None]:
@@ -2516,7 +2519,7 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
     told.append(render_audit(archive, base.names, best.names, won))
     kept = [e for e in compute_tried(entries) if e.status == "keep"]
     for what, is_proven in (("What helped", True), ("Kept besides, and unproven one by one", False)):
-        some = [e for e in kept if (is_outside_noise(e) and effect_of(e)["difference"] < 0) == is_proven]
+        some = [e for e in kept if is_gain(e) == is_proven]
         if listed := "; ".join(f"{read_subject(e)[0]}: {show_outcome(e)}" for e in some[:6]):
             told.append(f"{what}: {listed}.")
     return " ".join(told)
@@ -2625,8 +2628,7 @@ def png(figure: Figure) -> bytes:
 
 
 def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """x and y by run: every step of this run as a thin line, and means over hundredths of the
-    steps."""
+    """x and y by run: every step of this run as a thin line, and means over hundredths of the steps."""
     late = [np.array([])]
     for name, (x, y) in curves.items():
         is_known = np.isfinite(x + y)
@@ -2641,7 +2643,7 @@ def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndar
     # The start would flatten the rest, and so would single spikes; what is low is never cut off.
     if (values := np.concatenate(late)).size:
         low, high = values.min(), np.percentile(values, 99.5)
-        top = max((float(np.max(y[np.isfinite(y)])) for _, y in curves.values() if np.isfinite(y).any()), default=high)
+        top = max(y[np.isfinite(y)].max(initial=-math.inf) for _, y in curves.values())
         high = top if top < high + 0.5 * (high - low) else high
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     axes.set_title(title)
@@ -2982,8 +2984,7 @@ def file_one_unfiled(run: Run, archive: Path, folder: Path) -> str:
 
 
 def write_pages(archive: Path) -> None:
-    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those
-    of the archive."""
+    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those of the archive."""
     book = load_book(archive)
     if not book.entries:
         return
@@ -2998,7 +2999,7 @@ def write_pages(archive: Path) -> None:
             is_new = True
     table, report = archive / RESULTS, archive / "report.md"  # the report is written last
     if is_new or not report.exists() or report.stat().st_mtime_ns < table.stat().st_mtime_ns:
-        write_morning(archive, load_book(archive))
+        write_morning(archive, book)
 
 
 def write_run_pages(archive: Path, book: Book, this: Entry) -> None:
@@ -3269,17 +3270,16 @@ def imported_modules(folder: Path, text: str) -> dict[str, str]:
 
 
 def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """What speaks against training train.py as it lies here, and what else is worth knowing, a line
-    each."""
-    text = read_text(folder / "train.py") or ""
+    """What speaks against training train.py as it lies here, and what else is worth knowing, a line each."""
+    text = read_text(folder / "train.py")
     try:
-        values = static_config(text)
+        values = static_config(text or "")
     except (SyntaxError, ValueError, RecursionError) as e:
         return [f"train.py does not parse: line {getattr(e, 'lineno', '?')}: {getattr(e, 'msg', e)}"], []
     except Exception as e:  # whatever an expression in Config raises
         return [f"a constant of Config cannot be computed: {type(e).__name__}: {e}"], []
-    book, modules = load_book(archive), imported_modules(folder, text)
-    faults = find_repeats(archive, book, folder, modules, values) + find_batch_fault(folder, values)
+    book, modules = load_book(archive), imported_modules(folder, text or "")
+    faults = find_repeats(archive, book, folder, text, modules, values) + find_batch_fault(folder, values)
     changed = git(folder, "status", "--porcelain", "--", "prepare.py", "analyze.py", *modules) or ""
     if names := sorted(line[3:].strip() for line in changed.splitlines()):
         faults.append(f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest")
@@ -3290,15 +3290,15 @@ def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < DISK_GB:
         faults.append(f"the disk is nearly full: {free_gb:.1f} GB are free; a run needs {DISK_GB:.0f}")
-    told = describe_change(archive, book, text, values)
+    told = describe_change(archive, book, text or "", values)
     return faults, told[:1] if faults else told
 
 
-def find_repeats(archive: Path, book: Book, folder: Path, modules: dict, values: dict) -> list[str]:
+def find_repeats(archive: Path, book: Book, folder: Path, text: str | None, modules: dict, values: dict) -> list[str]:
     """The newest run that this program would repeat, or that had its code and its configuration
     written in another way; and those under way elsewhere. A run that was hampered or killed, and a
     first failed launch, say nothing."""
-    program, exact, code = hash_programs(read_text(folder / "train.py"), modules).values()
+    program, exact, code = hash_programs(text, modules).values()
     faults, best = [], compute_best(book.entries)
     same = [e for e in book.entries if e.record.get("program") == program
             or (e.record.get("code") == code and has_constants(archive / e.name, values))]
@@ -3623,7 +3623,7 @@ def command_rerun(archive: Path, folder: Path) -> None:
         print(bring_back(best.name, archive, folder, f"Run the best, {best.name}, again"))
     offsets = [number(book.entry(name).record.get("seed_offset")) or 0 for name in best.names]
     offset = int(max(max(offsets) + 1, len(offsets)))
-    print(f"next: AUTORESEARCH_SEED_OFFSET={offset} {TRAIN_BESIDE}")
+    print(f"next: {train_again({'seed_offset': offset})}")
 
 
 def command_stop(folder: Path) -> None:

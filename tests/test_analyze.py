@@ -216,6 +216,14 @@ class Lab:
             shutil.copytree(self.folder, self.usual)
         return name
 
+    def keep_depth_9(self, val_bpb):
+        """A run of that depth, filed and kept."""
+        name = self.commit("depth 9", variant(depth=9))
+        self.train(val_bpb, config={"depth": 9})
+        self.analyze()
+        self.analyze("keep")
+        return name
+
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory):
@@ -607,10 +615,7 @@ def test_an_undecided_run_that_scored_lower_is_named(lab):
 
 def test_an_idea_that_was_built_on_another_program_than_the_best_says_so(lab):
     base = lab.baseline()
-    lab.commit("depth 9", variant(depth=9))
-    lab.train(0.98, config={"depth": 9})
-    lab.analyze()
-    lab.analyze("keep")
+    lab.keep_depth_9(0.98)
     lab.git("checkout", "-q", "--detach", base)  # as another worktree, which has not seen that
     lab.commit("depth 10, expect -0.0040", variant(depth=10))
     lab.train(0.99, config={"depth": 10})
@@ -622,10 +627,7 @@ def test_an_idea_that_was_built_on_another_program_than_the_best_says_so(lab):
 
 def test_records_of_another_edition_are_made_anew_and_what_was_decided_stays(lab):
     base = lab.baseline()
-    lab.commit("depth 9", variant(depth=9))
-    lab.train(0.99, config={"depth": 9})
-    lab.analyze()
-    lab.analyze("keep")
+    lab.keep_depth_9(0.99)
     path = lab.archive / base / "stats.json"
     stats = json.loads(path.read_text())
     (lab.archive / "results.tsv").unlink()
@@ -640,10 +642,7 @@ def test_records_of_another_edition_are_made_anew_and_what_was_decided_stays(lab
 
 def test_a_run_with_uncommitted_changes_was_built_on_the_commit_that_it_changes(lab):
     lab.baseline()
-    lab.commit("depth 9", variant(depth=9))
-    lab.train(0.980, config={"depth": 9})
-    lab.analyze()
-    lab.analyze("keep")
+    lab.keep_depth_9(0.980)
     (lab.folder / "train.py").write_text(variant(depth=9, matrix_lr=0.05))
     lab.train(0.975, config={"depth": 9, "matrix_lr": 0.05}, start={"git_dirty": True})
     assert "Built on" not in lab.analyze()[1]  # but on the best
@@ -710,10 +709,7 @@ def test_a_constant_set_to_none_is_another_configuration_and_one_that_fails_is_n
 
 def test_where_the_best_is_anothers_program_it_is_to_be_brought_here(lab):
     base = lab.baseline()
-    lab.commit("depth 9", variant(depth=9))
-    lab.train(0.9979, config={"depth": 9})
-    lab.analyze()
-    lab.analyze("keep")
+    lab.keep_depth_9(0.9979)
     lab.train(1.1, config={"depth": 9}, start={"seed_offset": 1})  # with its second run it is the best no more
     lab.analyze()
     lab.analyze("keep")
@@ -1668,10 +1664,7 @@ def test_a_run_put_away_in_one_folder_and_filed_from_another_is_not_the_others_t
 def test_discard_in_one_of_two_worktrees_restores_the_best_of_both_there_alone(lab, monkeypatch):
     lab.baseline()
     other = add_worktree(lab, lab.folder / "other", monkeypatch)
-    best = lab.commit("depth 9", variant(depth=9))
-    lab.train(0.98, config={"depth": 9})
-    lab.analyze()
-    lab.analyze("keep")
+    best = lab.keep_depth_9(0.98)
     lab.commit("depth 10", variant(depth=10))
     lab.train(0.99, config={"depth": 10})
     lab.analyze()  # not decided yet
