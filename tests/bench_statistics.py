@@ -95,8 +95,8 @@ def check_windows(num_runs: int) -> list[list]:
         rows.append(["window at equal tokens", f"autocorrelation {correlation}", *coverage(errors, bars)])
     for ratio in (0.97, 1.0, 1.03):
         found = list(paired_cases(num_runs, 0.5, ratio))
-        errors = np.array([[w["at_progress"] for w in ws] - truth for ws, _, truth in found])[:, 1:]
-        bars = np.array([[w["at_progress_error"] for w in ws] for ws, _, _ in found])[:, 1:]
+        errors = np.array([[w["at_progress"] for w in ws[1:]] - truth[1:] for ws, _, truth in found])
+        bars = np.array([[w["at_progress_error"] for w in ws[1:]] for ws, _, _ in found])
         rows.append(["window at equal progress", f"{ratio - 1:+.0%} steps", *coverage(errors, bars)])
         summaries = [analyze.compute_summary(ws[-analyze.SUMMARY_WINDOWS :]) for ws, _, _ in found]
         truths = [truth[-analyze.SUMMARY_WINDOWS :].mean() for _, _, truth in found]
