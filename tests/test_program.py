@@ -99,8 +99,9 @@ def rows_of(archive):
 
 
 def is_training(folder):
-    """Whether the steps logged here are of a run that has no score yet."""
-    if (folder / "run_summary.json").exists():
+    """Whether the steps logged here are of a run that has no score yet. While a start puts the files of the run
+    before it away, they look like one, but for the process."""
+    if (folder / "run_summary.json").exists() or is_dead(start_of(folder).get("pid")):
         return False
     path = folder / "metrics.jsonl"
     return path.exists() and path.read_bytes().count(b"\n") >= 2
