@@ -48,7 +48,6 @@ import logging
 import math
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -205,39 +204,16 @@ DOWNLOAD_PAUSE_MAX_S = 60  # whatever the server asks for
 DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 
-def shard_url(name: str) -> str:
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    return f"{endpoint}/datasets/{CLIMBMIX}/resolve/main/{name}"
-
-
-def open_session() -> object:
-    """A requests session that asks again where no answer begins or the server is busy."""
-    import requests
-    from urllib3 import Retry
-
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would announce every attempt
-    retry = Retry(
-        DOWNLOAD_ATTEMPTS - 1,
-        connect=2,  # no connection at all: the network is missing, or the address wrong
-        status_forcelist=(408, 425, 429, 500, 502, 503, 504),
-        backoff_factor=DOWNLOAD_PAUSE_S,
-        backoff_max=DOWNLOAD_PAUSE_MAX_S,
-        retry_after_max=DOWNLOAD_PAUSE_MAX_S,
-    )
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-    return session
-
-
 def fetch_part(session, part: Path, tag_path: Path) -> None:
     """Bring `part` to its whole length in one request, or raise. Goes on where it ends if the
     server still has the same file, by the ETag or date in `tag_path`."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/datasets/{CLIMBMIX}/resolve/main/{part.stem}"
     tag = tag_path.read_text() if tag_path.exists() else ""
     headers = {"Accept-Encoding": "identity"}
     if tag and part.exists():
         headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": tag}
-    with session.get(shard_url(part.stem), headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT_S) as r:
+    with session.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT_S) as r:
         new_tag = r.headers.get("ETag") or r.headers.get("Last-Modified") or ""
         if r.status_code == 416 or (r.status_code == 206 and new_tag != tag):
             raise SetupError("what was here is not the beginning of the server's file")
@@ -250,18 +226,30 @@ def fetch_part(session, part: Path, tag_path: Path) -> None:
 
 def download_shard(name: str, folder: Path) -> None:
     """Download a shard that is missing or damaged: into a part, which is verified, then renamed."""
-    from urllib3.exceptions import HTTPError
+    import requests
+    import urllib3
 
     with contextlib.suppress(SetupError):
         return check_parquet(folder / name)  # a file that was cut does not open
-    session, part, tag_path = open_session(), folder / f"{name}.part", folder / f"{name}.tag"
+    part, tag_path, session = folder / f"{name}.part", folder / f"{name}.tag", requests.Session()
+    retry = urllib3.Retry(  # where no answer begins or the server is busy
+        DOWNLOAD_ATTEMPTS - 1,
+        connect=2,  # no connection at all: the network is missing, or the address wrong
+        status_forcelist=(408, 425, 429, 500, 502, 503, 504),
+        backoff_factor=DOWNLOAD_PAUSE_S,
+        backoff_max=DOWNLOAD_PAUSE_MAX_S,
+        retry_after_max=DOWNLOAD_PAUSE_MAX_S,
+    )
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would announce every attempt
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
     for attempt in itertools.count(1):
         try:
             fetch_part(session, part, tag_path)
             check_parquet(part)
             os.replace(part, folder / name)
             return tag_path.unlink()
-        except (SetupError, HTTPError) as e:  # another file, or a connection that broke off
+        except (SetupError, urllib3.exceptions.HTTPError) as e:  # another file, or a connection that broke off
             if isinstance(e, SetupError):
                 part.unlink()
             if attempt == DOWNLOAD_ATTEMPTS:
@@ -380,8 +368,7 @@ def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Itera
         with io.BufferedReader(pa.input_stream(str(path), compression), 1 << 20) as stream:
             documents = read_jsonl(path, stream, bad, text_key)
             if name.endswith(TXT_SUFFIXES):
-                text = stream.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-                documents = iter(split_text(text, 4 * MAX_SEQ_LEN))
+                documents = iter(split_text(io.TextIOWrapper(stream, "utf-8-sig").read(), 4 * MAX_SEQ_LEN))
             while group := list(itertools.islice(documents, ROW_GROUP_DOCS)):
                 yield group
     except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
@@ -546,17 +533,6 @@ def is_intact(name: str, shard: dict | None) -> bool:
     return shard is not None and [*map(sha256_file, files)] == shard.get("files")
 
 
-def read_shard(name: str, split: str) -> tuple[np.ndarray, list[int], list[int]]:
-    """A shard's tokens (uint16), where its documents begin and end, how many each row group has."""
-    path, shard = TOKENS_DIR / split / f"{name}.bin", load_manifest()["shards"][name]
-    if not is_intact(name, shard):
-        raise SetupError(f"{path} or a file beside it is damaged: {REMEDY}")
-    is_small = shard[split]["tokens"] < 2**20  # a map holds its file open; there may be thousands
-    tokens = np.fromfile(path, np.uint16) if is_small else np.memmap(path, np.uint16, mode="r")
-    with np.load(path.with_suffix(".npz"), allow_pickle=False) as index:
-        return np.asarray(tokens), index["offsets"].tolist(), index["group_sizes"].tolist()
-
-
 def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_key: str = "text") -> None:
     """A cache holds one data set, and it may only grow. Raises SetupError naming what differs."""
     held, found = manifest["source"], []
@@ -708,10 +684,16 @@ def get_device() -> torch.device:
 def read_document_batches(split: str) -> Iterator[tuple[list[np.ndarray], int]]:
     """The encoded documents of a split, shard after shard in the order of their names, for ever.
     Yields (up to DOC_BATCH arrays of uint16 within one row group, epoch)."""
-    names = [name for name, shard in sorted(load_manifest()["shards"].items()) if shard[split]["tokens"]]
+    shards = {name: shard for name, shard in sorted(load_manifest()["shards"].items()) if shard[split]["tokens"]}
     for epoch in itertools.count(1):
-        for name in names:
-            tokens, offsets, group_sizes = read_shard(name, split)
+        for name, shard in shards.items():
+            path = TOKENS_DIR / split / f"{name}.bin"
+            if not is_intact(name, shard):
+                raise SetupError(f"{path} or a file beside it is damaged: {REMEDY}")
+            is_small = shard[split]["tokens"] < 2**20  # a map holds its file open; there may be thousands
+            tokens = np.fromfile(path, np.uint16) if is_small else np.asarray(np.memmap(path, np.uint16, mode="r"))
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as index:
+                offsets, group_sizes = index["offsets"].tolist(), index["group_sizes"].tolist()
             for first, end in itertools.pairwise(itertools.accumulate(group_sizes, initial=0)):
                 for i in range(first, end, DOC_BATCH):
                     spans = itertools.pairwise(offsets[i : min(i + DOC_BATCH, end) + 1])
@@ -1207,7 +1189,7 @@ def set_aside_earlier_run() -> None:
     paths = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
     present = [path for path in paths if path.exists() and path.stat().st_size]
     start = read_json(Path(START_FILE))
-    run_id = str(start.get("run_id") or f"unknown-{secrets.token_hex(4)}")
+    run_id = str(start.get("run_id") or f"unknown-{os.urandom(4).hex()}")
     archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
     archive = archive / "demo" if start.get("demo", DEMO) else archive
     filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if read_json(path).get("run_id") == run_id]
@@ -1271,7 +1253,7 @@ class Run:
         status = _git(folder, "status", "--porcelain", "--", self.script.name, "prepare.py", *modules)
         begun = time.strftime("%Y%m%d-%H%M%S", time.localtime(time.time() - age_s))
         self.program = {
-            "run_id": f"{begun}-{'demo-' if DEMO else ''}{secrets.token_hex(2)}",
+            "run_id": f"{begun}-{'demo-' if DEMO else ''}{os.urandom(2).hex()}",
             "git_commit": _git(folder, "rev-parse", "HEAD"),
             "git_dirty": None if status is None else bool(status),
             "train_sha256": hashlib.sha256(source).hexdigest(),
@@ -1932,21 +1914,20 @@ def prepare(source: Path | None, num_shards: int, download_workers: int, text_ke
     return encode_source(CLIMBMIX, {path.name: path for path in sorted(DATA_DIR.glob("shard_*.parquet"))})
 
 
-def find_warnings(manifest: dict) -> Iterator[str]:
+def print_warnings(manifest: dict) -> None:
     """What was left out of the text, and how often the score repeats itself."""
-    shards = manifest["shards"].values()
-    num_bad = sum(shard["bad"] for shard in shards)
-    if num_bad:
+    shards, num_held = manifest["shards"].values(), num_tokens(manifest, "val")
+    if num_bad := sum(shard["bad"] for shard in shards):
         num_lines = num_bad + sum(shard[split]["documents"] for shard in shards for split in SPLITS)
         first = next(line for shard in shards for line in shard["first_bad"])
-        yield f"{num_bad:,} of {num_lines:,} lines were left out; the first: {first}"
-    num_held = num_tokens(manifest, "val")
-    times, mb = EVAL_TOKENS / num_held, sum(shard["size"] for shard in shards) / 1e6
-    if times > 1:
-        yield (
-            f"{EVAL_TOKENS:,} validation tokens are scored, and there are {num_held:,}: each counts about "
+        print(f"warning: {num_bad:,} of {num_lines:,} lines were left out; the first: {first}", file=sys.stderr)
+    if (times := EVAL_TOKENS / num_held) > 1:
+        mb = sum(shard["size"] for shard in shards) / 1e6
+        print(
+            f"warning: {EVAL_TOKENS:,} validation tokens are scored, and there are {num_held:,}: each counts about "
             f"{times:.0f} times, and small differences mean little. Wanted: {times:.0f} times as much text "
-            f"(now {mb:.3g} MB)"
+            f"(now {mb:.3g} MB)",
+            file=sys.stderr,
         )
 
 
@@ -1973,8 +1954,7 @@ def main() -> int:
         sys.stdout.flush()
         print("\nerror: interrupted; call again to go on from here", file=sys.stderr, flush=True)
         os._exit(130)  # an ordinary exit would wait for download threads
-    for warning in find_warnings(manifest):
-        print(f"warning: {warning}", file=sys.stderr)
+    print_warnings(manifest)
     print(f"ready: {CACHE_DIR} holds {manifest['source']}, fingerprint {manifest['fingerprint']}")
     train, val = (num_tokens(manifest, split) for split in SPLITS)
     print(f"       {train:,} training tokens, {val:,} validation tokens")
