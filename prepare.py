@@ -200,13 +200,11 @@ def read_json(path: Path) -> dict:
 
 DOWNLOAD_ATTEMPTS = 6
 DOWNLOAD_PAUSE_S = 1.0  # between them, doubled each time
-DOWNLOAD_PAUSE_MAX_S = 60  # whatever the server asks for
 DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 
 def fetch_part(session, part: Path, tag_path: Path) -> None:
-    """Bring `part` to its whole length in one request, or raise. Goes on where it ends if the
-    server still has the same file, by the ETag or date in `tag_path`."""
+    """Bring `part` to its whole length in one request, from where it ends if it is the server's by its tag."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/datasets/{CLIMBMIX}/resolve/main/{part.stem}"
     tag = tag_path.read_text() if tag_path.exists() else ""
@@ -237,8 +235,7 @@ def download_shard(name: str, folder: Path) -> None:
         connect=2,  # no connection at all: the network is missing, or the address wrong
         status_forcelist=(408, 425, 429, 500, 502, 503, 504),
         backoff_factor=DOWNLOAD_PAUSE_S,
-        backoff_max=DOWNLOAD_PAUSE_MAX_S,
-        retry_after_max=DOWNLOAD_PAUSE_MAX_S,
+        retry_after_max=60,  # seconds, whatever the server asks for
     )
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would announce every attempt
     for scheme in ("http://", "https://"):
@@ -254,7 +251,7 @@ def download_shard(name: str, folder: Path) -> None:
                 part.unlink()
             if attempt == DOWNLOAD_ATTEMPTS:
                 raise
-        time.sleep(min(DOWNLOAD_PAUSE_S * 2 ** (attempt - 1), DOWNLOAD_PAUSE_MAX_S))
+        time.sleep(DOWNLOAD_PAUSE_S * 2 ** (attempt - 1))
 
 
 def download_shards(names: list[str], folder: Path, workers: int) -> None:
@@ -281,8 +278,6 @@ def download_shards(names: list[str], folder: Path, workers: int) -> None:
 
 TXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 SOURCE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TXT_SUFFIXES)
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-ROW_GROUP_DOCS = 1024  # documents; for sources that have no row groups of their own
 
 
 def find_source_files(source: Path) -> dict[str, Path]:
@@ -322,8 +317,7 @@ def check_parquet(path: Path, text_key: str = "text") -> None:
 
 
 def split_text(text: str, max_chars: int) -> list[str]:
-    """Cut a plain text at blank lines into documents of up to `max_chars` (a longer paragraph is
-    cut hard): of a book as one document packing would use one row."""
+    """Cut a text at blank lines into documents of up to `max_chars`: of a whole book packing would use one row."""
     documents: list[str] = []
     for paragraph in re.split(r"(?<=\n)\s*\n", text):
         for i in range(0, max(len(paragraph), 1), max_chars):
@@ -355,7 +349,7 @@ def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Itera
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name, compression = path.name.lower(), COMPRESSIONS.get(path.suffix.lower())
+    name, compression = path.name.lower(), {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
         if name.endswith(".parquet"):
             check_parquet(path, text_key)
@@ -369,7 +363,7 @@ def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Itera
             documents = read_jsonl(path, stream, bad, text_key)
             if name.endswith(TXT_SUFFIXES):
                 documents = iter(split_text(io.TextIOWrapper(stream, "utf-8-sig").read(), 4 * MAX_SEQ_LEN))
-            while group := list(itertools.islice(documents, ROW_GROUP_DOCS)):
+            while group := list(itertools.islice(documents, 1024)):
                 yield group
     except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
         remedy = "replace it, convert it (`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16), or remove it"
@@ -403,10 +397,8 @@ def encode_pieces(enc: tiktoken.Encoding, text: str) -> list[np.ndarray]:
     try:
         return [enc.encode_to_numpy(text, disallowed_special=())]  # others panic, not raise
     except ValueError:
-        if len(text) < 2:
-            raise
-    half = len(text) // 2
-    return encode_pieces(enc, text[:half]) + encode_pieces(enc, text[half:])
+        half = len(text) // 2
+        return encode_pieces(enc, text[:half]) + encode_pieces(enc, text[half:])
 
 
 class Tokenizer:
@@ -512,8 +504,7 @@ def token_files(name: str) -> list[Path]:
 
 @functools.cache
 def load_manifest() -> dict:
-    """The manifest of a complete data set, as it was when this process first asked. What the token
-    files hold is checked as they are read."""
+    """The manifest of a complete data set, as it was when this process first asked."""
     manifest = read_manifest()
     if not manifest.get("is_complete"):
         raise SetupError(f"{CACHE_DIR}: no data that are complete and undamaged; {REMEDY}")
@@ -701,8 +692,7 @@ def read_document_batches(split: str) -> Iterator[tuple[list[np.ndarray], int]]:
 
 
 def prefetch(items: Iterable, depth: int = 4) -> Iterator:
-    """Run an iterator in a thread of its own, `depth` items ahead. Its exceptions come out here;
-    closing or dropping this generator ends the thread."""
+    """Run an iterator in a thread, `depth` items ahead. Its exceptions come out here; closing this ends it."""
     items, end = iter(items), object()
     pool = ThreadPoolExecutor(1, "prefetch")
     try:
@@ -899,14 +889,13 @@ MEASURED = (
 
 @functools.cache
 def measurement_sha256(source: bytes = PREPARE_SOURCE) -> str:
-    """Of the code behind MEASURED, without comments, docstrings, messages and layout: where it is the
-    same, results compare."""
+    """Of the code behind MEASURED, without comments, docstrings and messages: if it is the same, results compare."""
     tree, found = ast.parse(source), []
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             del node.body[0]
-        elif isinstance(node, ast.JoinedStr):  # f-strings are messages, and versions of Python print them differently
-            node.values = []
+        elif isinstance(node, ast.JoinedStr):
+            node.values = []  # a message, which versions of Python print differently
     for node in tree.body:
         target = node.targets[0] if isinstance(node, ast.Assign) else node
         if getattr(target, "id", getattr(target, "name", "")) in MEASURED:
@@ -987,7 +976,7 @@ def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> 
     def rms(t: torch.Tensor | None) -> float:
         return math.nan if t is None else torch.linalg.vector_norm(t, dtype=torch.float32).item() / t.numel() ** 0.5
 
-    named = {name: p for name, p in model.named_parameters() if name in before and p.numel()}
+    named = dict(model.named_parameters())
     shown = {name.removeprefix("_orig_mod."): p for name, p in named.items()}
     scalars = {name: p for name, p in shown.items() if p.dim() < 2 and p.numel() <= 64}
     return {
@@ -1128,23 +1117,6 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
 
-def check_machine() -> None:
-    """Raise SetupError for faults of the machine that would look like the experiment's later on."""
-    device = get_device()
-    load_manifest()
-    least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
-    free_mb = shutil.disk_usage(".").free >> 20
-    if free_mb < least_mb:
-        raise SetupError(f"only {free_mb} MB are free here, and a run may need {least_mb}: make room")
-    if device.type != "cuda":
-        return
-    try:
-        torch.compile(torch.neg)(torch.ones(1, device=device)).item()
-    except Exception as e:  # of the driver, the compiler, its tools or its cache
-        wanted = "gcc or clang, Python.h and a cache that can be written (TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR)"
-        raise SetupError(f"{torch.cuda.get_device_name()} cannot be used: {describe_error(e)}; wanted: {wanted}") from e
-
-
 def _git(folder: Path, *args: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", folder, *args], capture_output=True, text=True, check=True)
@@ -1166,8 +1138,7 @@ def imported_modules(script: Path) -> dict[str, str]:
 
 
 def lock_metrics() -> TextIO:
-    """METRICS_FILE, open for appending and locked until this process ends: that says that a run is
-    in progress, whatever clocks and process tables say."""
+    """METRICS_FILE, open for appending. Its lock, held until this process ends, says that a run is in progress."""
     file = open(METRICS_FILE, "a")  # noqa: SIM115 (open for the whole run)
     for _ in range(10):  # who asks whether a run is in progress holds the lock for an instant
         with contextlib.suppress(BlockingIOError):
@@ -1227,8 +1198,7 @@ def end_children(pid: int | str = "self") -> None:
 
 
 def current_run() -> "Run | None":
-    """The run that this process is. A training script without a Run of its own (upstream's) becomes
-    one with its first call; any other script does not."""
+    """The run that this process is. A train.py without a Run (upstream's) becomes one with its first call."""
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     if _run is None and Path(script).name.startswith("train"):
         Run(Path(script)).__enter__()
@@ -1289,7 +1259,12 @@ class Run:
                 set_aside_earlier_run()
                 print(f"run {self.program['run_id']}", flush=True)
                 self._write_start(self.program)
-            check_machine()
+            get_device()
+            load_manifest()
+            least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
+            free_mb = shutil.disk_usage(".").free >> 20
+            if free_mb < least_mb:
+                raise SetupError(f"only {free_mb} MB are free here, and a run may need {least_mb}: make room")
         except BaseException as e:
             self.__exit__(type(e), e, None)
             raise
@@ -1380,12 +1355,8 @@ class Run:
             summary["pauses_over"] = pauses_over
         if profile := summary.get("profile"):
             profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
-        try:
-            with open_atomic(Path(CHECKPOINT_FILE)) as file:
-                torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, file)
-        except (OSError, RuntimeError) as e:  # torch's words for a full disk are about positions
-            free_mb = shutil.disk_usage(".").free >> 20
-            raise SetupError(f"{CHECKPOINT_FILE} could not be written, {free_mb} MB are free: {e}") from e
+        with open_atomic(Path(CHECKPOINT_FILE)) as file:
+            torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, file)
         return summary
 
     def load_checkpoint(self, model: torch.nn.Module) -> dict:
@@ -1451,9 +1422,7 @@ def describe_error(error: BaseException) -> str:
     text = str(error).strip() or "no message"
     inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # of torch.compile
     first = inside[1] if inside else text.splitlines()[0]
-    is_either = "CUDA error" in text and "memory access" not in text
-    advice = " (this may be the machine's fault: run it once more)" if is_either else ""
-    return f"{type(error).__name__}: {first[:300]}{advice}"
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 # -------------------------------------------------------------------------------------------------

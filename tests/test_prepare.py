@@ -793,15 +793,15 @@ def test_who_looks_for_an_instant_whether_a_run_is_in_progress_does_not_stop_the
             prepare.lock_metrics()
 
 
-def test_a_full_disk_while_the_checkpoint_is_written_is_the_machines_fault(work, monkeypatch):
+def test_a_full_disk_while_the_checkpoint_is_written_leaves_no_half_of_it(work, monkeypatch):
     run = start_here(work)
     run._write_start(run.program)
     run.start_training(torch.device("cpu"), {})
     run.step_ms, run.clock.seconds = [1.0], 1.0
     monkeypatch.setattr(torch, "save", lambda *_: exec("raise RuntimeError('unexpected pos 64 vs 0')"))
-    with pytest.raises(prepare.SetupError, match=r"could not be written, \d+ MB are free: unexpected pos"):
+    with pytest.raises(RuntimeError, match="unexpected pos"):  # analyze.py knows it as the machine's fault
         run.end_training(nn.Linear(2, 2))
-    assert not list(work.glob("checkpoint*"))
+    assert not list(work.glob("*checkpoint*"))
 
 
 def test_only_the_script_that_wrote_a_checkpoint_may_score_it(work):
