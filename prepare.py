@@ -282,20 +282,21 @@ SOURCE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TXT_SUFFIXE
 
 def find_source_files(source: Path) -> dict[str, Path]:
     """{name: path} of every text file at `source`, sorted by name; says what is not used."""
-    folder = source if source.is_dir() else source.parent
-    paths = [path for path in sorted(source.rglob("*")) if path.is_file()] if source.is_dir() else [source]
+    if not source.exists():
+        raise SetupError(f"--source {source}: no such file or folder")
+    folder, paths = source, [path for path in sorted(source.rglob("*")) if path.is_file()]
+    if source.is_file():
+        folder, paths = source.parent, [source]
     files, unused = {}, []
     for path in paths:
         name = path.relative_to(folder).as_posix()
-        is_hidden = re.search(r"(^|/)(\.|__MACOSX/)", name)
-        if path.exists() and name.lower().endswith(SOURCE_SUFFIXES) and not is_hidden:
+        if name.lower().endswith(SOURCE_SUFFIXES) and not re.search(r"(^|/)(\.|__MACOSX/)", name):  # hidden
             files[name] = path
         else:
             unused.append(name)
-    shown = ", ".join(unused[:5])
+    shown = ", ".join(unused[:5]) or "nothing"
     if not files:
-        found = (shown or "nothing") if source.exists() else "no such file or folder"
-        raise SetupError(f"--source {source}: looked for {', '.join(SOURCE_SUFFIXES)} and found {found}")
+        raise SetupError(f"--source {source}: looked for {', '.join(SOURCE_SUFFIXES)} and found {shown}")
     if unused:
         print(f"warning: {len(unused)} of {len(paths)} files in {source} are not used: {shown}", file=sys.stderr)
     return files
@@ -545,9 +546,10 @@ def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_ke
 
 def split_of(name: str, text: str, held_out_below: int | None) -> str:
     """A document's split: by shard where there is a validation shard, else by its hash."""
-    if held_out_below is None:
-        return "val" if os.path.basename(name) == VAL_FILENAME else "train"
-    return "val" if document_hash(text) < held_out_below else "train"
+    is_val = os.path.basename(name) == VAL_FILENAME
+    if held_out_below is not None:
+        is_val = document_hash(text) < held_out_below
+    return "val" if is_val else "train"
 
 
 def read_training_texts(files: dict[str, Path], manifest: dict) -> Iterator[str]:
