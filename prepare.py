@@ -203,15 +203,18 @@ DOWNLOAD_PAUSE_S = 1.0  # between them, doubled each time
 DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 
+def shard_url(name: str) -> str:
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    return f"{endpoint}/datasets/{CLIMBMIX}/resolve/main/{name}"
+
+
 def fetch_part(session, part: Path, tag_path: Path) -> None:
     """Bring `part` to its whole length in one request, from where it ends if it is the server's by its tag."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/datasets/{CLIMBMIX}/resolve/main/{part.stem}"
     tag = tag_path.read_text() if tag_path.exists() else ""
     headers = {"Accept-Encoding": "identity"}
     if tag and part.exists():
         headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": tag}
-    with session.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT_S) as r:
+    with session.get(shard_url(part.stem), headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT_S) as r:
         new_tag = r.headers.get("ETag") or r.headers.get("Last-Modified") or ""
         if r.status_code == 416 or (r.status_code == 206 and new_tag != tag):
             raise SetupError("what was here is not the beginning of the server's file")
@@ -505,13 +508,16 @@ def token_files(name: str) -> list[Path]:
 
 @functools.cache
 def load_manifest() -> dict:
-    """The manifest of a complete data set, as it was when this process first asked."""
+    """The manifest of a complete data set, as it was when this process first asked. What the token
+    files hold is checked as they are read."""
     manifest = read_manifest()
     if not manifest.get("is_complete"):
         raise SetupError(f"{CACHE_DIR}: no data that are complete and undamaged; {REMEDY}")
-    missing = [path for name in manifest["shards"] for path in token_files(name) if not path.exists()]
-    if missing:
-        raise SetupError(f"{missing[0]} is missing: {REMEDY}")
+    for name, shard in manifest["shards"].items():
+        for split in SPLITS:
+            tokens = TOKENS_DIR / split / f"{name}.bin"
+            if not tokens.exists() or tokens.stat().st_size != 2 * shard[split]["tokens"]:
+                raise SetupError(f"{tokens} is missing or damaged: {REMEDY}")
     return manifest
 
 
@@ -598,6 +604,7 @@ def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -
         has_val_shard = VAL_FILENAME in map(os.path.basename, files)
         manifest = {"source": source, "text_key": text_key, "shards": {}}
         manifest["held_out_below"] = None if has_val_shard else int(HELD_OUT_SHARE * 2**64)
+        print("training the tokenizer", flush=True)
         Tokenizer.train(read_training_texts(files, manifest)).save(TOKENIZER_DIR)
         manifest["tokenizer_sha256"] = sha256_file(TOKENIZER_DIR / "tokenizer.json")
     shards, tokenizer = manifest["shards"], Tokenizer.from_directory()
@@ -1173,7 +1180,8 @@ def set_aside_earlier_run() -> None:
     if present and not is_held and not target.exists():
         hidden.mkdir(parents=True, exist_ok=True)  # nobody sees half of a run
         for path in present:
-            shutil.copy(path, hidden / path.name)
+            put = shutil.move if path.name == CHECKPOINT_FILE else shutil.copy
+            put(path, hidden / path.name)
         os.rename(hidden, target)
     for path in paths:
         if path.name != METRICS_FILE:
@@ -1357,8 +1365,12 @@ class Run:
             summary["pauses_over"] = pauses_over
         if profile := summary.get("profile"):
             profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
-        with open_atomic(Path(CHECKPOINT_FILE)) as file:
-            torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, file)
+        temporary = Path(f"{CHECKPOINT_FILE}.tmp")  # not synced: that takes seconds, and the score is to come
+        try:
+            torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
+            os.replace(temporary, CHECKPOINT_FILE)
+        finally:
+            temporary.unlink(missing_ok=True)
         return summary
 
     def load_checkpoint(self, model: torch.nn.Module) -> dict:
