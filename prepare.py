@@ -36,7 +36,6 @@ What train.py imports, for B rows of T tokens:
 import argparse
 import ast
 import base64
-import codecs
 import contextlib
 import errno
 import fcntl
@@ -49,17 +48,11 @@ import logging
 import math
 import os
 import re
-import secrets
 import shutil
 import signal
-import socket
-import statistics
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
-import tokenize
 import traceback
 from bisect import bisect_right, insort
 from collections import deque
@@ -67,7 +60,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import tiktoken
@@ -85,7 +78,7 @@ jit = triton.jit if triton else lambda function: function
 # pyarrow, requests and rustbpe are imported where they are used: every run imports this file.
 
 # -------------------------------------------------------------------------------------------------
-# Constants (fixed: results are comparable because nobody changes them)
+# Constants (fixed: results are comparable because nobody changes them) and small helpers
 # -------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +118,7 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]
+SPECIAL_TOKENS = ["<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>"]
 BOS_TOKEN = SPECIAL_TOKENS[0]
 TOKENIZER_MAX_CHARS = 1_000_000_000  # the tokenizer is trained on this much text at most,
 TOKENIZER_DOC_CHARS = 10_000  # and on the beginning of each document
@@ -136,17 +129,12 @@ VAL_FILENAME = f"shard_{MAX_SHARD:05d}.parquet"
 HELD_OUT_SHARE = 0.05  # of the documents of a source that brings no validation shard
 SPLITS = ("train", "val")
 
-# -------------------------------------------------------------------------------------------------
-# Paths and small helpers
-# -------------------------------------------------------------------------------------------------
-
 CACHE_DIR = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 CACHE_DIR = CACHE_DIR / "demo" if DEMO else CACHE_DIR
 DATA_DIR = CACHE_DIR / "data"
 TOKENIZER_DIR = CACHE_DIR / "tokenizer"
 TOKENS_DIR = CACHE_DIR / "tokens"
 MANIFEST_PATH = CACHE_DIR / "manifest.json"
-PREPARE_COMMAND = "AUTORESEARCH_DEMO=1 uv run prepare.py" if DEMO else "uv run prepare.py"
 
 # What a run leaves in the working folder.
 START_FILE = "run_start.json"
@@ -155,26 +143,32 @@ CHECKPOINT_FILE = "checkpoint.pt"
 EVAL_FILE = "eval_record.json"
 SUMMARY_FILE = "run_summary.json"
 
+PREPARE_SOURCE = Path(__file__).read_bytes()  # of the code that runs
+PREPARE_SHA256 = hashlib.sha256(PREPARE_SOURCE).hexdigest()
+
 
 class SetupError(ValueError):
     """The data, the machine or the call is at fault, not the experiment."""
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write the whole file or nothing: neither a reader nor a power cut sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    replace_synced(temporary, path)
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is whole, whatever reads meanwhile or cuts the power."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def replace_synced(temporary: str | Path, path: Path) -> None:
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-PREPARE_SOURCE = Path(__file__).read_bytes()  # of the code that runs
-PREPARE_SHA256 = hashlib.sha256(PREPARE_SOURCE).hexdigest()
+def write_atomic(path: Path, text: str) -> None:
+    with open_atomic(path) as file:
+        file.write(text.encode())
 
 
 def sha256_file(path: Path) -> str:
@@ -187,17 +181,8 @@ def sha256_file(path: Path) -> str:
 
 def finite_json(value: object, indent: int | None = None) -> str:
     """JSON that any parser reads: NaN and infinity are null, what JSON lacks is text."""
-
-    def clean(v):
-        if isinstance(v, torch.Tensor | np.ndarray | np.generic):
-            v = v.tolist()
-        if isinstance(v, float):
-            return v if math.isfinite(v) else None
-        if isinstance(v, dict):
-            return {str(key): clean(item) for key, item in v.items()}
-        return [clean(item) for item in v] if isinstance(v, list | tuple) else v
-
-    return json.dumps(clean(value), indent=indent, allow_nan=False, default=str)
+    text = json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
+    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=indent)
 
 
 def read_json(path: Path) -> dict:
@@ -209,23 +194,12 @@ def read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def with_progress(label: str, files: dict[str, Path]) -> Iterator[tuple[str, Path]]:
-    """The files, one after the other; says every five seconds how many are done."""
-    shown = time.monotonic()
-    for number, (name, path) in enumerate(files.items()):
-        if time.monotonic() - shown >= 5:
-            shown = time.monotonic()
-            print(f"{label}: {number} of {len(files)} files", flush=True)
-        yield name, path
-
-
 # -------------------------------------------------------------------------------------------------
 # Download (climbmix shards from Hugging Face or a mirror)
 # -------------------------------------------------------------------------------------------------
 
-DOWNLOAD_ATTEMPTS = 6  # in a row that bring no new byte
+DOWNLOAD_ATTEMPTS = 6
 DOWNLOAD_PAUSE_S = 1.0  # between them, doubled each time
-DOWNLOAD_PAUSE_MAX_S = 60  # whatever the server asks for
 DOWNLOAD_TIMEOUT_S = 30.0  # of silence
 
 
@@ -234,29 +208,8 @@ def shard_url(name: str) -> str:
     return f"{endpoint}/datasets/{CLIMBMIX}/resolve/main/{name}"
 
 
-def open_session() -> object:
-    """A requests session that asks again where no answer begins or the server is busy."""
-    import requests
-    from urllib3 import Retry
-
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would announce every attempt
-    retry = Retry(
-        DOWNLOAD_ATTEMPTS - 1,
-        connect=2,  # no connection at all: the network is missing, or the address wrong
-        status_forcelist=(408, 425, 429, 500, 502, 503, 504),
-        backoff_factor=DOWNLOAD_PAUSE_S,
-        backoff_max=DOWNLOAD_PAUSE_MAX_S,
-        retry_after_max=DOWNLOAD_PAUSE_MAX_S,
-    )
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-    return session
-
-
 def fetch_part(session, part: Path, tag_path: Path) -> None:
-    """Bring `part` to its whole length in one request, or raise. Goes on where it ends if the
-    server still has the same file, by the ETag or date in `tag_path`."""
+    """Bring `part` to its whole length in one request, from where it ends if it is the server's by its tag."""
     tag = tag_path.read_text() if tag_path.exists() else ""
     headers = {"Accept-Encoding": "identity"}
     if tag and part.exists():
@@ -268,48 +221,51 @@ def fetch_part(session, part: Path, tag_path: Path) -> None:
         r.raise_for_status()
         with open(part, "ab" if r.status_code == 206 else "wb") as f:
             tag_path.write_text(new_tag)  # only once nothing of another file is left
-            for chunk in r.iter_content(1 << 16):  # a dying connection loses less than one of these
+            for chunk in r.raw.stream(1 << 16):  # a dying connection loses less than one of these
                 f.write(chunk)
 
 
 def download_shard(name: str, folder: Path) -> None:
     """Download a shard that is missing or damaged: into a part, which is verified, then renamed."""
-    from requests.exceptions import ChunkedEncodingError, ConnectionError
+    import requests
+    import urllib3
 
     with contextlib.suppress(SetupError):
         return check_parquet(folder / name)  # a file that was cut does not open
-    session, part, tag_path = open_session(), folder / f"{name}.part", folder / f"{name}.tag"
-    attempt, most = 0, 0
-    while True:
+    part, tag_path, session = folder / f"{name}.part", folder / f"{name}.tag", requests.Session()
+    retry = urllib3.Retry(  # where no answer begins or the server is busy
+        DOWNLOAD_ATTEMPTS - 1,
+        connect=2,  # no connection at all: the network is missing, or the address wrong
+        status_forcelist=(408, 425, 429, 500, 502, 503, 504),
+        backoff_factor=DOWNLOAD_PAUSE_S,
+        retry_after_max=60,  # seconds, whatever the server asks for
+    )
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would announce every attempt
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+    for attempt in itertools.count(1):
         try:
             fetch_part(session, part, tag_path)
             check_parquet(part)
             os.replace(part, folder / name)
             return tag_path.unlink()
-        except SetupError as e:
-            error = e
-            part.unlink()
-        except (ConnectionError, ChunkedEncodingError) as e:
-            error = e
-        size = part.stat().st_size if part.exists() else 0
-        attempt, most = (1, size) if size > most else (attempt + 1, most)
-        if attempt == DOWNLOAD_ATTEMPTS or (isinstance(error, ConnectionError) and not most):
-            raise error
-        time.sleep(min(DOWNLOAD_PAUSE_S * 2 ** (attempt - 1), DOWNLOAD_PAUSE_MAX_S))
+        except (SetupError, urllib3.exceptions.HTTPError) as e:  # another file, or a connection that broke off
+            if isinstance(e, SetupError):
+                part.unlink()
+            if attempt == DOWNLOAD_ATTEMPTS:
+                raise
+        time.sleep(DOWNLOAD_PAUSE_S * 2 ** (attempt - 1))
 
 
 def download_shards(names: list[str], folder: Path, workers: int) -> None:
     """Download shards in parallel. Raises SetupError naming every one still missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    pool = ThreadPoolExecutor(workers)
-    try:
-        futures = {name: pool.submit(download_shard, name, folder) for name in names}
-        while (state := wait(futures.values(), timeout=5)).not_done:
-            with contextlib.suppress(FileNotFoundError):  # a part that was renamed meanwhile
-                mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-                print(f"download: {len(state.done)} of {len(names)} shards, {mb:.0f} MB", flush=True)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a thread may wait for a silent server
+    pool = ThreadPoolExecutor(workers)  # not as a context: that would wait for a silent server
+    futures = {name: pool.submit(download_shard, name, folder) for name in names}
+    while (state := wait(futures.values(), timeout=5)).not_done:
+        with contextlib.suppress(FileNotFoundError):  # a part that was renamed meanwhile
+            mb = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+            print(f"download: {len(state.done)} of {len(names)} shards, {mb:.0f} MB", flush=True)
     failed = {name: future.exception() for name, future in futures.items() if future.exception()}
     if failed:
         raise SetupError(
@@ -325,34 +281,27 @@ def download_shards(names: list[str], folder: Path, workers: int) -> None:
 
 TXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 SOURCE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", *TXT_SUFFIXES)
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-ENCODINGS = {  # by the mark at the beginning of a file; UTF-32's begins with UTF-16's
-    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
-    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
-}
-ROW_GROUP_DOCS = 1024  # documents; for sources that have no row groups of their own
 
 
 def find_source_files(source: Path) -> dict[str, Path]:
     """{name: path} of every text file at `source`, sorted by name; says what is not used."""
-    folder = source if source.is_dir() else source.parent
-    paths = sorted(source.rglob("*")) if source.is_dir() else [source]
-    names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
-    files, unused = {}, {}
-    for name, path in names.items():
-        if re.search(r"(^|/)(\.|__MACOSX/)", name):
-            unused.setdefault("hidden", []).append(name)
-        elif name.lower().endswith(SOURCE_SUFFIXES):
+    if not source.exists():
+        raise SetupError(f"--source {source}: no such file or folder")
+    folder, paths = source, [path for path in sorted(source.rglob("*")) if path.is_file()]
+    if source.is_file():
+        folder, paths = source.parent, [source]
+    files, unused = {}, []
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if name.lower().endswith(SOURCE_SUFFIXES) and not re.search(r"(^|/)(\.|__MACOSX/)", name):  # hidden
             files[name] = path
         else:
-            unused.setdefault(path.suffix or "without a suffix", []).append(name)
-    kinds = ", ".join(f"{len(found)} {kind} (such as {found[0]})" for kind, found in unused.items())
+            unused.append(name)
+    shown = ", ".join(unused[:5]) or "nothing"
     if not files:
-        found = kinds or ("nothing" if source.exists() else "no such file or folder")
-        raise SetupError(f"--source {source}: looked for {', '.join(SOURCE_SUFFIXES)} and found {found}")
+        raise SetupError(f"--source {source}: looked for {', '.join(SOURCE_SUFFIXES)} and found {shown}")
     if unused:
-        count = f"{len(names) - len(files)} of {len(names)} files"
-        print(f"warning: {count} in {source} are not used: {kinds}", file=sys.stderr)
+        print(f"warning: {len(unused)} of {len(paths)} files in {source} are not used: {shown}", file=sys.stderr)
     return files
 
 
@@ -371,56 +320,31 @@ def check_parquet(path: Path, text_key: str = "text") -> None:
         raise SetupError(f"{path} has no string {text_key!r}, but {columns}. --text-key NAME chooses another")
 
 
-def decode_text(path: Path, data: bytes) -> str:
-    """Text in UTF-8, or in what its byte order mark says, which is dropped. Raises SetupError with
-    the place of what is no text."""
-    encoding = next((name for name, marks in ENCODINGS.items() if data.startswith(marks)), "utf-8")
-    found, place = "NUL", data.find(b"\0") if encoding == "utf-8" else -1
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as e:
-        found, place = f"no {e.encoding.upper()}", e.start
-    if place >= 0:
-        raise SetupError(
-            f"{path}: byte {place} (line {data[:place].count(10) + 1}) is {found}. If this is text, convert "
-            "it (`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16LE, or what it is); else leave it out"
-        )
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-
-
 def split_text(text: str, max_chars: int) -> list[str]:
-    """Cut a plain text at blank lines into documents of up to `max_chars` (a longer paragraph is
-    cut hard): of a book as one document packing would use one row."""
-    documents, size = [], max_chars + 1
+    """Cut a text at blank lines into documents of up to `max_chars`: of a whole book packing would use one row."""
+    documents: list[str] = []
     for paragraph in re.split(r"(?<=\n)\s*\n", text):
         for i in range(0, max(len(paragraph), 1), max_chars):
             piece = paragraph[i : i + max_chars]
-            if size + len(piece) > max_chars:
-                documents.append([])
-                size = 0
-            documents[-1].append(piece)
-            size += len(piece) + 1
-    return [document for document in map("\n".join, documents) if document.strip()]
-
-
-def text_of_line(line: bytes, text_key: str) -> str:
-    """The text in a line of JSON. Raises ValueError saying what is there instead."""
-    record = json.loads(line)
-    record = record if isinstance(record, dict) else {"no key": record}
-    text = record.get(text_key)
-    if isinstance(text, str):
-        return text.encode("utf-8", "replace").decode()  # lone surrogates become "?"
-    found = ", ".join(f"{key} ({type(value).__name__})" for key, value in record.items())
-    raise ValueError(f"no string {text_key!r}, but {found[:200]}. --text-key NAME chooses another")
+            if documents and len(documents[-1]) + 1 + len(piece) <= max_chars:
+                documents[-1] += "\n" + piece
+            else:
+                documents.append(piece)
+    return [document for document in documents if document.strip()]
 
 
 def read_jsonl(path: Path, lines: Iterable[bytes], bad: list[str], text_key: str) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                yield text_of_line(line, text_key)
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+                raise ValueError(f"no string {text_key!r} in {str(record)[:200]}. --text-key NAME chooses another")
         except (ValueError, RecursionError) as e:
             bad.append(f"{path}:{number}: {e}")
+        else:
+            yield record[text_key].encode("utf-8", "replace").decode()  # lone surrogates become "?"
 
 
 def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Iterator[list[str]]:
@@ -429,7 +353,7 @@ def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Itera
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    name, compression = path.name.lower(), COMPRESSIONS.get(path.suffix.lower())
+    name, compression = path.name.lower(), {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
         if name.endswith(".parquet"):
             check_parquet(path, text_key)
@@ -442,11 +366,12 @@ def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Itera
         with io.BufferedReader(pa.input_stream(str(path), compression), 1 << 20) as stream:
             documents = read_jsonl(path, stream, bad, text_key)
             if name.endswith(TXT_SUFFIXES):
-                documents = iter(split_text(decode_text(path, stream.read()), 4 * MAX_SEQ_LEN))
-            while group := list(itertools.islice(documents, ROW_GROUP_DOCS)):
+                documents = iter(split_text(io.TextIOWrapper(stream, "utf-8-sig").read(), 4 * MAX_SEQ_LEN))
+            while group := list(itertools.islice(documents, 1024)):
                 yield group
     except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
-        raise SetupError(f"{path} is damaged ({e}); replace or remove it") from e
+        remedy = "replace it, convert it (`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16), or remove it"
+        raise SetupError(f"{path} is damaged or no UTF-8 ({e}): {remedy}") from e
 
 
 def document_hash(text: str) -> int:
@@ -455,16 +380,14 @@ def document_hash(text: str) -> int:
 
 
 def write_demo_text(path: Path) -> None:
-    """The source of this Python's library as JSON lines, shuffled by hash: in the order of names
-    the score would depend on the module at which training stops. Cut so short that most pieces fit
-    a row: of longer ones packing drops the rest."""
-    library, documents = Path(sysconfig.get_paths()["stdlib"]), []
+    """The source of this Python's library as JSON lines, cut so short that most fit a row, and shuffled by
+    hash: in the order of names the score would depend on the module at which training stops."""
+    library, documents = Path(os.__file__).parent, []
     skipped = {"site-packages", "test", "tests", "__pycache__", "idlelib", "lib2to3"}
     for file in sorted(library.rglob("*.py")):
         if not skipped & set(file.relative_to(library).parts):
             documents += split_text(file.read_text("utf-8", errors="replace"), 2 * MAX_SEQ_LEN)
     lines = [json.dumps({"text": document}) for document in sorted(documents, key=document_hash)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "\n".join(lines) + "\n")
 
 
@@ -478,10 +401,8 @@ def encode_pieces(enc: tiktoken.Encoding, text: str) -> list[np.ndarray]:
     try:
         return [enc.encode_to_numpy(text, disallowed_special=())]  # others panic, not raise
     except ValueError:
-        if len(text) < 2:
-            raise
-    half = len(text) // 2
-    return encode_pieces(enc, text[:half]) + encode_pieces(enc, text[half:])
+        half = len(text) // 2
+        return encode_pieces(enc, text[:half]) + encode_pieces(enc, text[half:])
 
 
 class Tokenizer:
@@ -514,7 +435,6 @@ class Tokenizer:
             raise SetupError(f"no tokenizer at {path} ({e}): {REMEDY}") from e
 
     def save(self, tokenizer_dir: Path) -> None:
-        tokenizer_dir.mkdir(parents=True, exist_ok=True)
         tokens = [base64.b64encode(token).decode() for token in self.ranks]
         stored = {"pattern": self.pattern, "special_tokens": list(self.special), "tokens": tokens}
         write_atomic(tokenizer_dir / "tokenizer.json", json.dumps(stored, indent=0))
@@ -554,7 +474,10 @@ def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
 # Encoding (every token once) and the manifest (which data this is, and that it is whole)
 # -------------------------------------------------------------------------------------------------
 
-REMEDY = f"run `{PREPARE_COMMAND}` first or again (with its --source): it mends what is damaged"
+REMEDY = (
+    f"run `{'AUTORESEARCH_DEMO=1 ' if DEMO else ''}uv run prepare.py` first or again (with its --source): "
+    "it mends what is damaged"
+)
 
 
 def checksum(content: object) -> str:
@@ -598,25 +521,14 @@ def load_manifest() -> dict:
     return manifest
 
 
+def num_tokens(manifest: dict, split: str) -> int:
+    return sum(shard[split]["tokens"] for shard in manifest["shards"].values())
+
+
 def is_intact(name: str, shard: dict | None) -> bool:
     """Whether a shard's token files are what was written; reads them at 1.2 GB/s."""
     files = [file for file in token_files(name) if file.exists()]
     return shard is not None and [*map(sha256_file, files)] == shard.get("files")
-
-
-def read_shard(name: str, split: str) -> tuple[np.ndarray, list[int], list[int]]:
-    """A shard's tokens (uint16), where its documents begin and end, how many each row group has."""
-    path, shard = TOKENS_DIR / split / f"{name}.bin", load_manifest()["shards"][name]
-    if not is_intact(name, shard):
-        raise SetupError(f"{path} or a file beside it is damaged: {REMEDY}")
-    is_small = shard[split]["tokens"] < 2**20  # a map holds its file open; there may be thousands
-    tokens = np.fromfile(path, np.uint16) if is_small else np.memmap(path, np.uint16, mode="r")
-    with np.load(path.with_suffix(".npz"), allow_pickle=False) as index:
-        return np.asarray(tokens), index["offsets"].tolist(), index["group_sizes"].tolist()
-
-
-def has_val_shard(names: Iterable[str]) -> bool:
-    return VAL_FILENAME in (Path(name).name for name in names)
 
 
 def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_key: str = "text") -> None:
@@ -626,7 +538,7 @@ def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_ke
         found.append(f"the data of {held}, not {source}")
     if manifest["text_key"] != text_key:
         found.append(f"the texts of {manifest['text_key']!r}, not {text_key!r}")
-    if manifest["held_out_below"] is not None and has_val_shard(files):
+    if manifest["held_out_below"] is not None and VAL_FILENAME in map(os.path.basename, files):
         found.append(f"single documents held out, and {source} now brings {VAL_FILENAME}")
     for name, shard in manifest["shards"].items():
         if name not in files and source != CLIMBMIX:  # there, tokens are enough
@@ -640,105 +552,83 @@ def check_same_data(manifest: dict, source: str, files: dict[str, Path], text_ke
 
 def split_of(name: str, text: str, held_out_below: int | None) -> str:
     """A document's split: by shard where there is a validation shard, else by its hash."""
-    is_val = has_val_shard([name]) if held_out_below is None else document_hash(text) < held_out_below
+    is_val = os.path.basename(name) == VAL_FILENAME
+    if held_out_below is not None:
+        is_val = document_hash(text) < held_out_below
     return "val" if is_val else "train"
-
-
-def read_texts(files: dict[str, Path], bad: list[str], text_key: str) -> Iterator[tuple[str, str]]:
-    """(file, document), one by one."""
-    for name, path in with_progress("reading", files):
-        for texts in read_row_groups(path, bad, text_key):
-            yield from ((name, text) for text in texts)
-
-
-def choose_held_out(source: str, files: dict[str, Path], text_key: str) -> int | None:
-    """The bound below which a document's hash puts it into the validation split: at least one is,
-    and one is not. None where a shard is that split."""
-    if has_val_shard(files):
-        return None
-    bad: list[str] = []
-    hashes = {document_hash(text) for _, text in read_texts(files, bad, text_key)}
-    if len(hashes) < 2:
-        reason = f" ({len(bad)} bad lines, the first: {bad[0]})" if bad else ""
-        found = f"{len(hashes)} different documents{reason}"
-        raise SetupError(f"{source}: {found}; two are needed, one to hold out")
-    return min(max(int(HELD_OUT_SHARE * 2**64), min(hashes) + 1), max(hashes))
 
 
 def read_training_texts(files: dict[str, Path], manifest: dict) -> Iterator[str]:
     """The beginning of each training document, for the tokenizer."""
     num_chars = 0
-    for name, text in read_texts(files, [], manifest["text_key"]):
-        if num_chars >= TOKENIZER_MAX_CHARS:
-            return
-        if split_of(name, text, manifest["held_out_below"]) == "train":
-            yield text[:TOKENIZER_DOC_CHARS]
-            num_chars += min(len(text), TOKENIZER_DOC_CHARS)
-
-
-def new_manifest(source: str, files: dict[str, Path], text_key: str) -> dict:
-    """Choose what is held out and train the tokenizer: a manifest without shards."""
-    manifest = {"source": source, "text_key": text_key, "shards": {}}
-    manifest["held_out_below"] = choose_held_out(source, files, text_key)
-    tokenizer = Tokenizer.train(read_training_texts(files, manifest))
-    tokenizer.save(TOKENIZER_DIR)
-    print(f"tokenizer: {tokenizer.get_vocab_size()} tokens")
-    return manifest | {"tokenizer_sha256": sha256_file(TOKENIZER_DIR / "tokenizer.json")}
+    for name, path in files.items():
+        for text in itertools.chain.from_iterable(read_row_groups(path, [], manifest["text_key"])):
+            if num_chars >= TOKENIZER_MAX_CHARS:
+                return
+            if split_of(name, text, manifest["held_out_below"]) == "train":
+                yield text[:TOKENIZER_DOC_CHARS]
+                num_chars += min(len(text), TOKENIZER_DOC_CHARS)
 
 
 def encode_shard(name: str, path: Path, tokenizer: Tokenizer, manifest: dict) -> dict:
     """Write the shard's token files, in one pass. Returns what the manifest says about it."""
     bad: list[str] = []
     shard = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-    outputs = {split: TOKENS_DIR / split / f"{name}.bin" for split in SPLITS}
-    lengths, group_sizes = {split: [0] for split in SPLITS}, {split: [] for split in SPLITS}
+    lengths: dict[str, list[list[int]]] = {split: [] for split in SPLITS}  # of the documents of each row group
     with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.ExitStack() as stack:
-        files = {}
-        for split, out in outputs.items():
-            out.parent.mkdir(parents=True, exist_ok=True)
-            files[split] = stack.enter_context(open(f"{out}.tmp", "wb"))
+        files = {split: stack.enter_context(open_atomic(TOKENS_DIR / split / f"{name}.bin")) for split in SPLITS}
         for texts in prefetch(read_row_groups(path, bad, manifest["text_key"])):
-            counts = dict.fromkeys(SPLITS, 0)
+            groups = {split: [] for split in SPLITS}
             for text, tokens in zip(texts, pool.map(tokenizer.encode_document, texts), strict=True):
-                split = split_of(name, text, manifest["held_out_below"])
-                files[split].write(tokens)
-                lengths[split].append(len(tokens))
-                counts[split] += 1
-            for split in SPLITS:
-                group_sizes[split] += [counts[split]] if counts[split] else []
-    for split, out in outputs.items():
-        index, offsets = io.BytesIO(), np.cumsum(lengths[split], dtype=np.int64)
-        np.savez(index, offsets=offsets, group_sizes=np.array(group_sizes[split], dtype=np.int64))
-        write_atomic(out.with_suffix(".npz"), index.getvalue())
-        replace_synced(f"{out}.tmp", out)
-        shard[split] = {"documents": len(lengths[split]) - 1, "tokens": sum(lengths[split])}
+                groups[split_of(name, text, manifest["held_out_below"])].append(tokens)
+            for split, documents in groups.items():
+                if documents:
+                    files[split].write(np.concatenate(documents))
+                    lengths[split].append([len(tokens) for tokens in documents])
+    for split in SPLITS:
+        offsets = np.cumsum([0, *itertools.chain(*lengths[split])], dtype=np.int64)
+        group_sizes = np.array([len(group) for group in lengths[split]], dtype=np.int64)
+        with open_atomic(TOKENS_DIR / split / f"{name}.npz") as file:
+            np.savez(file, offsets=offsets, group_sizes=group_sizes)
+        shard[split] = {"documents": len(offsets) - 1, "tokens": int(offsets[-1])}
     checksums = [*map(sha256_file, token_files(name))]
     return shard | {"files": checksums, "bad": len(bad), "first_bad": bad[:1]}
 
 
 def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -> dict:
-    """Train the tokenizer if there is none, encode every shard that is not yet."""
+    """Train the tokenizer if there is none, encode every shard that is not yet. Returns the manifest."""
     manifest = read_manifest()
     if manifest:
         check_same_data(manifest, source, files, text_key)
     else:
-        manifest = new_manifest(source, files, text_key)
+        has_val_shard = VAL_FILENAME in map(os.path.basename, files)
+        manifest = {"source": source, "text_key": text_key, "shards": {}}
+        manifest["held_out_below"] = None if has_val_shard else int(HELD_OUT_SHARE * 2**64)
+        print("training the tokenizer", flush=True)
+        Tokenizer.train(read_training_texts(files, manifest)).save(TOKENIZER_DIR)
+        manifest["tokenizer_sha256"] = sha256_file(TOKENIZER_DIR / "tokenizer.json")
     shards, tokenizer = manifest["shards"], Tokenizer.from_directory()
     new = {name: path for name, path in files.items() if not is_intact(name, shards.get(name))}
-    for name, path in with_progress("encoding", new):
+    for number, (name, path) in enumerate(new.items(), 1):
+        print(f"encoding {number} of {len(new)}: {name}", flush=True)
         save_manifest(manifest, is_complete=False)  # no run starts on data about to change
         shards[name] = encode_shard(name, path, tokenizer, manifest)
     for split in SPLITS:
-        if not sum(shard[split]["documents"] for shard in shards.values()):
+        if not num_tokens(manifest, split):
             MANIFEST_PATH.unlink()  # the corrected source starts anew
-            raise SetupError(f"{source}: no usable document for the {split} split")
+            bad = [line for shard in shards.values() for line in shard["first_bad"]]
+            reason = f"the first bad line: {bad[0]}" if bad else "bring more text"
+            raise SetupError(f"{source}: no document for the {split} split; {reason}")
     save_manifest(manifest, is_complete=True)
     return manifest
 
 
 # -------------------------------------------------------------------------------------------------
-# Packing (best fit first, row for row what upstream packs)
+# Packing and loader (best fit first, row for row what upstream packs)
 # -------------------------------------------------------------------------------------------------
+
+DOC_BATCH = 128  # documents appended to the packing buffer at a time, as upstream does
+_num_val_loaders = 0  # made outside the evaluation
 
 
 def pack_rows(
@@ -776,51 +666,42 @@ def pack_rows(
         yield np.concatenate(pieces).reshape(num_rows, row_len), epoch
 
 
-# -------------------------------------------------------------------------------------------------
-# Loader
-# -------------------------------------------------------------------------------------------------
-
-DOC_BATCH = 128  # documents appended to the packing buffer at a time, as upstream does
-_num_val_loaders = 0  # made outside the evaluation
-
-
 def get_device() -> torch.device:
     """The GPU; in the demo the CPU will do."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if DEMO:
+    if DEMO and not torch.cuda.is_available():
         return torch.device("cpu")
-    reason = "it does not start"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).strip().splitlines()[0]
-    raise SetupError(
-        f"no CUDA GPU found: {reason} (torch {torch.__version__} is built for CUDA "
-        f"{torch.version.cuda}; CUDA 13 needs driver 580 or newer). To try everything on the CPU in "
-        "small: `AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py`"
-    )
+        raise SetupError(
+            f"no CUDA GPU found: {str(e).strip().splitlines()[0]} (torch {torch.__version__} is built for CUDA "
+            f"{torch.version.cuda}; CUDA 13 needs driver 580 or newer). To try everything on the CPU in "
+            "small: `AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py`"
+        ) from e
+    return torch.device("cuda")
 
 
 def read_document_batches(split: str) -> Iterator[tuple[list[np.ndarray], int]]:
     """The encoded documents of a split, shard after shard in the order of their names, for ever.
     Yields (up to DOC_BATCH arrays of uint16 within one row group, epoch)."""
-    names = [name for name, shard in sorted(load_manifest()["shards"].items()) if shard[split]["tokens"]]
-    assert names, split
+    shards = {name: shard for name, shard in sorted(load_manifest()["shards"].items()) if shard[split]["tokens"]}
     for epoch in itertools.count(1):
-        for name in names:
-            tokens, offsets, group_sizes = read_shard(name, split)
-            first = 0
-            for group_size in group_sizes:
-                for i in range(first, first + group_size, DOC_BATCH):
-                    last = min(i + DOC_BATCH, first + group_size)
-                    yield [tokens[offsets[j] : offsets[j + 1]] for j in range(i, last)], epoch
-                first += group_size
+        for name, shard in shards.items():
+            path = TOKENS_DIR / split / f"{name}.bin"
+            if not is_intact(name, shard):
+                raise SetupError(f"{path} or a file beside it is damaged: {REMEDY}")
+            is_small = shard[split]["tokens"] < 2**20  # a map holds its file open; there may be thousands
+            tokens = np.fromfile(path, np.uint16) if is_small else np.asarray(np.memmap(path, np.uint16, mode="r"))
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as index:
+                offsets, group_sizes = index["offsets"].tolist(), index["group_sizes"].tolist()
+            for first, end in itertools.pairwise(itertools.accumulate(group_sizes, initial=0)):
+                for i in range(first, end, DOC_BATCH):
+                    spans = itertools.pairwise(offsets[i : min(i + DOC_BATCH, end) + 1])
+                    yield [tokens[a:b] for a, b in spans], epoch
 
 
 def prefetch(items: Iterable, depth: int = 4) -> Iterator:
-    """Run an iterator in a thread of its own, `depth` items ahead. Its exceptions come out here;
-    closing or dropping this generator ends the thread."""
+    """Run an iterator in a thread, `depth` items ahead. Its exceptions come out here; closing this ends it."""
     items, end = iter(items), object()
     pool = ThreadPoolExecutor(1, "prefetch")
     try:
@@ -836,17 +717,13 @@ def load_batches(B: int, T: int, split: str) -> Iterator[tuple[torch.Tensor, tor
     """What `make_dataloader` gives. Rows are packed in a thread. Each batch has a pinned buffer of
     its own: torch hands one out again only after the copies queued from it have finished."""
     device = get_device()
-
-    def host_batches() -> Iterator[tuple[torch.Tensor, int]]:
-        for rows, epoch in pack_rows(read_document_batches(split), B, T + 1):
-            host = torch.empty(rows.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-            host.numpy()[:] = rows
-            yield host, epoch
-
-    with contextlib.closing(prefetch(host_batches())) as batches:
-        for host, epoch in batches:
-            rows = host.to(device, non_blocking=True)
-            yield rows[:, :-1].long(), rows[:, 1:].long(), epoch
+    with contextlib.closing(prefetch(pack_rows(read_document_batches(split), B, T + 1))) as batches:
+        for rows, epoch in batches:
+            host = torch.from_numpy(rows.astype(np.int32))
+            if device.type == "cuda":
+                host = host.pin_memory()
+            tokens = host.to(device, non_blocking=True)
+            yield tokens[:, :-1].long(), tokens[:, 1:].long(), epoch
 
 
 def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str) -> Iterator[tuple]:
@@ -871,27 +748,9 @@ MEAN_TOLERANCE = 0.002  # nats, on average; roundings make 2e-4, a loss times 0.
 _num_evaluations = 0  # in this process: a second call may be a choice among scores
 
 
-def token_scorer(model: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A function of (x, y) that gives (B, T) losses in nats, out of memory with fewer rows at a
-    time. With gradients: compiling another graph would take longer than the evaluation."""
-    rows = sys.maxsize
-
-    def losses_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        nonlocal rows
-        while True:
-            rows = min(rows, len(x))
-            try:
-                pairs = zip(x.split(rows), y.split(rows), strict=True)
-                parts = [model(a, b, reduction="none").detach().view(-1) for a, b in pairs]
-                return torch.cat(parts).view(y.shape)
-            except torch.OutOfMemoryError:
-                if rows == 1:
-                    raise
-            rows = (rows + 1) // 2
-            torch.cuda.empty_cache()
-            print(f"evaluation: out of GPU memory; going on with {rows} rows at a time", flush=True)
-
-    return losses_of
+def score_tokens(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Losses (B, T) in nats. With gradients: compiling another graph would take longer than the evaluation."""
+    return model(x, y, reduction="none").detach().view(y.shape)
 
 
 def _seeded(call: Callable, *inputs: torch.Tensor) -> object:
@@ -931,11 +790,7 @@ def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size:
     cut is a multiple of 16, where a model that works in blocks would look ahead."""
     (B, T), random = x.shape, torch.Generator().manual_seed(0)
     losses = losses_of(x, y)
-
-    def is_same(a: torch.Tensor) -> torch.Tensor:
-        return (a - losses).abs() <= CAUSAL_TOLERANCE
-
-    if not is_same(losses_of(x, y)).all():
+    if not ((losses_of(x, y) - losses).abs() <= CAUSAL_TOLERANCE).all():
         return None, "the model's losses on one batch differ from call to call (or are NaN)"
     num_passes = -(-NUM_CUTS // B)  # small batches take more of them
     cuts = torch.randint(1, T, (num_passes * B,), generator=random)
@@ -945,12 +800,12 @@ def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size:
         is_before = (torch.arange(T) < cut).to(x.device)
         shift = torch.randint(1, vocab_size, (B, T), generator=random).to(x.device)
         changed = losses_of(torch.where(is_before, x, (x + shift) % vocab_size), y)
-        if (is_same(changed) | ~is_before).all():
+        difference = (changed - losses).abs().where(is_before, 0.0).max().item()
+        if difference <= CAUSAL_TOLERANCE:
             continue
         other_row = torch.cat(((x[:1] + 1) % vocab_size, x[1:]))
-        if not is_same(losses_of(other_row, y))[1:].all():
+        if not ((losses_of(other_row, y) - losses).abs()[1:] <= CAUSAL_TOLERANCE).all():
             return False, "the rows of a batch affect each other: tokens in one change losses in others"
-        difference = ((changed - losses).abs() * is_before).max().item()
         return False, f"changing later tokens changes earlier losses by up to {difference:.3g} nats"
     return True, ""
 
@@ -969,17 +824,9 @@ def _sum_losses(losses_of: Callable, batches: Iterator[tuple], token_bytes: torc
             return nats.item(), num_bytes.item(), epoch
 
 
-def _audit_bpb(losses_of: Callable, batches: Iterator[tuple], token_bytes: torch.Tensor) -> float | None:
-    """Bits per byte of as much text again, which no search has seen; None where there is less."""
-    if sum(shard["val"]["tokens"] for shard in load_manifest()["shards"].values()) < 2 * EVAL_TOKENS:
-        return None
-    nats, num_bytes, epoch = _sum_losses(losses_of, batches, token_bytes)
-    return nats / (math.log(2) * num_bytes) if epoch == 1 else None
-
-
-def _faults_of_run(run: "Run | None") -> list[str]:
-    """What the program did that makes any score of it worthless, a sentence each."""
-    faults = []
+def _find_faults(run: "Run | None", disagreement: str, is_causal: bool | None, finding: str) -> list[str]:
+    """What makes a score worthless, a sentence each; says them."""
+    faults = [disagreement] if disagreement else []
     if (MAX_SEQ_LEN, TIME_BUDGET, EVAL_TOKENS, VOCAB_SIZE) != FIXED:
         faults.append("constants of prepare.py were changed by the program")
     if _num_val_loaders:
@@ -987,6 +834,10 @@ def _faults_of_run(run: "Run | None") -> list[str]:
     if run and run.training_seconds > (1 + MAX_OVERRUN) * TIME_BUDGET:
         share = run.training_seconds / TIME_BUDGET
         faults.append(f"training took {share:.0%} of the budget (a step is too long)")
+    if not is_causal:
+        faults.append(f"{'causality could not be tested' if is_causal is None else 'LOOKS AHEAD'}: {finding}")
+    for fault in faults:
+        print(f"\n*** this score is worth nothing: {fault} ***\n", flush=True)
     return faults
 
 
@@ -994,23 +845,21 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
     """Bits per byte on the validation split, the number that everything is about.
 
     Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes
-    they stand for. Writes EVAL_FILE, with `faults`: what makes the score worthless.
+    they stand for. Writes EVAL_FILE, with `faults`, what makes the score worthless, and `audit_bpb`, the
+    same of as much text again, which no search has seen (None where there is less).
     """
     global _num_evaluations
     _num_evaluations += 1
-    run, losses_of, token_bytes = current_run(), token_scorer(model), get_token_bytes(get_device())
-    batches = load_batches(batch_size, MAX_SEQ_LEN, "val")
-    first = x, y, _ = next(batches)
-    nats, num_bytes, _ = _sum_losses(losses_of, itertools.chain([first], batches), token_bytes)
-    bpb = nats / (math.log(2) * num_bytes)
+    run, token_bytes = current_run(), get_token_bytes(get_device())
+    losses_of = functools.partial(score_tokens, model)
+    with contextlib.closing(load_batches(batch_size, MAX_SEQ_LEN, "val")) as batches:
+        first = x, y, _ = next(batches)
+        nats, num_bytes, _ = _sum_losses(losses_of, itertools.chain([first], batches), token_bytes)
+        bpb, audit_bpb = nats / (math.log(2) * num_bytes), None
+        if num_tokens(load_manifest(), "val") >= 2 * EVAL_TOKENS:
+            audit_nats, audit_bytes, epoch = _sum_losses(losses_of, batches, token_bytes)
+            audit_bpb = audit_nats / (math.log(2) * audit_bytes) if epoch == 1 else None
     is_causal, finding = find_leak(functools.partial(_seeded, losses_of), x, y, tokenizer.get_vocab_size())
-    faults = _faults_of_run(run)
-    if disagreement := find_disagreement(model, x, y):
-        faults.insert(0, disagreement)
-    if not is_causal:
-        faults.append(f"{'causality could not be tested' if is_causal is None else 'LOOKS AHEAD'}: {finding}")
-    for fault in faults:
-        print(f"\n*** this score is worth nothing: {fault} ***\n", flush=True)
     record = {
         "run_id": run and run.start.get("run_id"),
         "val_bpb": bpb,
@@ -1019,14 +868,13 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
         "tokens": EVAL_TOKENS // MAX_SEQ_LEN * MAX_SEQ_LEN,
         "causal": is_causal,
         "finding": finding,
-        "faults": faults,
-        "audit_bpb": _audit_bpb(losses_of, batches, token_bytes),
+        "faults": _find_faults(run, find_disagreement(model, x, y), is_causal, finding),
+        "audit_bpb": audit_bpb,
         "data_fingerprint": load_manifest()["fingerprint"],
         "prepare_sha256": PREPARE_SHA256,
         "measurement_sha256": measurement_sha256(),
         "num_calls": _num_evaluations,
     }
-    batches.close()
     write_atomic(Path(EVAL_FILE), finite_json(record, indent=2) + "\n")
     return bpb
 
@@ -1034,14 +882,38 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
 def rehearse_evaluation(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
     """Score one batch, so that a model that cannot be scored says so before its budget is spent."""
     x, y = (t.repeat(1, -(-MAX_SEQ_LEN // t.size(1)))[:, :MAX_SEQ_LEN] for t in (x, y))
-    losses = token_scorer(model)(x, y)
+    losses = score_tokens(model, x, y)
     disagreement = find_disagreement(model, x, y)
     if disagreement and losses.isfinite().all():  # NaN is for training to report
         raise ValueError(disagreement)
 
 
+# What a score depends on besides the program and the data.
+MEASURED = (
+    *("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE", "SPLIT_PATTERN", "SPECIAL_TOKENS", "BOS_TOKEN"),
+    *("Tokenizer", "encode_pieces", "get_token_bytes", "pack_rows", "DOC_BATCH", "read_document_batches"),
+    *("load_batches", "score_tokens", "_sum_losses", "evaluate_bpb", "Clock", "MAX_PAUSED_SHARE"),
+)
+
+
+@functools.cache
+def measurement_sha256(source: bytes = PREPARE_SOURCE) -> str:
+    """Of the code behind MEASURED, without comments, docstrings and messages: if it is the same, results compare."""
+    tree, found = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+        elif isinstance(node, ast.JoinedStr):
+            node.values = []  # a message, which versions of Python print differently
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else node
+        if getattr(target, "id", getattr(target, "name", "")) in MEASURED:
+            found.append(ast.unparse(node))
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
+
+
 # -------------------------------------------------------------------------------------------------
-# Layer and parameter statistics (for any model)
+# Statistics (of the layers and parameters of any model, of the kernels of a step)
 # -------------------------------------------------------------------------------------------------
 
 
@@ -1056,22 +928,12 @@ def _first_tensor(value: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel() else None
 
 
-def _activation_stats(activations: list[torch.Tensor | None]) -> list[list[float | None]]:
-    """Of each (tokens, features): RMS; share of entries near zero (below a thousandth of it); share
-    of features near zero on every token. Those of one shape at once, for fewer kernels to launch."""
-    stats: list[list[float | None]] = [[None] * 3 for _ in activations]
-    alike: dict[tuple, list[int]] = {}
-    for i, t in enumerate(activations):
-        if t is not None:
-            alike.setdefault((t.shape, t.dtype), []).append(i)
-    for indices in alike.values():
-        t = torch.stack([activations[i] for i in indices]).float()
-        rms = t.square().mean((1, 2)).sqrt()
-        is_zero = t.abs() <= 1e-3 * rms[:, None, None]
-        zeros, dead = is_zero.mean((1, 2), dtype=torch.float32), is_zero.all(1).mean(1, dtype=torch.float32)
-        for i, row in zip(indices, torch.stack((rms, zeros, dead), 1).tolist(), strict=True):
-            stats[i] = _rounded(row)
-    return stats
+def _activation_stats(t: torch.Tensor) -> torch.Tensor:
+    """Of (..., features): RMS; share of entries below a thousandth of it; of features that are so on every token."""
+    t = torch.atleast_1d(t).flatten(0, -2).float()
+    rms = t.square().mean().sqrt()
+    is_zero = t.abs() <= 1e-3 * rms
+    return torch.stack((rms, is_zero.mean(dtype=torch.float32), is_zero.all(0).mean(dtype=torch.float32)))
 
 
 @torch.no_grad()
@@ -1081,37 +943,33 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
     `layers/input_zeros` and `layers/dead` of a linear layer's input. A model that cannot be looked at
     gives `layers/error` too: statistics must never end a run."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
-    stats, seen, handles, logits = {}, {}, [], None
+    stats, seen, logits = {}, {}, None
 
     def watch(name: str, module: torch.nn.Module, given: tuple, output: object) -> None:
-        is_linear = isinstance(module, torch.nn.Linear)
-        pair = [_first_tensor(output), _first_tensor(given) if is_linear else None]
-        if pair[0] is not None and name not in seen:  # copies: some operations are in place
-            flat = [None if t is None else torch.atleast_1d(t).flatten(0, -2) for t in pair]
-            seen[name] = [None if t is None else t.clone() for t in flat]
+        pair = [_first_tensor(output), _first_tensor(given) if isinstance(module, torch.nn.Linear) else None]
+        if pair[0] is not None and name not in seen:
+            nothing = pair[0].new_full((3,), math.nan, dtype=torch.float32)
+            seen[name] = torch.cat([nothing if t is None else _activation_stats(t) for t in pair])
 
     lists = {name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) or (name and name.rpartition(".")[0] in lists):
-            handles.append(module.register_forward_hook(functools.partial(watch, name)))
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with contextlib.ExitStack() as hooks, torch.compiler.set_stance("force_eager"):
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.Linear) or (name and name.rpartition(".")[0] in lists):
+                    hooks.enter_context(module.register_forward_hook(functools.partial(watch, name)))
             try:
                 logits = _first_tensor(_seeded(model, x))
             except TypeError:  # a model that wants its targets
                 _seeded(model, x, y)
     except Exception as e:  # whatever a model unknown to us may raise
         stats["layers/error"] = f"{type(e).__name__}: {e}"[:200]
-    finally:
-        for handle in handles:
-            handle.remove()
     if logits is not None and logits.dim() == 3:
         stats["logits/max_abs"] = logits.abs().max().item()
         stats["logits/max_prob"] = logits.float().softmax(-1).amax(-1).mean().item()
-    found = _activation_stats([t for pair in seen.values() for t in pair])
+    rows = [_rounded(found.tolist()) for found in seen.values()]
     stats["layers/names"] = list(seen)
-    for key, first, column in (("rms", 0, 0), ("zeros", 0, 1), ("input_zeros", 1, 1), ("dead", 1, 2)):
-        stats[f"layers/{key}"] = [row[column] for row in found[first::2]]
+    for key, column in (("rms", 0), ("zeros", 1), ("input_zeros", 4), ("dead", 5)):
+        stats[f"layers/{key}"] = [row[column] for row in rows]
     return stats
 
 
@@ -1123,67 +981,20 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict:
     """RMS of each parameter's gradient, weight and update, after a step. `before`: the weights from
     before it. Short vectors are also given whole, as `scalars/NAME`."""
-    named = {name: p for name, p in model.named_parameters() if name in before}
 
-    def rms(tensors: list[torch.Tensor | None]) -> list[float | None]:
-        present = [t for t in tensors if t is not None]
-        norms = torch.stack(torch._foreach_norm(present, dtype=torch.float32)).tolist()
-        pairs = zip(norms, present, strict=True)
-        values = iter(_rounded([norm / max(t.numel(), 1) ** 0.5 for norm, t in pairs]))
-        return [None if t is None else next(values) for t in tensors]
+    def rms(t: torch.Tensor | None) -> float:
+        return math.nan if t is None else torch.linalg.vector_norm(t, dtype=torch.float32).item() / t.numel() ** 0.5
 
+    named = dict(model.named_parameters())
     shown = {name.removeprefix("_orig_mod."): p for name, p in named.items()}
     scalars = {name: p for name, p in shown.items() if p.dim() < 2 and p.numel() <= 64}
     return {
         "params/names": list(shown),
-        "params/grad_rms": rms([p.grad for p in named.values()]),
-        "params/weight_rms": rms(list(named.values())),
-        "params/update_rms": rms([p - before[name] for name, p in named.items()]),
+        "params/grad_rms": _rounded([rms(p.grad) for p in named.values()]),
+        "params/weight_rms": _rounded([rms(p) for p in named.values()]),
+        "params/update_rms": _rounded([rms(p - before[name]) for name, p in named.items()]),
         **{f"scalars/{name}": _rounded(p.flatten().tolist()) for name, p in scalars.items()},
     }
-
-
-# -------------------------------------------------------------------------------------------------
-# Measurement
-# -------------------------------------------------------------------------------------------------
-
-# What a score depends on besides the program and the data.
-MEASURED = (
-    *("MAX_SEQ_LEN", "TIME_BUDGET", "EVAL_TOKENS", "VOCAB_SIZE", "SPLIT_PATTERN", "SPECIAL_TOKENS", "BOS_TOKEN"),
-    *("Tokenizer", "encode_pieces", "get_token_bytes", "pack_rows", "DOC_BATCH", "read_document_batches"),
-    *("load_batches", "token_scorer", "_sum_losses", "evaluate_bpb", "Clock", "MAX_PAUSED_SHARE"),
-)
-
-
-@functools.cache
-def measurement_sha256(source: bytes = PREPARE_SOURCE) -> str:
-    """Of the code behind MEASURED, without comments, docstrings and layout: where it is the same, results
-    compare. Of its tokens, which all versions of Python read alike; a syntax tree they print differently."""
-    lines, found = source.decode().splitlines(), []
-    for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else node
-        if getattr(target, "id", getattr(target, "name", "")) not in MEASURED:
-            continue
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None:
-                first, last = inner.body[0].lineno - 1, inner.body[0].end_lineno
-                lines[first:last] = [""] * (last - first)
-        found.append(code_without_layout("\n".join(lines[node.lineno - 1 : node.end_lineno]) + "\n"))
-    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
-
-
-def code_without_layout(code: str) -> str:
-    """Its statements, a line each behind the column at which it begins, without comments and blanks."""
-    layout = (tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    text, is_first = "", True
-    for token in tokenize.generate_tokens(io.StringIO(code).readline):
-        if token.type in layout:
-            continue
-        if is_first:
-            text += f"\n{token.start[1]} "
-        is_first = token.type == tokenize.NEWLINE
-        text += "".join(token.string.split())
-    return text
 
 
 # Peak dense bf16 rates in TFLOP/s, from the vendor's data sheets, by the whole name that torch gives.
@@ -1201,14 +1012,58 @@ PEAK_BF16_TFLOPS = {
 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of dense bf16; None for an unknown device: no MFU is better than a wrong one."""
-    for pattern, tflops in PEAK_BF16_TFLOPS.items():
-        if re.fullmatch(pattern, device_name):
-            return tflops * 1e12
-    return None
+    peaks = [1e12 * tflops for pattern, tflops in PEAK_BF16_TFLOPS.items() if re.fullmatch(pattern, device_name)]
+    return peaks[0] if peaks else None
 
+
+# The kind of a kernel by its name, the first that matches.
+KERNEL_KINDS = {
+    "attention": r"_attend|sdpa|flash|fmha|compute_dot_do_o|convert_dq|attention",
+    "mlp": r"_relu2_product",
+    "matmul": r"nvjet|gemm|cutlass|cublas|splitK|ampere|sm90_xmma",
+    "loss": r"_softcap_loss|log_softmax|nll_loss",
+    "elementwise": r"",  # norms, sums, rotary position embedding, embeddings
+}
+
+
+def measure_step(gradients: Callable, update: Callable, num_micro_steps: int, device: torch.device) -> dict | None:
+    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients` does
+    one micro-batch. Raises ValueError for a step longer than the budget."""
+    begin = time.perf_counter()
+    gradients()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    step_s = num_micro_steps * (time.perf_counter() - begin)
+    if step_s > (1 + MAX_OVERRUN) * TIME_BUDGET:
+        raise ValueError(f"a step takes about {step_s:.0f} s, longer than the whole budget of {TIME_BUDGET:.0f} s")
+    if device.type != "cuda":
+        return None
+    totals = dict.fromkeys((*KERNEL_KINDS, "optimizer"), 0.0)
+    for work, times in ((gradients, num_micro_steps), (update, 1)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
+            work()
+            torch.cuda.synchronize()
+        for event in profiler.key_averages():
+            kinds = (kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
+            kind = "optimizer" if work is update else next(kinds)
+            totals[kind] += times * event.self_device_time_total / 1e3
+    return totals
+
+
+# -------------------------------------------------------------------------------------------------
+# The record of a run
+# -------------------------------------------------------------------------------------------------
 
 MAX_OVERRUN = 1.0 if DEMO else 0.05  # of the budget, by the last step: fifty of the baseline's
 MAX_PAUSED_SHARE = 0.1  # of the budget; looking at the layers takes 1 % on an H100, 5 % in the demo
+MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+START_ONLY = ("started_unix", "pid", "host", "train_py", "modules")  # not in the summary
+# The closing block, which scripts grep: values and their decimals.
+CLOSING_BLOCK = {
+    **{"val_bpb": 6, "training_seconds": 1, "total_seconds": 1, "peak_vram_mb": 1, "mfu_percent": 2},
+    **{"total_tokens_M": 1, "num_steps": 0, "num_params_M": 1, "depth": 0},
+}
+_run: "Run | None" = None  # what this process is
 
 
 class Clock:
@@ -1231,15 +1086,13 @@ class Clock:
         self._last = self._now()
 
     def end_step(self, values: dict[str, torch.Tensor]) -> None:
-        """Queue the mark, and a copy of tensors (0-d or 1-d, whole numbers exact up to 2^53)."""
-        self._shapes = {key: value.shape for key, value in values.items()}
-        flat = torch.cat([value.detach().double().flatten() for value in values.values()])
+        """Queue the mark, and copies of tensors (whole numbers exact up to 2^53)."""
+        self._values = {}
+        for key, value in values.items():
+            self._values[key] = torch.empty(value.shape, dtype=torch.float64, pin_memory=self.is_cuda)
+            self._values[key].copy_(value.detach(), non_blocking=True)
         if self.is_cuda:
-            self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-            self._host.copy_(flat, non_blocking=True)
             self._event.record()
-        else:
-            self._host = flat
         # After a pause the step is over now: to queue the next one belongs to the next one.
         if self._is_idle or not self.is_cuda:
             self._synchronize()
@@ -1253,9 +1106,7 @@ class Clock:
         self.step_seconds = self._marked - self._last
         self.seconds += self.step_seconds
         self._last, self._marked, self._is_idle = self._marked, None, False
-        parts = self._host.split([shape.numel() for shape in self._shapes.values()])
-        pairs = zip(self._shapes.items(), parts, strict=True)
-        return {key: part.view(shape).tolist() for (key, shape), part in pairs}
+        return {key: value.tolist() for key, value in self._values.items()}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -1273,95 +1124,6 @@ class Clock:
     def _synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
-
-
-# The kind of a kernel by its name, the first that matches.
-KERNEL_KINDS = {
-    "attention": r"_attend|sdpa|flash|fmha|compute_dot_do_o|convert_dq|attention",
-    "mlp": r"_relu2_product",
-    "matmul": r"nvjet|gemm|cutlass|cublas|splitK|ampere|sm90_xmma",
-    "loss": r"_softcap_loss|log_softmax|nll_loss",
-    "elementwise": r"",  # norms, sums, rotary position embedding, embeddings
-}
-
-
-def measure_step(gradients: Callable, update: Callable, num_micro_steps: int, device: torch.device) -> dict | None:
-    """Where a step's time goes on the GPU, in ms by kind of kernel; None elsewhere. `gradients` does
-    one micro-batch. Raises ValueError for a step longer than the budget."""
-    begin = time.perf_counter()
-    gradients()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    step_s = num_micro_steps * (time.perf_counter() - begin)
-    if step_s > (1 + MAX_OVERRUN) * TIME_BUDGET:
-        budget = f"longer than the whole budget of {TIME_BUDGET:.0f} s"
-        raise ValueError(f"a step takes about {step_s:.0f} s, {budget}")
-    if device.type != "cuda":
-        return None
-    totals = dict.fromkeys((*KERNEL_KINDS, "optimizer"), 0.0)
-    for event in _kernel_times(gradients):
-        kind = next(kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
-        totals[kind] += num_micro_steps * event.self_device_time_total / 1e3
-    totals["optimizer"] = sum(event.self_device_time_total / 1e3 for event in _kernel_times(update))
-    return totals
-
-
-def _kernel_times(work: Callable) -> list:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
-        work()
-        torch.cuda.synchronize()
-    return profiler.key_averages()
-
-
-# -------------------------------------------------------------------------------------------------
-# The record of a run
-# -------------------------------------------------------------------------------------------------
-
-CUDA_OWN_MB = 1024  # what CUDA takes for a process beside torch's memory: 0.5 to 0.9 GB seen
-MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
-START_ONLY = ("started_unix", "pid", "host", "train_py", "modules")  # not in the summary
-# The closing block, which scripts grep: values and their decimals.
-CLOSING_BLOCK = {
-    **{"val_bpb": 6, "training_seconds": 1, "total_seconds": 1, "peak_vram_mb": 1, "mfu_percent": 2},
-    **{"total_tokens_M": 1, "num_steps": 0, "num_params_M": 1, "depth": 0},
-}
-_run: "Run | None" = None  # what this process is
-
-
-def check_machine() -> None:
-    """Raise SetupError for faults of the machine that would look like the experiment's later on."""
-    device = get_device()
-    load_manifest()
-    least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
-    free_mb = shutil.disk_usage(".").free >> 20
-    if free_mb < least_mb:
-        raise SetupError(f"only {free_mb} MB are free here, and a run may need {least_mb}: make room")
-    if device.type != "cuda":
-        return
-    try:
-        torch.ones(1, device=device).add(1).item()
-    except RuntimeError as e:
-        raise SetupError(f"{torch.cuda.get_device_name()} does not compute: {str(e).splitlines()[0]}") from e
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        raise SetupError("no C compiler (gcc or clang), which Triton needs: install one, or set CC")
-    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
-        raise SetupError("no Python.h, which Triton needs: install python3-dev or uv's own Python")
-    for name, default in (("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()), ("TRITON_CACHE_DIR", "~/.triton")):
-        folder = Path(os.environ.get(name) or default).expanduser()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as e:
-            raise SetupError(f"the compiler cannot write its cache to {folder} ({e.strerror}): set {name}") from e
-
-
-def machine_stats() -> dict:
-    """What else this machine is busy with: GPU memory that is not ours (None without), load a core."""
-    other_mb = None
-    if torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        other_mb = max((total - free - torch.cuda.memory_reserved()) / 2**20 - CUDA_OWN_MB, 0.0)
-    return {"gpu/other_mb": other_mb, "machine/load": os.getloadavg()[0] / os.cpu_count()}
 
 
 def _git(folder: Path, *args: str) -> str | None:
@@ -1385,8 +1147,7 @@ def imported_modules(script: Path) -> dict[str, str]:
 
 
 def lock_metrics() -> TextIO:
-    """METRICS_FILE, open for appending and locked until this process ends: that says that a run is
-    in progress, whatever clocks and process tables say."""
+    """METRICS_FILE, open for appending. Its lock, held until this process ends, says that a run is in progress."""
     file = open(METRICS_FILE, "a")  # noqa: SIM115 (open for the whole run)
     for _ in range(10):  # who asks whether a run is in progress holds the lock for an instant
         with contextlib.suppress(BlockingIOError):
@@ -1408,7 +1169,7 @@ def set_aside_earlier_run() -> None:
     paths = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
     present = [path for path in paths if path.exists() and path.stat().st_size]
     start = read_json(Path(START_FILE))
-    run_id = str(start.get("run_id") or f"unknown-{secrets.token_hex(4)}")
+    run_id = str(start.get("run_id") or f"unknown-{os.urandom(4).hex()}")
     archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
     archive = archive / "demo" if start.get("demo", DEMO) else archive
     filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if read_json(path).get("run_id") == run_id]
@@ -1447,8 +1208,7 @@ def end_children(pid: int | str = "self") -> None:
 
 
 def current_run() -> "Run | None":
-    """The run that this process is. A training script without a Run of its own (upstream's) becomes
-    one with its first call; any other script does not."""
+    """The run that this process is. A train.py without a Run (upstream's) becomes one with its first call."""
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     if _run is None and Path(script).name.startswith("train"):
         Run(Path(script)).__enter__()
@@ -1464,22 +1224,16 @@ class Run:
     def __init__(self, script: Path, is_new: bool = True):
         age_s = process_age_s()  # start-up begins with the process, not with the end of its imports
         self.begin, self.script, self.is_new = time.perf_counter() - age_s, script.resolve(), is_new
-        self.program = self._describe_program(time.time() - age_s)
         self.start: dict = {}  # the content of START_FILE, once it is this run's
         self.metrics, self.pending, self.last_shown = None, None, 0.0
         self.step, self.loss, self.loss_average = -1, math.nan, 0.0
         self.num_tokens, self.token_sum, self.step_ms, self.other_mb = 0, 0, [], None
         self.training_seconds = 0.0
-        texts = [self.program["train_py"], *self.program["modules"].values()]
-        tag = self.program["train_sha256"] if any("torch.library" in text for text in texts) else ""
-        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + tag
-
-    def _describe_program(self, begin_unix: float) -> dict:
         folder, source, modules = self.script.parent, self.script.read_bytes(), imported_modules(self.script)
         status = _git(folder, "status", "--porcelain", "--", self.script.name, "prepare.py", *modules)
-        begun = time.strftime("%Y%m%d-%H%M%S", time.localtime(begin_unix))
-        return {
-            "run_id": f"{begun}-{'demo-' if DEMO else ''}{secrets.token_hex(2)}",
+        begun = time.strftime("%Y%m%d-%H%M%S", time.localtime(time.time() - age_s))
+        self.program = {
+            "run_id": f"{begun}-{'demo-' if DEMO else ''}{os.urandom(2).hex()}",
             "git_commit": _git(folder, "rev-parse", "HEAD"),
             "git_dirty": None if status is None else bool(status),
             "train_sha256": hashlib.sha256(source).hexdigest(),
@@ -1492,12 +1246,15 @@ class Run:
             "time_budget": TIME_BUDGET,
             "eval_tokens": EVAL_TOKENS,
             "torch_version": str(torch.__version__),
-            "started_unix": begin_unix,
+            "started_unix": time.time() - age_s,
             "pid": os.getpid(),
-            "host": socket.gethostname(),
+            "host": os.uname().nodename,
             "train_py": source.decode("utf-8-sig", "replace"),
             "modules": modules,
         }
+        texts = [self.program["train_py"], *modules.values()]
+        tag = self.program["train_sha256"] if any("torch.library" in text for text in texts) else ""
+        torch.compiler.config.cache_key_tag = PREPARE_SHA256 + tag
 
     def __enter__(self) -> "Run":
         global _run
@@ -1512,7 +1269,12 @@ class Run:
                 set_aside_earlier_run()
                 print(f"run {self.program['run_id']}", flush=True)
                 self._write_start(self.program)
-            check_machine()
+            get_device()
+            load_manifest()
+            least_mb = 100 if DEMO else 2000  # the checkpoint takes 250 MB, compiled code about as much
+            free_mb = shutil.disk_usage(".").free >> 20
+            if free_mb < least_mb:
+                raise SetupError(f"only {free_mb} MB are free here, and a run may need {least_mb}: make room")
         except BaseException as e:
             self.__exit__(type(e), e, None)
             raise
@@ -1554,9 +1316,12 @@ class Run:
         if "train/data_sum" in values:
             self.token_sum += int(values["train/data_sum"])
             values["train/data_sum"] = self.token_sum
-        if "layers/names" in more:
-            more |= machine_stats()
-            self.other_mb = max(self.other_mb or 0.0, more["gpu/other_mb"]) if self.clock.is_cuda else None
+        if "layers/names" in more:  # see also what else this machine is busy with
+            more |= {"gpu/other_mb": None, "machine/load": os.getloadavg()[0] / os.cpu_count()}
+            if self.clock.is_cuda:  # CUDA takes 0.5 to 0.9 GB for a process beside torch's memory
+                free, total = torch.cuda.mem_get_info()
+                more["gpu/other_mb"] = max((total - free - torch.cuda.memory_reserved()) / 2**20 - 1024, 0.0)
+                self.other_mb = max(self.other_mb or 0.0, more["gpu/other_mb"])
         record = {
             "step": step,
             "train/loss_smooth": self.loss_average / (1 - 0.9 ** len(self.step_ms)),
@@ -1582,9 +1347,8 @@ class Run:
 
     def end_training(self, model: torch.nn.Module) -> dict:
         """Save a checkpoint: a failed evaluation must not cost the run. Returns the summary so far."""
-        self.training_seconds, step_ms = self.clock.seconds, statistics.median(self.step_ms)
+        self.training_seconds, step_ms = self.clock.seconds, float(np.median(self.step_ms))
         self._write_start(self.start)  # with what was imported meanwhile
-        pauses_over = self.clock.paused_seconds - MAX_PAUSED_SHARE * TIME_BUDGET
         summary = {key: value for key, value in self.start.items() if key not in START_ONLY} | self.facts
         summary |= {
             "training_seconds": self.training_seconds,
@@ -1597,18 +1361,16 @@ class Run:
             "total_tokens_M": self.num_tokens / 1e6,
             "num_steps": len(self.step_ms),
         }
-        if pauses_over > 0:
+        if (pauses_over := self.clock.paused_seconds - MAX_PAUSED_SHARE * TIME_BUDGET) > 0:
             summary["pauses_over"] = pauses_over
         if profile := summary.get("profile"):
             profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
-        temporary = Path(f"{CHECKPOINT_FILE}.tmp")
+        temporary = Path(f"{CHECKPOINT_FILE}.tmp")  # not synced: that takes seconds, and the score is to come
         try:
             torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
-        except (OSError, RuntimeError) as e:  # torch's words for a full disk are about positions
+            os.replace(temporary, CHECKPOINT_FILE)
+        finally:
             temporary.unlink(missing_ok=True)
-            free_mb = shutil.disk_usage(".").free >> 20
-            raise SetupError(f"{CHECKPOINT_FILE} could not be written, {free_mb} MB are free: {e}") from e
-        os.replace(temporary, CHECKPOINT_FILE)
         return summary
 
     def load_checkpoint(self, model: torch.nn.Module) -> dict:
@@ -1674,9 +1436,7 @@ def describe_error(error: BaseException) -> str:
     text = str(error).strip() or "no message"
     inside = re.search(r"\bgot (\w+\(.+\))$", text, re.MULTILINE)  # of torch.compile
     first = inside[1] if inside else text.splitlines()[0]
-    is_either = "CUDA error" in text and "memory access" not in text
-    advice = " (this may be the machine's fault: run it once more)" if is_either else ""
-    return f"{type(error).__name__}: {first[:300]}{advice}"
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1732,10 +1492,11 @@ def _is_bf16_on_gpu(x: Tensor) -> bool:
     return triton is not None and x.is_cuda and x.dtype == torch.bfloat16
 
 
-def _are_plain(*linears: torch.nn.Module) -> bool:
-    """Whether these modules are nothing but products with their weights."""
-    kinds = all(type(linear) is torch.nn.Linear for linear in linears)
-    return kinds and not any(m.bias is not None or m._forward_hooks or m._forward_pre_hooks for m in linears)
+def _can_fuse(x: Tensor, *linears: torch.nn.Module) -> bool:
+    """Whether there are rows in bf16 on a GPU, for modules that are nothing but products with their weights."""
+    are_linear = all(type(linear) is torch.nn.Linear and linear.bias is None for linear in linears)
+    have_hooks = any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
+    return x.numel() > 0 and _is_bf16_on_gpu(x) and are_linear and not have_hooks
 
 
 def _tiles(t: Tensor, rows: int, cols: int) -> object:
@@ -1938,7 +1699,8 @@ def _relu2_product(
     out_tiles.store([m, n], product.to(tl.bfloat16))
 
 
-def _relu2_launch(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
+@torch.library.custom_op("auto_log_research::relu2_product", mutates_args=())
+def _multiply_relu2(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     (M, K), N = a.shape, b.size(0)
     out = a.new_empty(M, N)
     a_tiles, b_tiles = (_tiles(t, MLP_TILE, MLP_TILE_K) for t in (a, b))
@@ -1952,34 +1714,28 @@ def _relu2_launch(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
 @torch.library.custom_op("auto_log_research::relu2_mlp", mutates_args=())
 def _relu2_mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
     kernels_used.add("mlp")
-    post = _relu2_launch(x, w_in, None)
+    post = _multiply_relu2(x, w_in, None)
     return post @ w_out.T, post
-
-
-@torch.library.custom_op("auto_log_research::relu2_backward", mutates_args=())
-def _relu2_backward(dout: Tensor, w_out: Tensor, post: Tensor) -> Tensor:
-    return _relu2_launch(dout, w_out.T, post)
 
 
 def _mlp_gradients(ctx, dout, _):
     x, w_in, w_out, post = ctx.saved_tensors
-    dpre = _relu2_backward(dout, w_out, post)
+    dpre = _multiply_relu2(dout, w_out.T, post)
     return dpre @ w_in, dpre.T @ x, dout.T @ post
 
 
+_multiply_relu2.register_fake(lambda a, b, post: a.new_empty(len(a), len(b)))
 _relu2_mlp.register_autograd(
     _mlp_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output[1])
 )
 _relu2_mlp.register_fake(lambda x, w_in, w_out: (x.new_empty(len(x), len(w_out)), x.new_empty(len(x), len(w_in))))
-_relu2_backward.register_fake(lambda dout, w_out, post: torch.empty_like(post))
 
 
 def relu2_mlp(x: Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) -> Tensor:
     """c_out(relu(c_in(x)) ** 2), x: (..., width). Fused where gradients are wanted and widths are
     multiples of 8, as the copy engine demands."""
-    fits = x.numel() > 0 and _is_bf16_on_gpu(x) and has_kernels(x.device) and torch.is_grad_enabled()
-    fits = fits and _are_plain(c_in, c_out) and not any(n % 8 for n in (*c_in.weight.shape, *c_out.weight.shape))
-    if not fits:
+    fits = _can_fuse(x, c_in, c_out) and has_kernels(x.device) and torch.is_grad_enabled()
+    if not fits or any(n % 8 for n in (*c_in.weight.shape, *c_out.weight.shape)):
         return c_out(torch.nn.functional.relu(c_in(x)).square())
     out, _ = _relu2_mlp(x.reshape(-1, x.size(-1)), c_in.weight.to(x.dtype), c_out.weight.to(x.dtype))
     return out.view(*x.shape[:-1], -1)
@@ -1987,7 +1743,7 @@ def relu2_mlp(x: Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) -> Tenso
 
 def project(x: Tensor, *linears: torch.nn.Linear) -> list[Tensor]:
     """[linear(x) for linear in linears], in training on a GPU as a single product, which is faster."""
-    if not _is_bf16_on_gpu(x) or not torch.is_grad_enabled() or not _are_plain(*linears):
+    if not torch.is_grad_enabled() or not _can_fuse(x, *linears):
         return [linear(x) for linear in linears]
     weight = torch.cat([linear.weight for linear in linears])
     widths = [linear.out_features for linear in linears]
@@ -2058,8 +1814,7 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
 def softcap_loss(x: Tensor, head: torch.nn.Linear, targets: Tensor, cap: float | None) -> Tensor:
     """Cross-entropy (N,) in nats of the logits softcap(head(x), cap), x: (N, width); 0 where the target is
     -1. Logits have the product's own precision, all that follows is fp32. Fused on any GPU with Triton."""
-    fits = x.numel() > 0 and _is_bf16_on_gpu(x) and _are_plain(head)
-    if not fits or head.out_features > MAX_FUSED_VOCAB or not 0 < (cap or 0) <= MAX_FUSED_CAP:
+    if not (_can_fuse(x, head) and head.out_features <= MAX_FUSED_VOCAB and 0 < (cap or 0) <= MAX_FUSED_CAP):
         logits = softcap(head(x).float(), cap)
         return torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     return _head_loss(x, head.weight.to(x.dtype), targets, cap)[0]
@@ -2072,9 +1827,8 @@ def can_attend_window(seq_len: int, head_dim: int, device: torch.device) -> bool
 def sdpa_order() -> list[SDPBackend]:
     """Whose scaled_dot_product_attention to take, the first that can. The full context, 128 x 2048 x 4
     heads, forward and backward on Hopper: cuDNN 4.3 ms, FlashAttention-2 7.3."""
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    is_cudnn_first = torch.cuda.get_device_capability() >= (9, 0)
-    return [SDPBackend.CUDNN_ATTENTION, *order] if is_cudnn_first else order
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return order if torch.cuda.get_device_capability() >= (9, 0) else order[1:]
 
 
 def make_attention(window: int, seq_len: int, head_dim: int, device: torch.device) -> tuple[str, Callable]:
@@ -2143,22 +1897,20 @@ def prepare(source: Path | None, num_shards: int, download_workers: int, text_ke
     return encode_source(CLIMBMIX, {path.name: path for path in sorted(DATA_DIR.glob("shard_*.parquet"))})
 
 
-def find_warnings(manifest: dict) -> Iterator[str]:
+def print_warnings(manifest: dict) -> None:
     """What was left out of the text, and how often the score repeats itself."""
-    shards = manifest["shards"].values()
-    bad = {name: shard for name, shard in manifest["shards"].items() if shard["bad"]}
-    for name, shard in itertools.islice(bad.items(), 10):
-        num_lines = shard["bad"] + sum(shard[split]["documents"] for split in SPLITS)
-        yield f"{shard['bad']:,} of {num_lines:,} lines of {name} were left out; the first: {shard['first_bad'][0]}"
-    if len(bad) > 10:
-        yield f"lines of {len(bad) - 10} more files were left out"
-    num_tokens = sum(shard["val"]["tokens"] for shard in shards)
-    times, mb = EVAL_TOKENS / num_tokens, sum(shard["size"] for shard in shards) / 1e6
-    if times > 1:
-        yield (
-            f"{EVAL_TOKENS:,} validation tokens are scored, and there are {num_tokens:,}: each counts about "
+    shards, num_held = manifest["shards"].values(), num_tokens(manifest, "val")
+    if num_bad := sum(shard["bad"] for shard in shards):
+        num_lines = num_bad + sum(shard[split]["documents"] for shard in shards for split in SPLITS)
+        first = next(line for shard in shards for line in shard["first_bad"])
+        print(f"warning: {num_bad:,} of {num_lines:,} lines were left out; the first: {first}", file=sys.stderr)
+    if (times := EVAL_TOKENS / num_held) > 1:
+        mb = sum(shard["size"] for shard in shards) / 1e6
+        print(
+            f"warning: {EVAL_TOKENS:,} validation tokens are scored, and there are {num_held:,}: each counts about "
             f"{times:.0f} times, and small differences mean little. Wanted: {times:.0f} times as much text "
-            f"(now {mb:.3g} MB)"
+            f"(now {mb:.3g} MB)",
+            file=sys.stderr,
         )
 
 
@@ -2185,11 +1937,10 @@ def main() -> int:
         sys.stdout.flush()
         print("\nerror: interrupted; call again to go on from here", file=sys.stderr, flush=True)
         os._exit(130)  # an ordinary exit would wait for download threads
-    for warning in find_warnings(manifest):
-        print(f"warning: {warning}", file=sys.stderr)
+    print_warnings(manifest)
     print(f"ready: {CACHE_DIR} holds {manifest['source']}, fingerprint {manifest['fingerprint']}")
-    totals = {split: sum(shard[split]["tokens"] for shard in manifest["shards"].values()) for split in SPLITS}
-    print(f"       {totals['train']:,} training tokens, {totals['val']:,} validation tokens")
+    train, val = (num_tokens(manifest, split) for split in SPLITS)
+    print(f"       {train:,} training tokens, {val:,} validation tokens")
     return 0
 
 

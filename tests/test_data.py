@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 import torch
+import urllib3
 from bench_loader import pack_rows_straightforward
 from conftest import ROOT, VAL, answer, command_env, run_command, serve, words, write_parquet
 
@@ -223,45 +224,41 @@ def test_every_format_yields_its_documents_whatever_the_case_of_its_name(tmp_pat
     }
 
 
-def test_what_is_not_used_is_counted_and_named_by_kind_and_hidden_files_are_left_out(tmp_path, capsys):
+def test_what_is_not_used_is_counted_and_hidden_files_are_left_out(tmp_path, capsys):
     names = ["a.txt", "b.csv", "c.csv", "notes.md", "README", ".git/x.txt", "__MACOSX/y.txt", "d/._z.txt"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     assert list(prepare.find_source_files(tmp_path)) == ["a.txt"]
     assert capsys.readouterr().err == (
-        f"warning: 7 of 8 files in {tmp_path} are not used: 3 hidden (such as .git/x.txt), 1 without a suffix (such as "
-        "README), 2 .csv (such as b.csv), 1 .md (such as notes.md)\n"
+        f"warning: 7 of 8 files in {tmp_path} are not used: .git/x.txt, README, __MACOSX/y.txt, b.csv, c.csv\n"
     )
     (tmp_path / "b.csv").rename(tmp_path / "a.jsonl")
     assert list(prepare.find_source_files(tmp_path / "a.jsonl")) == ["a.jsonl"]
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-be"])
-def test_a_text_is_read_as_its_byte_order_mark_says_and_the_mark_is_dropped(tmp_path, encoding):
-    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
-    (tmp_path / "a.txt").write_bytes(mark + "naïve 日本\r\nend".encode(encoding))
+def test_a_byte_order_mark_of_utf8_is_dropped(tmp_path):
+    (tmp_path / "a.txt").write_bytes("naïve 日本\r\nend".encode("utf-8-sig"))
     assert read(tmp_path / "a.txt") == (["naïve 日本\nend"], [])
     (tmp_path / "b.jsonl").write_bytes(codecs.BOM_UTF8 + jsonl("one", "two").encode())
     assert read(tmp_path / "b.jsonl") == (["one", "two"], [])
 
 
 NO_TEXTS = {
-    "latin-1": ("one\nnaïve".encode("latin-1"), r"byte 6 \(line 2\) is no UTF-8"),
-    "utf-16 without a mark": ("one".encode("utf-16-le"), r"byte 1 \(line 1\) is NUL"),
-    "NULs": (b"text\n" + bytes(1000), r"byte 5 \(line 2\) is NUL"),
-    "random bytes": (random.Random(0).randbytes(10_000), r"byte \d+ \(line 1\) is (no UTF-8|NUL)"),
-    "half a character": (codecs.BOM_UTF16_LE + b"a\0b", r"byte 4 \(line 1\) is no UTF-16-LE"),
+    "latin-1": ("one\nnaïve".encode("latin-1"), "position 6"),
+    "utf-16": ("one".encode("utf-16"), "position 0"),
+    "random bytes": (random.Random(0).randbytes(10_000), r"position \d+"),
 }
 
 
-@pytest.mark.parametrize(("data", "found"), NO_TEXTS.values(), ids=NO_TEXTS)
+@pytest.mark.parametrize(("data", "place"), NO_TEXTS.values(), ids=NO_TEXTS)
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
-def test_what_is_no_text_is_refused_with_its_place_and_how_to_convert_it(tmp_path, data, found, suffix):
+def test_what_is_no_utf8_is_refused_with_its_place_and_how_to_convert_it(tmp_path, data, place, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(gzip.compress(data) if suffix == ".txt.gz" else data)
-    with pytest.raises(prepare.SetupError, match=rf"a{suffix}: {found}.*iconv -f LATIN1 -t UTF-8"):
+    message = rf"a{suffix} is damaged or no UTF-8 \('utf-8' .* in {place}: .*iconv -f LATIN1 -t UTF-8"
+    with pytest.raises(prepare.SetupError, match=message):
         read(path)
 
 
@@ -269,7 +266,7 @@ def test_what_is_no_text_is_refused_with_its_place_and_how_to_convert_it(tmp_pat
 def test_a_damaged_compressed_text_is_refused_by_name(tmp_path, name):
     data = jsonl(*(words(i, 50) for i in range(100))).encode()
     (tmp_path / name).write_bytes((gzip.compress(data) if name.endswith(".gz") else zst(data))[:-100])
-    with pytest.raises(prepare.SetupError, match=rf"{name} is damaged \(Truncated compressed stream\)"):
+    with pytest.raises(prepare.SetupError, match=rf"{name} is damaged or no UTF-8 \(Truncated compressed stream\)"):
         read(tmp_path / name)
 
 
@@ -331,7 +328,7 @@ def test_invalid_utf8_in_json_lines_is_a_bad_line_and_a_lone_surrogate_a_questio
 def test_a_corrupt_stream_is_refused_by_name(tmp_path, kept):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(jsonl(*hundred("gz")).encode())[:kept] + b"\xff" * 200)
-    with pytest.raises(prepare.SetupError, match=r"a\.jsonl\.gz is damaged \(zlib"):
+    with pytest.raises(prepare.SetupError, match=r"a\.jsonl\.gz is damaged or no UTF-8 \(zlib"):
         read(path)
 
 
@@ -387,13 +384,13 @@ def test_another_key_or_column_holds_the_text_if_one_says_so(cache, tmp_path, ca
 
 
 def test_a_missing_empty_or_foreign_source_says_what_was_looked_for(tmp_path):
-    with pytest.raises(prepare.SetupError, match=r"nowhere: looked for .* and found no such file or folder"):
+    with pytest.raises(prepare.SetupError, match=r"nowhere: no such file or folder"):
         prepare.find_source_files(tmp_path / "nowhere")
     with pytest.raises(prepare.SetupError, match=r"looked for \.parquet, \.jsonl, .* and found nothing"):
         prepare.find_source_files(tmp_path)
     (tmp_path / "table.csv").write_text("text\nhello\n")
     for source in (tmp_path, tmp_path / "table.csv"):
-        with pytest.raises(prepare.SetupError, match=r"and found 1 \.csv \(such as table\.csv\)"):
+        with pytest.raises(prepare.SetupError, match=r"and found table\.csv"):
             prepare.find_source_files(source)
 
 
@@ -411,7 +408,7 @@ def test_nested_folders_are_searched_and_their_names_kept_apart(cache, tmp_path)
 def test_a_source_with_the_wrong_key_names_its_first_bad_line(cache, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"content": "hello", "id": 1}\n' * 3)
-    message = r"0 different documents \(3 bad lines, .*a\.jsonl:1: no string 'text', but content \(str\), id \(int\)\."
+    message = r"no document for the train split; the first bad line: .*a\.jsonl:1: no string 'text' in {'content'"
     with pytest.raises(prepare.SetupError, match=message):
         encode(path)
     assert not prepare.MANIFEST_PATH.exists()
@@ -419,7 +416,7 @@ def test_a_source_with_the_wrong_key_names_its_first_bad_line(cache, tmp_path):
 
 def test_a_source_of_one_document_cannot_be_split(cache, tmp_path):
     (tmp_path / "a.jsonl").write_text(jsonl("same", "same"))
-    with pytest.raises(prepare.SetupError, match=r"1 different documents; two are needed"):
+    with pytest.raises(prepare.SetupError, match=r"no document for the (train|val) split; bring more text"):
         encode(tmp_path / "a.jsonl")
 
 
@@ -427,7 +424,7 @@ def test_a_source_without_training_text_can_be_corrected_and_prepared_again(cach
     source = tmp_path / "s"
     write_parquet(source / VAL, hundred("val"))
     (source / "a.jsonl").write_text('{"content": "hello"}\n')
-    with pytest.raises(prepare.SetupError, match=r"no usable document for the train split"):
+    with pytest.raises(prepare.SetupError, match=r"no document for the train split; the first bad line: "):
         encode(source)
     with pytest.raises(prepare.SetupError, match=r"no data that are complete.*; run `uv run prepare\.py` first"):
         prepare.load_manifest()
@@ -440,7 +437,7 @@ def test_bad_lines_are_counted_among_all_and_the_first_is_named_every_time(cache
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     for _ in range(2):
         assert call_main("--source", tmp_path / "a.jsonl") == 0
-        message = f"warning: 100 of 200 lines of a.jsonl were left out; the first: {tmp_path}/a.jsonl:1: Expecting"
+        message = f"warning: 100 of 200 lines were left out; the first: {tmp_path}/a.jsonl:1: Expecting"
         assert message in capsys.readouterr().err
 
 
@@ -517,20 +514,6 @@ def test_documents_are_held_out_by_their_text_alone(cache, tmp_path):
     assert set(stored_texts(cache, "val", "a.jsonl")) == set(stored_texts(cache, "val", "b.jsonl")) == set(expected)
     assert not set(expected) & set(stored_texts(cache, "train", "b.jsonl"))
     assert manifest["held_out_below"] == bound
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_a_tiny_source_still_has_a_document_on_either_side(cache, tmp_path, seed):
-    (tmp_path / "a.jsonl").write_text(jsonl(f"first {seed}", f"second {seed}"))
-    shard = encode(tmp_path / "a.jsonl")["shards"]["a.jsonl"]
-    assert (shard["train"]["documents"], shard["val"]["documents"]) == (1, 1)
-
-
-def test_documents_that_all_hash_low_still_leave_one_for_training(cache, tmp_path):
-    low = [t for t in (f"n{i}" for i in range(2000)) if prepare.document_hash(t) < prepare.HELD_OUT_SHARE * 2**64][:3]
-    (tmp_path / "a.jsonl").write_text(jsonl(*low))
-    encode(tmp_path / "a.jsonl")
-    assert stored_texts(cache, "train", "a.jsonl") == [max(low, key=prepare.document_hash)]
 
 
 def state_of(folder) -> dict[str, tuple]:
@@ -758,10 +741,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     prepare.write_atomic(path, "first")
     monkeypatch.setattr(prepare.os, "replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        prepare.write_atomic(path, b"second")
+        prepare.write_atomic(path, "second")
     monkeypatch.undo()
     assert path.read_text() == "first"
-    prepare.write_atomic(path, b"third")
+    prepare.write_atomic(path, "third")
     assert [p.name for p in tmp_path.glob("[!.]*")] == ["a.json"]
     assert path.read_text() == "third"
 
@@ -770,14 +753,6 @@ def test_json_has_null_for_what_is_no_number():
     assert (
         prepare.finite_json({"a": [math.nan, (1.5, -math.inf)], "b": None}) == '{"a": [null, [1.5, null]], "b": null}'
     )
-
-
-def test_progress_is_said_every_five_seconds(monkeypatch, capsys):
-    readings = iter([0.0, 4.0, 10.0, 10.0, 12.0])  # the start, then before each file; the second speaks
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(readings))
-    files = {name: Path(name) for name in "abc"}
-    assert list(prepare.with_progress("encoding", files)) == list(files.items())
-    assert capsys.readouterr().out == "encoding: 1 of 3 files\n"
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on", "0", "false", "No", "off", ""])
@@ -900,12 +875,6 @@ def test_a_busy_server_is_asked_again(server, download, headers):
     assert server.gets(A) == [None, None, None]
 
 
-def test_any_new_byte_starts_the_count_of_attempts_anew(server, download):
-    server.files = {A: shard(1, 500_000)}
-    server.acts = {A: [act for _ in range(5) for act in (answer(503), serve(65_536))]}  # ten failures, three allowed
-    assert download(A) == server.files
-
-
 def test_pauses_double_honour_retry_after_and_stay_below_a_minute(server, tmp_path, monkeypatch):
     pauses = []
     monkeypatch.setattr(prepare.time, "sleep", pauses.append)  # urllib3's too
@@ -916,7 +885,7 @@ def test_pauses_double_honour_retry_after_and_stay_below_a_minute(server, tmp_pa
     assert pauses == [2, 20, 8, 60]
     pauses.clear()
     server.files, server.acts = {A: shard(1)}, {A: [serve(0)] * 9}
-    with pytest.raises(requests.RequestException, match="IncompleteRead"):
+    with pytest.raises(urllib3.exceptions.HTTPError, match="IncompleteRead"):
         prepare.download_shard(A, tmp_path)
     assert pauses == [1, 2, 4, 8, 16]
 
@@ -1121,7 +1090,7 @@ def test_the_command_prepares_own_text(cache, call_main, capsys):
         f.write(jsonl(*hundred("a")) + "oops\n")
     assert call_main("--source", "text.jsonl") == 0
     out, err = capsys.readouterr()
-    assert re.match(r"warning: 1 of 101 lines of \S+ were left out; the first: ", err)
+    assert re.match(r"warning: 1 of 101 lines were left out; the first: ", err)
     manifest = prepare.load_manifest()
     assert manifest["source"] == f"{cache.parent}/work/text.jsonl"
     assert f"ready: {cache} holds {manifest['source']}, fingerprint {manifest['fingerprint']}" in out
@@ -1131,7 +1100,7 @@ def test_the_command_says_in_one_line_that_a_source_is_missing(call_main, capsys
     assert call_main("--source", "nowhere") == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert re.match(r"error: --source nowhere: looked for .* and found no such file or folder\n", err)
+    assert re.match(r"error: --source nowhere: no such file or folder\n", err)
 
 
 @pytest.mark.parametrize("args", [("--num-shards", 0), ("--num-shards", 6543), ("--download-workers", 0)])
@@ -1153,5 +1122,3 @@ def test_the_demo_needs_no_network_and_stays_in_a_folder_of_its_own(demo):
     assert counts["val"]["tokens"] > 2**16  # the evaluation does not repeat itself
     assert f"{counts['train']['tokens']:,} training tokens" in done.stdout
     assert len(json.loads((cache / "demo/tokenizer/tokenizer.json").read_text())["tokens"]) == 1020
-
-

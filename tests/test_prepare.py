@@ -219,35 +219,6 @@ def test_the_evaluation_record_says_what_was_scored_and_how_often(scoring):
     assert score(tokenizer, past_mean)[1]["num_calls"] == 2
 
 
-def test_out_of_memory_halves_the_rows_and_gives_the_same_number(scoring, capsys):
-    tokenizer, _ = scoring
-    calls = []
-
-    def small_gpu(model, x):
-        calls.append(len(x))
-        if len(x) > 2 and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return past_mean(model, x)
-
-    bpb, record = score(tokenizer, small_gpu)
-    expected, expected_record = score(tokenizer, past_mean)
-    assert bpb == pytest.approx(expected, rel=1e-9)
-    assert record["bytes"] == expected_record["bytes"]
-    assert record["causal"] is True
-    assert calls[:3] == [4, 2, 2]
-    assert "out of GPU memory; going on with 2 rows at a time" in capsys.readouterr().out
-
-
-def test_running_out_of_memory_with_a_single_row_is_an_error(scoring):
-    tokenizer, _ = scoring
-
-    def no_gpu(model, x):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        score(tokenizer, no_gpu)
-
-
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 @pytest.mark.parametrize("features", [next_token, whole_row_mean])
 def test_a_model_that_looks_ahead_is_caught(scoring, features, batch_size, capsys):
@@ -377,7 +348,7 @@ def test_the_audit_scores_as_much_text_again_and_only_where_there_is_as_much(sco
     nats = sum(losses[n > 0].sum().item() for (losses, _), n in zip(keeps, lengths, strict=True))
     assert audit["audit_bpb"] == pytest.approx(nats / math.log(2) / sum(n.sum().item() for n in lengths), rel=1e-5)
     monkeypatch.setattr(prepare, "EVAL_TOKENS", held)
-    assert prepare._audit_bpb(None, None, None) is None
+    assert score(tokenizer, past_mean)[1]["audit_bpb"] is None
 
 
 def one_epoch(pack, *args):
@@ -408,6 +379,7 @@ def test_the_measurement_is_its_code_not_its_comments():
         source.replace("def evaluate_bpb(", "# A comment.\ndef evaluate_bpb("),
         source.replace("class Run:", "class Run:\n    x = 1\n"),
         source.replace("self.paused_seconds = 0.0\n", "self.paused_seconds =   0.0\n"),
+        source.replace("no tokenizer at {path}", "there is no tokenizer at {path}"),
     ]
     other = [
         source.replace("40 * 524288", "20 * 524288"),
@@ -422,9 +394,6 @@ def test_the_measurement_is_its_code_not_its_comments():
     hashes = {prepare.measurement_sha256(text.encode()) for text in other}
     assert len(hashes - {prepare.measurement_sha256()}) == len(other)
     assert all(hasattr(prepare, name) for name in prepare.MEASURED)
-    # As every version of Python reads it: 3.12 takes an f-string apart.
-    code = 'if x:  # why\n    y = f"a {b!r:>3}"\n\nz = (1,\n     2)\n'
-    assert prepare.code_without_layout(code) == '\n0 ifx:\n4 y=f"a{b!r:>3}"\n0 z=(1,2)'
 
 
 def test_scoring_leaves_the_random_state_alone(scoring):
@@ -824,15 +793,15 @@ def test_who_looks_for_an_instant_whether_a_run_is_in_progress_does_not_stop_the
             prepare.lock_metrics()
 
 
-def test_a_full_disk_while_the_checkpoint_is_written_is_the_machines_fault(work, monkeypatch):
+def test_a_full_disk_while_the_checkpoint_is_written_leaves_no_half_of_it(work, monkeypatch):
     run = start_here(work)
     run._write_start(run.program)
     run.start_training(torch.device("cpu"), {})
     run.step_ms, run.clock.seconds = [1.0], 1.0
     monkeypatch.setattr(torch, "save", lambda *_: exec("raise RuntimeError('unexpected pos 64 vs 0')"))
-    with pytest.raises(prepare.SetupError, match=r"could not be written, \d+ MB are free: unexpected pos"):
+    with pytest.raises(RuntimeError, match="unexpected pos"):  # analyze.py knows it as the machine's fault
         run.end_training(nn.Linear(2, 2))
-    assert not list(work.glob("checkpoint*"))
+    assert not list(work.glob("*checkpoint*"))
 
 
 def test_only_the_script_that_wrote_a_checkpoint_may_score_it(work):
