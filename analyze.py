@@ -54,7 +54,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import NormalDist
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -149,10 +149,6 @@ UNPRINTABLE = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
-
-
-class AnalyzeError(ValueError):
-    """Something the caller can mend. The message names what, where, and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,7 +281,7 @@ def first_free(name: str, is_taken: Callable[[str], bool], mark: str = "-") -> s
 
 def git(folder: Path, *arguments: str, is_needed: bool = False) -> str | None:
     """What git printed, None where it failed: no repository, no such commit. `is_needed`: where there is a repository
-    a failure is an AnalyzeError with git's reason. Without hooks, prompts, colors and signatures, and in English."""
+    a failure is an ValueError with git's reason. Without hooks, prompts, colors and signatures, and in English."""
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_EDITOR": "true", "LC_ALL": "C"}
     options = ["-c", "core.hooksPath=/dev/null", "-c", "log.showSignature=false", "-c", "color.ui=false"]
     if shutil.which("git") is None:
@@ -296,28 +292,21 @@ def git(folder: Path, *arguments: str, is_needed: bool = False) -> str | None:
     if done.returncode == 0:
         return done.stdout.decode("utf-8", "surrogateescape")
     if is_needed and "not a git repository" not in said:
-        raise AnalyzeError(f"git: {clip(said, 300)}")
+        raise ValueError(f"git: {clip(said, 300)}")
     return None
 
 
-def try_lock(file: IO, how: int) -> bool:
-    """Lock an open file, unless another process has it. The kernel lets go when that one dies,
-    however it dies."""
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def is_running(folder: Path) -> bool:
-    """Whether a run is under way there: it holds a lock on its metrics for its whole life. Asking
-    takes the lock for an instant."""
+    """Whether a run is under way there: it holds a lock on its metrics for its whole life, and the
+    kernel lets go however it dies. Asking takes the lock for an instant."""
     try:
         with open(folder / METRICS, "rb") as f:
-            return not try_lock(f, fcntl.LOCK_SH)
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        pass
+    return False
 
 
 @contextlib.contextmanager
@@ -325,11 +314,13 @@ def locked(archive: Path) -> Iterator[None]:
     """Hold the archive alone. Who holds it meanwhile is named, and waited for."""
     archive.mkdir(parents=True, exist_ok=True)
     with open(archive / ".lock", "a+") as lock:
-        if not try_lock(lock, fcntl.LOCK_EX):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             print(f"waiting for {archive}, held by {one_line(read_text(archive / '.lock'))}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
-        print(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)[:200]}", file=lock, flush=True)
+        print(f"process {os.getpid()} on {os.uname().nodename}: {sys.argv[1:]}", file=lock, flush=True)
         for path in [*archive.glob(".tmp-*"), *archive.glob("*/.tmp-*")]:  # of a process that was killed
             if path.parent.name not in ("unfiled", "demo"):  # where others write without this lock
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -474,7 +465,7 @@ def resolve_name(wanted: str, names: list[str]) -> str:
     fits = [wanted] if wanted in names else [name for name in names if name.startswith(wanted)]
     if len(fits) != 1:
         listed = ", ".join(fits[:6]) or f"{RESULTS} lists all"
-        raise AnalyzeError(f"{wanted!r} is the name of {len(fits)} archived runs ({listed}): name one in full")
+        raise ValueError(f"{wanted!r} is the name of {len(fits)} archived runs ({listed}): name one in full")
     return fits[0]
 
 
@@ -549,66 +540,67 @@ def read_stats(path: Path, written_ns: int) -> dict:
     return read_json(path)
 
 
-def load_records(archive: Path, facts: dict) -> dict[str, tuple[dict, dict]]:
-    """Record and statistics of every run, by name. A lost record is worked out again; in one of another format the
-    programs are hashed anew, and all else stands."""
+def load_entries(archive: Path, facts: dict) -> dict[str, Entry]:
+    """Every run with a folder, by name, as it is without a row. A lost record is worked out again;
+    in one of another format the programs are hashed anew, and all else stands."""
     found = {}
     for folder in run_folders(archive):
         path = folder / STATS
         stats = read_stats(path, path.stat().st_mtime_ns) if path.exists() else {}
         record = stats.get("record")
         if not isinstance(record, dict) or not isinstance(record.get("identity"), str):
-            record, stats = compute_record(load_folder(folder, folder.name), facts, Origin(folder.name)), {}
+            stats, run = {}, load_folder(folder, folder.name)
+            record = compute_record(run, facts, Origin(folder.name))
         elif record.get("format") != RECORD_FORMAT:
             run = load_folder(folder, files=[START, "train.py"])
-            hashes = hash_programs(run.train_py, run.start.get("modules") or {}) if run.train_py else {}
-            record = record | {"format": RECORD_FORMAT} | hashes
-        found[folder.name] = record, stats
-    for name, (record, stats) in found.items():
-        verdict = stats.get("verdict") or {}
+            hashes = hash_programs(run.train_py, run.start.get("modules") or {})
+            record = record | {"format": RECORD_FORMAT} | (hashes if run.train_py else {})
+        description = record.get("description") or ""
+        found[folder.name] = Entry(folder.name, filing_status(record), description, record, stats)
+    for e in list(found.values()):
+        verdict = e.stats.get("verdict") or {}
         if verdict.get("kind") == "unchanged" and verdict.get("best") in found:
-            found[name] = record | {"program": found[verdict["best"]][0]["program"]}, stats
+            program = found[verdict["best"]].record["program"]
+            found[e.name] = replace(e, record=e.record | {"program": program})
     return found
 
 
-def read_rows(archive: Path, records: dict[str, tuple[dict, dict]], problems: list[str]) -> dict[str, Entry]:
-    """The entries that results.tsv has rows of. A line that is no row of a run is named and left out."""
-    entries: dict[str, Entry] = {}
+def read_rows(archive: Path, runs: dict[str, Entry], problems: list[str]) -> dict[str, Entry]:
+    """The runs that have a row of results.tsv, as it says. A line that is none is named."""
+    found: dict[str, Entry] = {}
     for i, line in enumerate((read_text(archive / RESULTS) or "").splitlines(), 1):
         name, *cells = [cell.strip() for cell in line.split("\t", 4)]
         if name.strip("\0") in ("", "commit"):
             continue
-        if len(cells) < 4 or name not in records or name in entries or cells[2] not in STATUSES:
-            problems.append(f"{RESULTS} line {i} is not the one row of an archived run, with five columns and a status "
-                            f"of {', '.join(STATUSES)}: not counted")
+        if len(cells) < 4 or name not in runs or name in found or cells[2] not in STATUSES:
+            problems.append(f"{RESULTS} line {i} is not the one row of an archived run, with five "
+                            f"columns and a status of {', '.join(STATUSES)}: not counted")
             continue
-        entries[name] = Entry(name, cells[2], one_line(cells[3]), *records[name], cells[3])
-        scored = entries[name].val_bpb
-        if scored is not None and cells[0] != f"{scored:.6f}":
-            problems.append(f"{RESULTS} line {i}: {cells[0]} is not what {name} scored: {scored:.6f} counts")
-    return entries
+        e = replace(runs[name], status=cells[2], description=one_line(cells[3]), cell=cells[3])
+        if e.val_bpb is not None and cells[0] != f"{e.val_bpb:.6f}":
+            problems.append(f"{RESULTS} line {i}: {cells[0]} is not what {name} scored: {e.val_bpb:.6f} counts")
+        found[name] = e
+    return found
 
 
 def load_book(archive: Path) -> Book:
-    """Folders and rows joined. Of copies of a folder one counts, one with a row first. A run without a row gets one,
-    before those that started later."""
+    """Folders and rows joined. Of copies of a folder one counts, one with a row first. A run
+    without a row gets one, before those that started later."""
     problems: list[str] = []
     facts = read_json(archive / FACTS, problems)
-    records = load_records(archive, facts)
-    rows = read_rows(archive, records, problems)
+    runs = load_entries(archive, facts)
+    rows = read_rows(archive, runs, problems)
     names: dict[str, str] = {}
-    for name in sorted(records, key=lambda name: (name not in rows, records[name][0].get("name", name) != name)):
-        first = names.setdefault(records[name][0]["identity"], name)
+    for name in sorted(runs, key=lambda name: (name not in rows, runs[name].record.get("name", name) != name)):
+        first = names.setdefault(runs[name].record["identity"], name)
         if first != name:
             problems.append(f"{name} is a copy of {first}: left out")
-            del records[name]
-    entries = [e for e in rows.values() if e.name in records]
-    for name in sorted(records.keys() - rows.keys(), key=lambda name: started_unix(records[name][0])):
-        record, stats = records[name]
-        status, description = filing_status(record), record.get("description") or ""
-        later = [i for i, e in enumerate(entries) if started_unix(e.record) > started_unix(record)]
-        entries.insert(min(later, default=len(entries)), Entry(name, status, description, record, stats, description))
-        problems.append(f"{name} had no row in {RESULTS}: added, as {status}")
+    entries = [e for e in rows.values() if e.name in names.values()]
+    missing = [runs[name] for name in names.values() if name not in rows]
+    for new in sorted(missing, key=lambda e: started_unix(e.record)):
+        later = [i for i, e in enumerate(entries) if started_unix(e.record) > started_unix(new.record)]
+        entries.insert(min(later, default=len(entries)), new)
+        problems.append(f"{new.name} had no row in {RESULTS}: added, as {new.status}")
     return Book(entries, problems, facts)
 
 
@@ -2716,7 +2708,7 @@ def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[lis
     return made, failed
 
 # ---------------------------------------------------------------------------------------------------------------------
-# File: from the working folder into the archive
+# File and write: from the working folder into the archive, and the pages there
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What the log of a program shows that died before it could write its start file. Without one of
@@ -2847,11 +2839,6 @@ def find_unfiled(archive: Path, told: list[str]) -> list[Run]:
     return sorted(found, key=lambda run: (run_start_unix(run), run.path.name))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Write: the pages of a run and of the archive
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def write_pages(archive: Path) -> None:
     """Write what is missing: the pages of runs just filed or whose analysis was killed, then those
     of the archive."""
@@ -2905,7 +2892,7 @@ def write_morning(archive: Path, book: Book) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Status
+# Status, and check before a run
 # ---------------------------------------------------------------------------------------------------------------------
 
 BASELINE, IDEA = "train the baseline (program.md, step 2)", "the next idea (program.md, step 8)"
@@ -2950,15 +2937,11 @@ def compute_next(archive: Path, folder: Path, book: Book, filed: Entry | None) -
         return f"{FILE} discard"
     if committed not in (None, text):
         return "finish that edit (git diff), then check, commit, train"
-    return compute_next_program([e for e in book.entries if e.is_valid], best, is_best_elsewhere, bool(same))
-
-
-def compute_next_program(valid: list[Entry], best: Best | None, is_best_elsewhere: bool, was_trained: bool) -> str:
-    if not valid or (was_trained and best is None):
-        return BASELINE
-    if not was_trained:
+    if not same:
         return "train (this commit has no run)"
-    if len(valid) == 1:
+    if best is None:
+        return BASELINE
+    if sum(e.is_valid for e in book.entries) == 1:
         return f"`{RERUN}`: the baseline once more, which measures the noise"
     return f"`{RERUN}` puts the best, {best.name}, here; then {IDEA}" if is_best_elsewhere else IDEA
 
@@ -2971,11 +2954,10 @@ def describe_progress(archive: Path, folder: Path, best: Best | None) -> list[st
     windows = (compute_paired(run, [best_run]) or {}).get("windows")
     if not windows:
         return []
-    last, share, theirs = windows[-1], compute_progress(run)[-1], best_run.curve
-    more = compute_tokens(run)[-1] / np.interp(share, theirs.share, theirs.bounds) - 1
-    difference = f"{last['difference']:+.4f} ± {last['error']:.4f} bpb against {best.name}"
-    difference += " (other learning rates there)" * last["are_rates_apart"]
-    return [f"  {share:.0%} of the budget; at equal tokens {difference}, {more:+.0%} tokens; `{FILE} stop` ends it"]
+    last, share = windows[-1], compute_progress(run)[-1]
+    told = f"at equal tokens {last['difference']:+.4f} ± {last['error']:.4f} bpb against {best.name}"
+    told += " (other learning rates there)" * last["are_rates_apart"]
+    return [f"  {share:.0%} of the budget; {told}; `{FILE} stop` ends it"]
 
 
 def list_items(text: str) -> list[str]:
@@ -2983,7 +2965,7 @@ def list_items(text: str) -> list[str]:
     return ["  " + one_line(item) for item in re.findall(r"^(?:[-*+]|\d+[.)]) +(\S.*)", text, re.M)]
 
 
-def render_status(archive: Path, folder: Path) -> str:
+def render_status(names: list[str], archive: Path, folder: Path) -> str:
     """At most STATUS_LINES lines, of which the last says what to do; where they do not suffice,
     claims are left out, and counted."""
     book = load_book(archive)
@@ -2992,9 +2974,14 @@ def render_status(archive: Path, folder: Path) -> str:
     insights, queue = read_text(archive / INSIGHTS) or "", list_items(read_text(archive / QUEUE) or "")
     claims = list_items(insights.partition("## Claims")[2])
     pending = [e.name for e in entries if status_shown(e) == "pending"]
+    told = "none yet"
+    if best:
+        stands_in = " (nothing is kept yet: the first valid run stands in)" * (not best.is_kept)
+        told = f"{best.name} val_bpb {best.mean:.6f}, {len(best.names)} run(s){stands_in}: "
+        told += book.entry(best.name).description
     lines = ["demo (AUTORESEARCH_DEMO): its archive is its own"] * is_demo()
     lines += [
-        f"best: {render_best(best, book)}",
+        f"best: {told}",
         f"noise: {describe_noise(compute_noise(entries))}",
         f"archive: {render_counts(history)}",
         f"this folder: {here}",
@@ -3017,41 +3004,29 @@ def render_status(archive: Path, folder: Path) -> str:
     return "".join(clip(printable(line).replace("\n", " "), 160) + "\n" for line in lines)
 
 
-def render_best(best: Best | None, book: Book) -> str:
-    if best is None:
-        return "none yet"
-    mean = f"mean of {len(best.names)} runs" if len(best.names) > 1 else "one run"
-    stands_in = "" if best.is_kept else " (nothing is kept yet: the first valid run stands in)"
-    return f"{best.name} val_bpb {best.mean:.6f}, {mean}{stands_in}: {book.entry(best.name).description}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Check: before a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def compute_check(archive: Path, folder: Path) -> tuple[list[str], str]:
-    """What speaks against training train.py as it lies here, a line each, and what it changes."""
+def command_check(names: list[str], archive: Path, folder: Path) -> str:
+    """What train.py changes as it lies here. ValueError with what speaks against training it."""
     text = read_text(folder / "train.py") or ""
     try:
         values = static_config(text)
     except Exception as e:  # whatever an expression in Config raises, and a SyntaxError
-        return [f"train.py does not parse, or a constant of its Config fails: {type(e).__name__}: {e}"], ""
+        raise ValueError(f"train.py does not parse, or a constant of its Config fails: {e!r}") from None
     book, modules = load_book(archive), imported_modules(folder, text)
     best, hashes = compute_best(book.entries), hash_programs(text, modules)
     faults = find_repeats(archive, book, best, hashes, values) + find_running(folder, hashes["program"])
     changed = git(folder, "status", "--porcelain", "--", "prepare.py", "analyze.py", *modules) or ""
-    if names := sorted(line[3:].strip() for line in changed.splitlines()):
-        faults.append(f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest")
+    if changed := ", ".join(sorted(line[3:].strip() for line in changed.splitlines())):
+        faults.append(f"changed besides train.py: {changed}; commit what belongs to the idea, undo the rest")
+    if faults:
+        raise ValueError("; ".join(faults))
     if best is None:
-        return faults, "nothing to compare with: this is the first program"
-    config = book.entry(best.name).record.get("config", {})
-    told = []
+        return "nothing to compare with: this is the first program"
+    config, told = book.entry(best.name).record.get("config", {}), []
     for key, value in values.items():
         if config and not is_seed(key) and value not in (None, config.get(key)):  # None: the program resolves it
             told.append(f"{key} {json.dumps(config.get(key))} -> {json.dumps(value)}")
     added, removed = diff_size(diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), ""))
-    return faults, f"against {best.name}: {', '.join([*told, f'+{added} -{removed} lines of train.py'])}"
+    return f"against {best.name}: {', '.join([*told, f'+{added} -{removed} lines of train.py'])}"
 
 
 def imported_modules(folder: Path, text: str) -> dict[str, str]:
@@ -3101,7 +3076,7 @@ def find_running(folder: Path, program: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands: each takes the names given with it, the archive and the folder, and may return an exit status
+# Commands: each takes the names given with it, the archive and the folder, and returns what is printed
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What `start` puts into the queue: from public logs of this experiment on another machine (H100,
@@ -3127,7 +3102,7 @@ any warm-up | | better
 """
 
 
-def command_file(names: list[str], archive: Path, folder: Path) -> int:
+def command_file(names: list[str], archive: Path, folder: Path) -> str:
     """File whatever is not filed yet and write the pages."""
     with locked(archive):
         told = mend_table(archive).problems
@@ -3140,20 +3115,18 @@ def command_file(names: list[str], archive: Path, folder: Path) -> int:
                     shutil.copytree(run.path, archive / "failed" / run.path.name, dirs_exist_ok=True)
                 shutil.rmtree(run.path)
         write_pages(archive)
-    print("".join(f"{line}\n" for line in told), end="")
-    if here and name is None:
-        print(f"error: {said}", file=sys.stderr)
-        return 2
-    if here:
+    if here and name:
         page = archive / name / ANALYSIS
         verdict = (read_text(page) or "").partition("## Verdict\n")[2].partition("\n\n")[0]
-        print(printable(f"{said}\n{verdict}\nanalysis: {page}"))
-    elif is_running(folder):
-        told, todo = describe_here(archive, folder, load_book(archive))
-        raise AnalyzeError(f"{told}: wait for its end (`{todo}`), then call this again")
-    elif not told:
-        raise AnalyzeError(f"no run's outputs in {folder}: run `{TRAIN}` there first")
-    return 0
+        return "\n".join([*told, said, verdict, f"analysis: {page}"])
+    print("".join(f"{line}\n" for line in told), end="")
+    if here:
+        raise ValueError(said)
+    if is_running(folder):
+        raise ValueError(f"a run is in progress in {folder}: wait for its end (`{WAIT}`), then call this again")
+    if not told:
+        raise ValueError(f"no run's outputs in {folder}: run `{TRAIN}` there first")
+    return ""
 
 
 def file_if_new(run: Run, archive: Path, folder: Path) -> tuple[str | None, str]:
@@ -3184,7 +3157,7 @@ def decided_run(names: list[str], folder: Path, book: Book) -> Entry:
     if len(found) == 1:
         return found[0]
     listed = ", ".join(f"{e.name} (trained in {e.record.get('folder')})" for e in pending[-5:])
-    raise AnalyzeError(f"which run? There is no filed one in {folder} to decide on (`{FILE}` files); pending: "
+    raise ValueError(f"which run? There is no filed one in {folder} to decide on (`{FILE}` files); pending: "
                        f"{listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`")
 
 
@@ -3196,19 +3169,19 @@ def set_status(archive: Path, book: Book, this: Entry, status: str) -> None:
     write_pages(archive)
 
 
-def command_keep(names: list[str], archive: Path, folder: Path) -> None:
+def command_keep(names: list[str], archive: Path, folder: Path) -> str:
     with locked(archive):
         book = mend_table(archive)
         this = decided_run(names, folder, book)
         if not this.is_valid:
             reasons = this.record.get("invalid") or this.record.get("hampered") or ["it has no score that counts"]
-            raise AnalyzeError(f"{this.name} cannot be kept: {'; '.join(reasons)}")
+            raise ValueError(f"{this.name} cannot be kept: {'; '.join(reasons)}")
         set_status(archive, book, this, "keep")
         best = compute_best(load_book(archive).entries)
-    print(f"{this.name} kept; the best is {best.name} at {best.mean:.6f} ({len(best.names)} run(s))")
+    return f"{this.name} kept; the best is {best.name} at {best.mean:.6f} ({len(best.names)} run(s))"
 
 
-def command_discard(names: list[str], archive: Path, folder: Path) -> None:
+def command_discard(names: list[str], archive: Path, folder: Path) -> str:
     """Set the status and go back to the best's program. Refuses, with nothing changed, if a text
     would be lost."""
     with locked(archive):
@@ -3228,7 +3201,7 @@ def command_discard(names: list[str], archive: Path, folder: Path) -> None:
             done = bring_back(files, folder, f"Back to the best, {best.name}, after {this.name}", best.name)
         else:
             done = "train.py has moved on since that run: left as it is"
-    print(f"{told}; {done}")
+    return f"{told}; {done}"
 
 
 def program_files(archive: Path, name: str) -> dict[str, str]:
@@ -3239,21 +3212,21 @@ def program_files(archive: Path, name: str) -> dict[str, str]:
 
 
 def check_nothing_is_lost(folder: Path, book: Book, files: Iterable[str]) -> None:
-    """AnalyzeError if one of these files, here or in git's index, holds text that is nowhere else."""
+    """ValueError if one of these files, here or in git's index, holds text that is nowhere else."""
     archived = {sha for e in book.entries for sha in (e.record.get("modules") or {}).values()}
     archived |= {e.record.get("train_sha256") for e in book.entries}
     for file in files:
         texts = {normal(text) for text in (read_text(folder / file), git(folder, "show", f":./{file}"))}
         texts -= {None, normal(git(folder, "show", f"HEAD:./{file}"))}
         if {sha256(text) for text in texts} - archived:
-            raise AnalyzeError(f"{file} has changes that are neither committed nor archived, and this would lose them: "
+            raise ValueError(f"{file} has changes that are neither committed nor archived, and this would lose them: "
                                f"put them aside (git stash, then git stash pop) or commit them (git commit {file})")
 
 
 def bring_back(files: dict[str, str], folder: Path, message: str, name: str) -> str:
     """Put the best's program into the folder, and commit it and no other file. Says what was done."""
     if "train.py" not in files:
-        raise AnalyzeError(f"the archive has no train.py of {name}: restore it by hand")
+        raise ValueError(f"the archive has no train.py of {name}: restore it by hand")
     has_git = git(folder, "rev-parse", "HEAD") is not None
     new = [f for f in files if has_git and normal(git(folder, "show", f"HEAD:./{f}")) != normal(files[f])]
     for file, text in files.items():
@@ -3269,26 +3242,14 @@ def bring_back(files: dict[str, str], folder: Path, message: str, name: str) -> 
     return f"train.py is back to that of the best, {name}" + ", and committed" * bool(new)
 
 
-def command_status(names: list[str], archive: Path, folder: Path) -> None:
-    print(render_status(archive, folder), end="")
+def command_compare(names: list[str], archive: Path, folder: Path) -> str:
+    return render_compare([load_run(name, archive) for name in names], load_book(archive).entries).rstrip()
 
 
-def command_compare(names: list[str], archive: Path, folder: Path) -> None:
-    runs = [load_run(name, archive) for name in names]
-    print(printable(render_compare(runs, load_book(archive).entries)), end="")
-
-
-def command_check(names: list[str], archive: Path, folder: Path) -> int:
-    faults, told = compute_check(archive, folder)
-    for line in filter(None, [*faults, told]):
-        print(clip(one_line(line), 300))
-    return 1 if faults else 0
-
-
-def command_start(names: list[str], archive: Path, folder: Path) -> None:
+def command_start(names: list[str], archive: Path, folder: Path) -> str:
     """A branch for the night, and the agent's two files where they are missing."""
     if git(folder, "rev-parse", "HEAD") is None:
-        raise AnalyzeError(f"{folder} has no commit yet: `git init && git add . && git commit -m start`")
+        raise ValueError(f"{folder} has no commit yet: `git init && git add . && git commit -m start`")
     branch = (git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or "").strip()
     if not branch.startswith("autoresearch/"):
         taken = (git(folder, "for-each-ref", "--format=%(refname:short)", "refs/heads") or "").split()
@@ -3300,30 +3261,30 @@ def command_start(names: list[str], archive: Path, folder: Path) -> None:
         for file, text in ((INSIGHTS, "# Insights\n\n## Claims\n"), (QUEUE, f"# Ideas\n\n{whence}{PRIORS}")):
             if not (archive / file).exists():
                 write_atomic(archive / file, text)
-    print(f"branch {branch}; {INSIGHTS} and {QUEUE} are in {archive}\nnext, the baseline: {TRAIN_BESIDE}")
+    return f"branch {branch}; {INSIGHTS} and {QUEUE} are in {archive}\nnext, the baseline: {TRAIN_BESIDE}"
 
 
-def command_rerun(names: list[str], archive: Path, folder: Path) -> None:
-    """The best's program in place and committed, and the command that trains it under a seed it has
-    not had."""
+def command_rerun(names: list[str], archive: Path, folder: Path) -> str:
+    """The best's program in place and committed, and the command for a seed it has not had."""
     with locked(archive):
         book = load_book(archive)
         best = compute_best(book.entries)
         if best is None:
-            raise AnalyzeError("there is no best to run again: train the baseline first")
+            raise ValueError("there is no best to run again: train the baseline first")
         files = program_files(archive, best.name)
         check_nothing_is_lost(folder, book, files)
-        print(bring_back(files, folder, f"Run the best, {best.name}, again", best.name))
+        done = bring_back(files, folder, f"Run the best, {best.name}, again", best.name)
     offsets = [number(book.entry(name).record.get("seed_offset")) or 0 for name in best.names]
-    print(f"next: AUTORESEARCH_SEED_OFFSET={max(max(offsets) + 1, len(offsets)):.0f} {TRAIN_BESIDE}")
+    offset = max(max(offsets) + 1, len(offsets))
+    return f"{done}\nnext: AUTORESEARCH_SEED_OFFSET={offset:.0f} {TRAIN_BESIDE}"
 
 
-def command_stop(names: list[str], archive: Path, folder: Path) -> None:
+def command_stop(names: list[str], archive: Path, folder: Path) -> str:
     """End the run in progress here: ask, then insist. It is filed as stopped, by the next call."""
     start, here = read_json(folder / START), os.uname().nodename
     pid = number(start.get("pid"))
     if not is_running(folder) or pid is None or start.get("host", here) != here:
-        raise AnalyzeError(f"no run is in progress in {folder}, on this machine")
+        raise ValueError(f"no run is in progress in {folder}, on this machine")
     write_json(folder / START, start | {"ended": "stopped: by `analyze.py stop`"})  # mostly, it says itself where
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + 15
@@ -3333,13 +3294,13 @@ def command_stop(names: list[str], archive: Path, folder: Path) -> None:
             time.sleep(0.05)
         if not is_running(folder):
             break
-    print(f"run {start.get('run_id')} has ended: `{FILE}` files it, with its metrics")
+    return f"run {start.get('run_id')} has ended: `{FILE}` files it, with its metrics"
 
 
-def command_new_archive(names: list[str], archive: Path, folder: Path) -> None:
+def command_new_archive(names: list[str], archive: Path, folder: Path) -> str:
     """Put the archive aside, whole. Its runs are not compared with those to come."""
     if not archive.is_dir() or is_running(folder):
-        raise AnalyzeError(f"no archive at {archive}, or a run is in progress: wait for its end, or stop it")
+        raise ValueError(f"no archive at {archive}, or a run is in progress: wait for its end, or stop it")
     with locked(archive):
         book = load_book(archive)
         for run in find_outputs(folder):
@@ -3352,14 +3313,14 @@ def command_new_archive(names: list[str], archive: Path, folder: Path) -> None:
         if (target / "night.sh").exists():  # the README's script is no part of a search
             archive.mkdir()
             shutil.copy(target / "night.sh", archive)
-    print(f"the archive so far is {target}, with its {INSIGHTS} and {QUEUE}; the next run begins a new one")
+    return f"the archive so far is {target}, with its {INSIGHTS} and {QUEUE}; the next run begins a new one"
 
 
 COMMANDS = {  # with how many names each takes
     None: (command_file, range(1)),
     "keep": (command_keep, range(2)),
     "discard": (command_discard, range(2)),
-    "status": (command_status, range(1)),
+    "status": (render_status, range(1)),
     "compare": (command_compare, range(1, 100)),
     "check": (command_check, range(1)),
     "start": (command_start, range(2)),
@@ -3386,7 +3347,8 @@ def main(arguments: list[str] | None = None) -> int:
         # What is about the run here follows that run; what is about the search follows the environment.
         is_about_run = given.command in (None, "keep", "discard")
         demo = read_json(folder / START).get("demo") if is_about_run else None
-        return command(given.names, archive_dir(demo), folder) or 0
+        print(printable(command(given.names, archive_dir(demo), folder)).rstrip("\n"))
+        return 0
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
