@@ -192,8 +192,8 @@ def plain(value: object) -> object:
 
 
 def read_text(path: Path, most: int | None = None) -> str | None:
-    """The file's exact text, None where there is none; of more than `most` bytes, both ends. Bytes that are no UTF-8
-    survive being written back."""
+    """The file's text, of more than `most` bytes both ends, None where there is none. Bytes that
+    are no UTF-8 survive being written back."""
     try:
         with open(path, "rb") as f:
             data = f.read(most)
@@ -212,8 +212,8 @@ def read_log(path: Path) -> str | None:
 
 
 def read_json(path: Path, damage: list[str] | None = None) -> dict:
-    """A JSON object, empty where there is none. What cannot be read, or has not the type of FIELD_TYPES, is left out
-    and added to `damage`."""
+    """A JSON object, empty where there is none. What cannot be read, or is not of its FIELD_TYPES,
+    is left out and added to `damage`."""
     damage, text = [] if damage is None else damage, read_text(path)
     if text is None:
         return {}
@@ -246,7 +246,7 @@ def clip(text: str, width: int) -> str:
 
 
 def normal(text: str | None) -> str | None:
-    """A program's text without what git may change when it checks it out: line ends, a byte order mark."""
+    """A program's text without what git may change: line ends, a byte order mark."""
     return None if text is None else text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
@@ -280,8 +280,8 @@ def first_free(name: str, is_taken: Callable[[str], bool], mark: str = "-") -> s
 
 
 def git(folder: Path, *arguments: str, is_needed: bool = False) -> str | None:
-    """What git printed, None where it failed: no repository, no such commit. `is_needed`: where there is a repository
-    a failure is an ValueError with git's reason. Without hooks, prompts, colors and signatures, and in English."""
+    """What git printed, without hooks, prompts, colors and signatures, and in English. None where
+    it failed; if `is_needed`, ValueError with its reason, but where there is no repository."""
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_EDITOR": "true", "LC_ALL": "C"}
     options = ["-c", "core.hooksPath=/dev/null", "-c", "log.showSignature=false", "-c", "color.ui=false"]
     if shutil.which("git") is None:
@@ -370,13 +370,13 @@ class Run:
 
     @property
     def scalars(self) -> dict[str, list[list]]:
-        """By name, the lists of values of residual scalars and the like, one of each step that logged it."""
+        """Of residual scalars and the like, by name, the lists of values, one a step that logged it."""
         keys = sorted({k for r in self.records for k in r if k.startswith("scalars/")})
         return {k.removeprefix("scalars/"): [r[k] for r in some] for k in keys if (some := self.records_with(k))}
 
     @cached_property
     def curve(self) -> Curve | None:
-        """Its loss by tokens; taken once, for the paired curve, the gap to validation and the picture."""
+        """Its loss by tokens, taken once for all that need it."""
         return compute_curve(self)
 
     def series(self, key: str) -> np.ndarray:
@@ -384,7 +384,7 @@ class Run:
         return numbers(r.get(key) for r in self.records)
 
     def first_of(self, key: str) -> object:
-        """A field from the evaluation, the summary or the start, in that order; None where none has it."""
+        """A field from the evaluation, the summary or the start, in that order, None in none."""
         found = (part.get(key) for part in (self.evaluation or {}, self.summary, self.start))
         return next((value for value in found if value is not None), None)
 
@@ -394,7 +394,7 @@ class Run:
 
     @cached_property
     def identity(self) -> str:
-        """What makes this run this run: its id, or where it has none, the contents it left and when."""
+        """Its id, or where it has none, the contents that it left and when."""
         if self.run_id:
             return f"run:{self.run_id}"
         written_ns = [path.stat().st_mtime_ns for path in self.files if path.name == LOG]
@@ -437,7 +437,7 @@ def log_run_id(log: str | None) -> str | None:
 def load_folder(
     folder: Path, name: str = "", files: Iterable[str] = (*OUTPUTS, "train.py"), damage: Iterable[str] = ()
 ) -> Run:
-    """The run whose files lie in `folder`, as far as they are among `files`. `damage`: what is known of it."""
+    """The run whose files lie in `folder`, of which only `files` are its own."""
     damage = [*damage]
     own = {file: folder / file for file in files if (folder / file).exists()}
     start, summary, evaluation = (read_json(own[f], damage) if f in own else {} for f in (START, SUMMARY, EVAL))
@@ -472,7 +472,8 @@ def resolve_name(wanted: str, names: list[str]) -> str:
 def run_folders(archive: Path) -> list[Path]:
     """The folders of filed runs, by name."""
     marks = (STATS, START, SUMMARY)
-    return [folder for folder in sorted(archive.glob("[!.]*/")) if any((folder / mark).exists() for mark in marks)]
+    folders = sorted(archive.glob("[!.]*/"))
+    return [folder for folder in folders if any((folder / mark).exists() for mark in marks)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,7 +543,7 @@ def read_stats(path: Path, written_ns: int) -> dict:
 
 def load_entries(archive: Path, facts: dict) -> dict[str, Entry]:
     """Every run with a folder, by name, as it is without a row. A lost record is worked out again;
-    in one of another format the programs are hashed anew, and all else stands."""
+    in one of another format only the programs are hashed anew."""
     found = {}
     for folder in run_folders(archive):
         path = folder / STATS
@@ -2707,6 +2708,7 @@ def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[lis
             failed[name] = f"{type(e).__name__}: {e}"
     return made, failed
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # File and write: from the working folder into the archive, and the pages there
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2725,7 +2727,8 @@ def find_outputs(folder: Path) -> list[Run]:
     Two where the log is of a start that died before it could put the earlier run's files away (a
     syntax error). Outputs without a start file are of a program that died so early, or of one with
     an earlier prepare.py: a summary that the log does not confirm is an older run's."""
-    log, start, summary = read_log(folder / LOG) or "", read_json(folder / START), read_json(folder / SUMMARY)
+    log, start = read_log(folder / LOG) or "", read_json(folder / START)
+    summary = read_json(folder / SUMMARY)
     scored = number(parse_closing_block(log).get("val_bpb"))
     runs = []
     if start:
@@ -2757,7 +2760,7 @@ def is_starting(folder: Path) -> bool:
 
 
 def find_commit(run: Run, folder: Path) -> str | None:
-    """The commit a run says it was trained from; HEAD only for one that cannot say and is younger."""
+    """The commit a run was trained from; HEAD only for one that cannot say, and is younger."""
     commit = run.start.get("git_commit") or run.summary.get("git_commit")
     if not commit and not run.start and (head := git(folder, "log", "-1", "--format=%H %ct")):
         commit, committed_unix = head.split()
@@ -2797,15 +2800,17 @@ def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
     name = old.name if old else first_free(origin.name, lambda name: (archive / name).exists(), ".")
     run = replace(run, name=name, train_py=origin.train_py)
     record = compute_record(run, book.facts, origin)
-    begun = {key: record[key] for key in COMPARABLE if book.facts.get(key) is None and record[key] is not None}
-    if begun and record["is_finished"] and not record["invalid"]:  # the first valid run says what an archive is of
-        write_json(archive / FACTS, {"created_unix": time.time()} | book.facts | begun)
+    if record["is_finished"] and not record["invalid"]:  # the first valid run says what an archive is of
+        begun = {key: record[key] for key in COMPARABLE if record[key] is not None}
+        known = {key: value for key, value in book.facts.items() if value is not None}
+        if begun.keys() - known.keys():
+            write_json(archive / FACTS, {"created_unix": time.time()} | begun | known)
     # Two levels down, where train.py does not take it for archived.
     target = archive / name if old else archive / f".tmp-{os.getpid()}" / name
     target.mkdir(parents=True, exist_ok=True)
     for path in run.files:
         write_atomic(target / path.name, read_text(path, LOG_BYTES if path.name == LOG else None))
-        shutil.copystat(path, target / path.name)  # of a run without a start file, the age tells when it was
+        shutil.copystat(path, target / path.name)  # without a start file, its age tells when it was
     if run.train_py is not None:
         write_atomic(target / "train.py", run.train_py)
     if old:
@@ -3106,8 +3111,8 @@ def command_file(names: list[str], archive: Path, folder: Path) -> str:
     """File whatever is not filed yet and write the pages."""
     with locked(archive):
         told = mend_table(archive).problems
-        unfiled, here = find_unfiled(archive, told), [] if is_running(folder) else find_outputs(folder)
-        for run in [*unfiled, *here]:
+        here = [] if is_running(folder) else find_outputs(folder)
+        for run in [*find_unfiled(archive, told), *here]:
             name, said = file_if_new(run, archive, folder)
             if run.path != folder:
                 told.append(f"unfiled run {run.path.name} {said}")
@@ -3123,14 +3128,14 @@ def command_file(names: list[str], archive: Path, folder: Path) -> str:
     if here:
         raise ValueError(said)
     if is_running(folder):
-        raise ValueError(f"a run is in progress in {folder}: wait for its end (`{WAIT}`), then call this again")
+        raise ValueError(f"a run is in progress in {folder}: wait for its end (`{WAIT}`)")
     if not told:
         raise ValueError(f"no run's outputs in {folder}: run `{TRAIN}` there first")
     return ""
 
 
 def file_if_new(run: Run, archive: Path, folder: Path) -> tuple[str | None, str]:
-    """A run's name in the archive, None where its environment failed, and what was done about it."""
+    """A run's name in the archive, None where its environment failed, and what was done."""
     book = load_book(archive)
     filed, failure = book.find(run), environment_failure(run)
     if not is_news(run, filed):
@@ -3153,12 +3158,14 @@ def decided_run(names: list[str], folder: Path, book: Book) -> Entry:
     pending = [e for e in book.entries if e.status == "pending"]
     found = [e for e in pending if e.record.get("folder") == str(folder)]
     if runs := find_outputs(folder):
-        found = [e for e in book.entries if e is book.find(runs[-1])]
-    if len(found) == 1:
+        found = [book.find(runs[-1])]
+    if len(found) == 1 and found[0]:
         return found[0]
     listed = ", ".join(f"{e.name} (trained in {e.record.get('folder')})" for e in pending[-5:])
-    raise ValueError(f"which run? There is no filed one in {folder} to decide on (`{FILE}` files); pending: "
-                       f"{listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`")
+    raise ValueError(
+        f"which run? There is no filed one in {folder} to decide on (`{FILE}` files); pending: "
+        f"{listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`"
+    )
 
 
 def set_status(archive: Path, book: Book, this: Entry, status: str) -> None:
@@ -3177,7 +3184,7 @@ def command_keep(names: list[str], archive: Path, folder: Path) -> str:
             reasons = this.record.get("invalid") or this.record.get("hampered") or ["it has no score that counts"]
             raise ValueError(f"{this.name} cannot be kept: {'; '.join(reasons)}")
         set_status(archive, book, this, "keep")
-        best = compute_best(load_book(archive).entries)
+        best = compute_best(load_book(archive).entries, this)
     return f"{this.name} kept; the best is {best.name} at {best.mean:.6f} ({len(best.names)} run(s))"
 
 
@@ -3194,10 +3201,10 @@ def command_discard(names: list[str], archive: Path, folder: Path) -> str:
         if this.val_bpb is not None and this.status != "invalid":
             set_status(archive, book, this, "discard")
             told = f"{this.name} discarded"
-        here, own = normal(read_text(folder / "train.py")), program_files(archive, this.name)
+        known = (None, files.get("train.py"), read_text(archive / this.name / "train.py"))
         if not files:
             done = "no run is kept yet, train.py is left as it is"
-        elif here in (None, normal(files["train.py"]), normal(own.get("train.py"))):
+        elif normal(read_text(folder / "train.py")) in map(normal, known):
             done = bring_back(files, folder, f"Back to the best, {best.name}, after {this.name}", best.name)
         else:
             done = "train.py has moved on since that run: left as it is"
@@ -3207,26 +3214,28 @@ def command_discard(names: list[str], archive: Path, folder: Path) -> str:
 def program_files(archive: Path, name: str) -> dict[str, str]:
     """The texts of an archived run's train.py and of the modules that it imported."""
     run = load_folder(archive / name, files=[START, "train.py"])
-    own = {} if run.train_py is None else {"train.py": run.train_py}
-    return own | {file: str(text) for file, text in (run.start.get("modules") or {}).items()}
+    if run.train_py is None:
+        raise ValueError(f"the archive has no train.py of {name}: restore it by hand")
+    modules = run.start.get("modules") or {}
+    return {"train.py": run.train_py} | {file: str(text) for file, text in modules.items()}
 
 
 def check_nothing_is_lost(folder: Path, book: Book, files: Iterable[str]) -> None:
-    """ValueError if one of these files, here or in git's index, holds text that is nowhere else."""
+    """ValueError if one of these files, here or in git's index, has text that is nowhere else."""
     archived = {sha for e in book.entries for sha in (e.record.get("modules") or {}).values()}
     archived |= {e.record.get("train_sha256") for e in book.entries}
     for file in files:
         texts = {normal(text) for text in (read_text(folder / file), git(folder, "show", f":./{file}"))}
         texts -= {None, normal(git(folder, "show", f"HEAD:./{file}"))}
         if {sha256(text) for text in texts} - archived:
-            raise ValueError(f"{file} has changes that are neither committed nor archived, and this would lose them: "
-                               f"put them aside (git stash, then git stash pop) or commit them (git commit {file})")
+            raise ValueError(
+                f"{file} has changes that are neither committed nor archived, and this would lose them: "
+                f"put them aside (git stash, then git stash pop) or commit them (git commit {file})"
+            )
 
 
 def bring_back(files: dict[str, str], folder: Path, message: str, name: str) -> str:
-    """Put the best's program into the folder, and commit it and no other file. Says what was done."""
-    if "train.py" not in files:
-        raise ValueError(f"the archive has no train.py of {name}: restore it by hand")
+    """Put the best's program into the folder and commit it alone. Says what was done."""
     has_git = git(folder, "rev-parse", "HEAD") is not None
     new = [f for f in files if has_git and normal(git(folder, "show", f"HEAD:./{f}")) != normal(files[f])]
     for file, text in files.items():

@@ -812,7 +812,7 @@ def test_a_run_in_progress_is_left_alone_whatever_the_clock_says(lab):
     with in_progress(lab.folder):
         code, said, complaint = lab.analyze()
         assert (code, said) == (1, "")
-        assert f"in progress in {lab.folder}: wait for its end (`uv run analyze.py --wait`), then call" in complaint
+        assert f"in progress in {lab.folder}: wait for its end (`uv run analyze.py --wait`)\n" in complaint
         assert "in progress, 10 steps so far" in lab.analyze("status")[1]
     assert "**CRASH**: the log just stops: killed" in lab.analyze()[1]
     assert "this folder: run" in (said := lab.analyze("status")[1])
