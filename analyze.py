@@ -143,8 +143,7 @@ TRAIN_BESIDE = f"{DEMO_PREFIX}setsid timeout --kill-after=10 600 {TRAIN} &"  # a
 AGAIN = "train the same commit again"
 KILLED = "killed from outside, or out of time"
 KILLED_HELP = "the idea was not tested: train the same commit again; see whether the machine's own memory ran out"
-# What a terminal or a page must not receive: escape sequences, control characters, marks that
-# reverse the text.
+# Escape sequences, control characters, marks that reverse the text.
 UNPRINTABLE = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
@@ -231,8 +230,7 @@ def read_json(path: Path, damage: list[str] | None = None) -> dict:
 
 
 def printable(text: str) -> str:
-    """The text as a terminal or a page may have it: no escape sequences, a question mark for a byte
-    that was no UTF-8, a line of its own for what was written over itself."""
+    """The text as a terminal or a page may have it; a `?` stands for a byte that was no UTF-8."""
     text = text.encode("utf-8", "replace").decode()
     return UNPRINTABLE.sub("", re.sub(r"\r\n?", "\n", text))
 
@@ -402,8 +400,7 @@ class Run:
 
 
 def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
-    """The records of a metrics.jsonl and the damage, if any. A last line cut short, as a kill
-    leaves it, is none."""
+    """The records of a metrics.jsonl, and the damage; a last line cut short by a kill is none."""
     records, bad = [], []
     lines = text.split("\n")
     for i, line in enumerate(lines, 1):
@@ -419,8 +416,7 @@ def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
 
 
 def parse_closing_block(log: str | None) -> dict:
-    """The closing `key: value` block of a finished run, numbers where they are numbers; empty if
-    there is none."""
+    """The closing `key: value` block of a finished run, empty if there is none."""
     values: dict = {}
     for key, value in re.findall(r"^(\w+):\s+(\S+)\s*$", (log or "").rpartition("\n---\n")[2], re.M):
         is_number = re.fullmatch(r"-?\d{1,15}(\.\d+)?", value)
@@ -454,8 +450,7 @@ def load_folder(
 
 
 def load_run(name: str, archive: Path | None = None) -> Run:
-    """An archived run by its name in the first column of results.tsv; a prefix will do where it
-    fits one run only."""
+    """An archived run by its name in results.tsv, or the beginning of it where one run has it."""
     archive = archive or archive_dir()
     name = resolve_name(name, [path.name for path in run_folders(archive)])
     return load_folder(archive / name, name)
@@ -501,8 +496,7 @@ class Entry:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the score may be compared: finished, nothing wrong with it, and not called
-        invalid by hand."""
+        """Whether the score may be compared."""
         flaws = self.record.get("invalid") or self.record.get("hampered") or self.status in ("crash", "invalid")
         return self.val_bpb is not None and not flaws
 
@@ -596,8 +590,9 @@ def load_book(archive: Path) -> Book:
         first = names.setdefault(runs[name].record["identity"], name)
         if first != name:
             problems.append(f"{name} is a copy of {first}: left out")
-    entries = [e for e in rows.values() if e.name in names.values()]
-    missing = [runs[name] for name in names.values() if name not in rows]
+    counted = set(names.values())
+    entries = [e for e in rows.values() if e.name in counted]
+    missing = [runs[name] for name in counted - rows.keys()]
     for new in sorted(missing, key=lambda e: started_unix(e.record)):
         later = [i for i, e in enumerate(entries) if started_unix(e.record) > started_unix(new.record)]
         entries.insert(min(later, default=len(entries)), new)
@@ -620,9 +615,8 @@ def save_table(archive: Path, entries: list[Entry]) -> None:
 
 
 def load_runs(archive: Path | None = None) -> pd.DataFrame:
-    """All runs in the order of results.tsv: the five columns, facts of the run, and its
-    configuration under its own keys. Numbers a run does not have (the score of a crash, say) are
-    NaN."""
+    """All runs in the order of results.tsv: its five columns, facts of the run, its configuration.
+    Numbers that a run does not have (the score of a crash, say) are NaN."""
     import pandas as pd
 
     columns, rows = [*HEADER.split("\t"), "is_valid"], []
@@ -2831,8 +2825,7 @@ def mend_table(archive: Path) -> Book:
 
 
 def find_unfiled(archive: Path, told: list[str]) -> list[Run]:
-    """The runs that a later start put away before they were analyzed, by time of start. One that
-    is still on its way there has a hidden name."""
+    """The runs that a later start put away unanalyzed; one on its way there has a hidden name."""
     found = []
     for path in (archive / "unfiled").glob("[!.]*"):
         lost = ["the next run was started before this one was analyzed: its log is lost"]
@@ -2845,9 +2838,10 @@ def find_unfiled(archive: Path, told: list[str]) -> list[Run]:
 
 
 def write_pages(archive: Path) -> None:
-    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those
-    of the archive."""
+    """Write the pages that are missing, as of runs just filed or whose analysis was killed."""
     book, is_new = load_book(archive), False
+    if not book.entries:
+        return
     for name in [e.name for e in book.entries]:
         this = book.entry(name)
         if "verdict" not in this.stats or not (archive / name / ANALYSIS).exists():
@@ -2858,7 +2852,7 @@ def write_pages(archive: Path) -> None:
             is_new = True
     report = archive / "report.md"  # is written last
     is_old = not report.exists() or report.stat().st_mtime_ns < (archive / RESULTS).stat().st_mtime_ns
-    if book.entries and (is_new or is_old):
+    if is_new or is_old:
         write_morning(archive, book)
 
 
@@ -2910,43 +2904,45 @@ def describe_here(archive: Path, folder: Path, book: Book) -> tuple[str, str]:
         return f"run {read_json(folder / START).get('run_id')} is in progress, {num_steps} steps so far", WAIT
     if is_starting(folder):
         return f"a start that has written nothing to {LOG} yet", WAIT
-    runs = find_outputs(folder)
-    if not runs:
-        return "no run's outputs", compute_next(archive, folder, book, None)
-    run, filed = runs[-1], book.find(runs[-1])
-    told = f"run {run.run_id or 'without an id'}"
-    if run.start.get("demo", is_demo()) != is_demo():
-        told += f" is of {'a real archive' if is_demo() else 'the demo'}, and no part of this one"
-        return told, compute_next(archive, folder, book, None)
-    if not is_news(run, filed):
-        told = f"run {filed.name}, filed, {status_shown(filed)}: {clip(filed.description, 80)}"
-        return told, compute_next(archive, folder, book, filed)
-    if failure := environment_failure(run):
-        return f"{told} failed over its environment: {clip(failure, 150)}", "mend that, then train again"
-    return f"{told} is not filed yet: `{FILE}`", FILE
+    told, filed = "no run's outputs", None
+    for run in find_outputs(folder)[-1:]:
+        told = f"run {run.run_id or 'without an id'}"
+        if run.start.get("demo", is_demo()) != is_demo():
+            told += f" is of {'a real archive' if is_demo() else 'the demo'}, and no part of this one"
+        elif not is_news(run, book.find(run)):
+            filed = book.find(run)
+            told = f"run {filed.name}, filed, {status_shown(filed)}: {clip(filed.description, 80)}"
+        elif failure := environment_failure(run):
+            told += f" failed over its environment: {clip(failure, 150)}"
+            return told, "mend that, then train again"
+        else:
+            return f"{told} is not filed yet: `{FILE}`", FILE
+    return told, compute_next(archive, folder, book, filed)
 
 
 def compute_next(archive: Path, folder: Path, book: Book, filed: Entry | None) -> str:
     """What to do where every run is filed. `filed`: the one whose outputs lie here."""
-    text, committed = (normal(x) for x in (read_text(folder / "train.py"), git(folder, "show", "HEAD:./train.py")))
-    best, sha = compute_best(book.entries), sha256(text or "")
+    text, committed = read_text(folder / "train.py") or "", git(folder, "show", "HEAD:./train.py")
+    best, sha = compute_best(book.entries), sha256(normal(text))
     same = [e for e in book.entries if e.record.get("train_sha256") == sha]
+    is_best_elsewhere = best is not None and best.is_kept and book.entry(best.name) not in same
     if not book.entries:
         return BASELINE if (archive / INSIGHTS).exists() else f"{FILE} start"
-    if same and (same[-1].record.get("was_killed") or status_shown(same[-1]) == "hampered"):
-        return f"{AGAIN}, the idea was not tested: `{train_again(same[-1].record)}`"
-    if filed and status_shown(filed) == "pending":
+    if filed in same[-1:] and (filed.record.get("was_killed") or status_shown(filed) == "hampered"):
+        return f"{AGAIN}, the idea was not tested: `{train_again(filed.record)}`"
+    if filed and filed.status == "pending":
         return f"read {archive / filed.name / ANALYSIS}, then keep or discard {filed.name}"
-    is_best_elsewhere = best is not None and best.is_kept and book.entry(best.name) not in same
-    if is_best_elsewhere and filed in same and filed.status != "keep":
+    if filed in same and filed.status != "keep" and is_best_elsewhere:
         return f"{FILE} discard"
-    if committed not in (None, text):
+    if committed is not None and normal(text) != normal(committed):
         return "finish that edit (git diff), then check, commit, train"
     if not same:
         return "train (this commit has no run)"
-    if best is None:
-        return BASELINE
-    if sum(e.is_valid for e in book.entries) == 1:
+    return BASELINE if best is None else next_idea(book, best, is_best_elsewhere)
+
+
+def next_idea(book: Book, best: Best, is_best_elsewhere: bool) -> str:
+    if len([e for e in book.entries if e.is_valid]) == 1:
         return f"`{RERUN}`: the baseline once more, which measures the noise"
     return f"`{RERUN}` puts the best, {best.name}, here; then {IDEA}" if is_best_elsewhere else IDEA
 
@@ -2971,8 +2967,7 @@ def list_items(text: str) -> list[str]:
 
 
 def render_status(names: list[str], archive: Path, folder: Path) -> str:
-    """At most STATUS_LINES lines, of which the last says what to do; where they do not suffice,
-    claims are left out, and counted."""
+    """At most STATUS_LINES lines, at the cost of claims; the last says what to do."""
     book = load_book(archive)
     entries, best, history = book.entries, compute_best(book.entries), compute_history(book.entries)
     here, todo = describe_here(archive, folder, book)
@@ -3009,13 +3004,13 @@ def render_status(names: list[str], archive: Path, folder: Path) -> str:
     return "".join(clip(printable(line).replace("\n", " "), 160) + "\n" for line in lines)
 
 
-def command_check(names: list[str], archive: Path, folder: Path) -> str:
-    """What train.py changes as it lies here. ValueError with what speaks against training it."""
+def command_check(names: list[str], archive: Path, folder: Path) -> str | None:
+    """What train.py changes as it lies here; None, and printed, what speaks against training it."""
     text = read_text(folder / "train.py") or ""
     try:
         values = static_config(text)
     except Exception as e:  # whatever an expression in Config raises, and a SyntaxError
-        raise ValueError(f"train.py does not parse, or a constant of its Config fails: {e!r}") from None
+        return print(f"train.py does not parse, or a constant of its Config fails: {e!r}")
     book, modules = load_book(archive), imported_modules(folder, text)
     best, hashes = compute_best(book.entries), hash_programs(text, modules)
     faults = find_repeats(archive, book, best, hashes, values) + find_running(folder, hashes["program"])
@@ -3023,7 +3018,7 @@ def command_check(names: list[str], archive: Path, folder: Path) -> str:
     if changed := ", ".join(sorted(line[3:].strip() for line in changed.splitlines())):
         faults.append(f"changed besides train.py: {changed}; commit what belongs to the idea, undo the rest")
     if faults:
-        raise ValueError("; ".join(faults))
+        return print(printable("\n".join(faults)))
     if best is None:
         return "nothing to compare with: this is the first program"
     config, told = book.entry(best.name).record.get("config", {}), []
@@ -3042,9 +3037,8 @@ def imported_modules(folder: Path, text: str) -> dict[str, str]:
 
 
 def find_repeats(archive: Path, book: Book, best: Best | None, hashes: dict, values: dict) -> list[str]:
-    """The newest run that this program would repeat, or that had its code and its configuration
-    written in another way. A run that was hampered or killed, and a first failed launch, say
-    nothing."""
+    """The newest run that this program would repeat, its configuration perhaps written otherwise;
+    none where that was hampered, killed, or a first failed launch."""
     same = []
     for e in book.entries:
         is_same_code = e.record.get("code") == hashes["code"]
@@ -3081,12 +3075,11 @@ def find_running(folder: Path, program: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands: each takes the names given with it, the archive and the folder, and returns what is printed
+# Commands: each takes the names given with it, the archive and the folder, and returns what is to be printed
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What `start` puts into the queue: from public logs of this experiment on another machine (H100,
-# one run each; noise about 0.001), each change on top of earlier ones. Where to look first, not
-# what is true here.
+# From public logs of this experiment on another machine (H100, one run each; noise about 0.001),
+# each change on top of earlier ones. Where to look first, not what is true here.
 PRIORS = """\
 - half the batch (2^18 tokens a step) | more steps pay | -0.012 elsewhere | not better
 - depth 9, aspect ratio 57 (width rounds up to 640) | a larger model at the same time | -0.0043 elsewhere | not better
@@ -3189,8 +3182,7 @@ def command_keep(names: list[str], archive: Path, folder: Path) -> str:
 
 
 def command_discard(names: list[str], archive: Path, folder: Path) -> str:
-    """Set the status and go back to the best's program. Refuses, with nothing changed, if a text
-    would be lost."""
+    """Refuses, with nothing changed, if a text would be lost."""
     with locked(archive):
         book = mend_table(archive)
         this = decided_run(names, folder, book)
@@ -3356,11 +3348,13 @@ def main(arguments: list[str] | None = None) -> int:
         # What is about the run here follows that run; what is about the search follows the environment.
         is_about_run = given.command in (None, "keep", "discard")
         demo = read_json(folder / START).get("demo") if is_about_run else None
-        print(printable(command(given.names, archive_dir(demo), folder)).rstrip("\n"))
-        return 0
+        said = command(given.names, archive_dir(demo), folder)
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    if said:
+        print(printable(said).rstrip("\n"))
+    return 1 if said is None else 0
 
 
 if __name__ == "__main__":
