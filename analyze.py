@@ -190,9 +190,11 @@ def plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_text(path: Path, most: int | None = None) -> str | None:
+def read_text(path: Path | None, most: int | None = None) -> str | None:
     """The file's text, of more than `most` bytes both ends, None where there is none. Bytes that
     are no UTF-8 survive being written back."""
+    if path is None:
+        return None
     try:
         with open(path, "rb") as f:
             data = f.read(most)
@@ -204,13 +206,13 @@ def read_text(path: Path, most: int | None = None) -> str | None:
     return data.decode("utf-8", "surrogateescape")
 
 
-def read_log(path: Path) -> str | None:
+def read_log(path: Path | None) -> str | None:
     """A log as a page may show it; of one that is far longer than the usual 50 KB, the ends."""
     text = read_text(path, LOG_BYTES)
     return None if text is None else printable(text)
 
 
-def read_json(path: Path, damage: list[str] | None = None) -> dict:
+def read_json(path: Path | None, damage: list[str] | None = None) -> dict:
     """A JSON object, empty where there is none. What cannot be read, or is not of its FIELD_TYPES,
     is left out and added to `damage`."""
     damage, text = [] if damage is None else damage, read_text(path)
@@ -436,15 +438,15 @@ def load_folder(
     """The run whose files lie in `folder`, of which only `files` are its own."""
     damage = [*damage]
     own = {file: folder / file for file in files if (folder / file).exists()}
-    start, summary, evaluation = (read_json(own[f], damage) if f in own else {} for f in (START, SUMMARY, EVAL))
-    log = read_log(own[LOG]) if LOG in own else None
+    start, summary, evaluation = (read_json(own.get(file), damage) for file in (START, SUMMARY, EVAL))
+    log = read_log(own.get(LOG))
     if not summary and (summary := parse_closing_block(log)):  # a program that writes none, or one that was lost
         damage.append(f"{SUMMARY} is missing: the closing block of {LOG} stands in")
-    if not summary and LOG not in own and number(evaluation.get("val_bpb")):
+    if not summary and log is None and number(evaluation.get("val_bpb")):
         summary = {"val_bpb": evaluation["val_bpb"]}  # the next start has taken the log, which had the rest
         damage.append(f"{SUMMARY} is missing: {EVAL} stands in")
-    records, bad_lines = parse_metrics(read_text(own[METRICS])) if METRICS in own else ([], [])
-    train_py = start.get("train_py") or (read_text(own["train.py"]) if "train.py" in own else None)
+    records, bad_lines = parse_metrics(read_text(own.get(METRICS)) or "")
+    train_py = start.get("train_py") or read_text(own.get("train.py"))
     remarks = (*damage, *bad_lines)
     return Run(name, folder, start, summary, evaluation or None, records, log, train_py, remarks, (*own.values(),))
 
@@ -500,6 +502,11 @@ class Entry:
         flaws = self.record.get("invalid") or self.record.get("hampered") or self.status in ("crash", "invalid")
         return self.val_bpb is not None and not flaws
 
+    @property
+    def is_untested(self) -> bool:
+        """Whether the run says nothing about its program: killed, or hampered by the machine."""
+        return bool(self.record.get("was_killed") or self.record.get("hampered"))
+
     @cached_property
     def group(self) -> tuple:
         """Equal for replicates: the same program and resolved configuration but for the seed, on
@@ -537,7 +544,7 @@ def read_stats(path: Path, written_ns: int) -> dict:
 
 def load_entries(archive: Path, facts: dict) -> dict[str, Entry]:
     """Every run with a folder, by name, as it is without a row. A lost record is worked out again;
-    in one of another format only the programs are hashed anew."""
+    in one of another format only the program is hashed anew."""
     found = {}
     for folder in run_folders(archive):
         path = folder / STATS
@@ -548,8 +555,8 @@ def load_entries(archive: Path, facts: dict) -> dict[str, Entry]:
             record = compute_record(run, facts, Origin(folder.name))
         elif record.get("format") != RECORD_FORMAT:
             run = load_folder(folder, files=[START, "train.py"])
-            hashes = hash_programs(run.train_py, run.start.get("modules") or {})
-            record = record | {"format": RECORD_FORMAT} | (hashes if run.train_py else {})
+            program = program_hash(run.train_py, modules=run.start.get("modules")) or record.get("program")
+            record = record | {"format": RECORD_FORMAT, "program": program}
         description = record.get("description") or ""
         found[folder.name] = Entry(folder.name, filing_status(record), description, record, stats)
     for e in list(found.values()):
@@ -2928,7 +2935,7 @@ def compute_next(archive: Path, folder: Path, book: Book, filed: Entry | None) -
     is_best_elsewhere = best is not None and best.is_kept and book.entry(best.name) not in same
     if not book.entries:
         return BASELINE if (archive / INSIGHTS).exists() else f"{FILE} start"
-    if filed in same[-1:] and (filed.record.get("was_killed") or status_shown(filed) == "hampered"):
+    if filed in same[-1:] and filed.is_untested and filed.status != "discard":
         return f"{AGAIN}, the idea was not tested: `{train_again(filed.record)}`"
     if filed and filed.status == "pending":
         return f"read {archive / filed.name / ANALYSIS}, then keep or discard {filed.name}"
@@ -3012,8 +3019,7 @@ def command_check(names: list[str], archive: Path, folder: Path) -> str | None:
     except Exception as e:  # whatever an expression in Config raises, and a SyntaxError
         return print(f"train.py does not parse, or a constant of its Config fails: {e!r}")
     book, modules = load_book(archive), imported_modules(folder, text)
-    best, hashes = compute_best(book.entries), hash_programs(text, modules)
-    faults = find_repeats(archive, book, best, hashes, values) + find_running(folder, hashes["program"])
+    best, faults = compute_best(book.entries), find_repeats(folder, book, program_hash(text, modules=modules))
     changed = git(folder, "status", "--porcelain", "--", "prepare.py", "analyze.py", *modules) or ""
     if changed := ", ".join(sorted(line[3:].strip() for line in changed.splitlines())):
         faults.append(f"changed besides train.py: {changed}; commit what belongs to the idea, undo the rest")
@@ -3036,36 +3042,16 @@ def imported_modules(folder: Path, text: str) -> dict[str, str]:
     return {name: module for name, module in found.items() if module is not None}
 
 
-def find_repeats(archive: Path, book: Book, best: Best | None, hashes: dict, values: dict) -> list[str]:
-    """The newest run that this program would repeat, its configuration perhaps written otherwise;
-    none where that was hampered, killed, or a first failed launch."""
-    same = []
-    for e in book.entries:
-        is_same_code = e.record.get("code") == hashes["code"]
-        if e.record.get("program") == hashes["program"] or (is_same_code and has_constants(archive / e.name, values)):
-            same.append(e)
-    if not same or best is None:
-        return []
-    e, last, what = same[-1], same[-1].record, "configuration"
-    is_launch = len(same) == 1 and re.search(LAUNCH, last.get("crash") or "", re.I)
-    if last.get("was_killed") or last.get("hampered") or is_launch:
-        return []
-    if last.get("program") == hashes["program"]:
-        what = "program" + " but for its seed" * (last.get("program_and_seed") != hashes["program_and_seed"])
-    again = f"; `{RERUN}` runs the best again" * (e.group == best.group)
-    result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}"
-    return [f"this {what} was trained before: {result}{again}"]
-
-
-def has_constants(folder: Path, values: dict) -> bool:
-    """Whether the constants of this run's Config are these, but for the seed."""
-    theirs = static_config(read_text(folder / "train.py") or "")
-    return all(theirs.get(k) == values.get(k) for k in theirs.keys() | values.keys() if not is_seed(k))
-
-
-def find_running(folder: Path, program: str) -> list[str]:
-    """Whether this program is being trained in another of git's worktrees."""
-    found = []
+def find_repeats(folder: Path, book: Book, program: str) -> list[str]:
+    """The newest run of this program, and one under way in another of git's worktrees."""
+    found, best = [], compute_best(book.entries)
+    same = [e for e in book.entries if e.record.get("program") == program]
+    for e in same[-1:]:
+        is_launch = len(same) == 1 and re.search(LAUNCH, e.record.get("crash") or "", re.I)
+        if best and not e.is_untested and not is_launch:  # one failed launch may be the machine's fault
+            again = f"; `{RERUN}` runs the best again" * (e.group == best.group)
+            result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}"
+            found.append(f"this program was trained before: {result}{again}")
     for name in re.findall(r"^worktree (.+)$", git(folder, "worktree", "list", "--porcelain") or "", re.M):
         if Path(name) != folder and is_running(Path(name)):
             start = read_json(Path(name) / START)
