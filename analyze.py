@@ -2980,7 +2980,7 @@ def render_status(names: list[str], archive: Path, folder: Path) -> str:
     here, todo = describe_here(archive, folder, book)
     insights, queue = read_text(archive / INSIGHTS) or "", list_items(read_text(archive / QUEUE) or "")
     claims = list_items(insights.partition("## Claims")[2])
-    pending = [e.name for e in entries if status_shown(e) == "pending"]
+    pending, noise = [e.name for e in entries if status_shown(e) == "pending"], compute_noise(entries)
     told = "none yet"
     if best:
         stands_in = " (nothing is kept yet: the first valid run stands in)" * (not best.is_kept)
@@ -2989,7 +2989,7 @@ def render_status(names: list[str], archive: Path, folder: Path) -> str:
     lines = ["demo (AUTORESEARCH_DEMO): its archive is its own"] * is_demo()
     lines += [
         f"best: {told}",
-        f"noise: {describe_noise(compute_noise(entries))}",
+        f"noise: sigma {show(noise.sigma)} bpb ({noise.source})",
         f"archive: {render_counts(history)}",
         f"this folder: {here}",
         *describe_progress(archive, folder, best),

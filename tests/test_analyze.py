@@ -1693,7 +1693,7 @@ def test_status_lets_a_fresh_agent_go_on(lab):
     assert f"best: {base} val_bpb 0.998000, 1 run(s): baseline\n" in page
     assert f"pending, decide keep or discard: {lab.rows()[1][0]}\n" in page
     assert "queue: 3 idea(s) in ideas_queue.md\n  one\n  two\n  three\n" in page
-    assert "noise: sigma 0.001000 bpb, 0 degree(s) of freedom measured, and a prior of 0.001" in page
+    assert "noise: sigma 0.001000 bpb (0 degree(s) of freedom measured, and a prior of 0.001" in page
 
 
 def test_an_empty_archive_has_a_status_and_a_table_too(lab):
