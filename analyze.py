@@ -3,10 +3,10 @@
     uv run analyze.py [--wait]           after `uv run train.py > run.log 2>&1`, finished or crashed (or wait for that)
     uv run analyze.py keep [RUN]         the run of this folder (or RUN) is kept
     uv run analyze.py discard [RUN]      it is not; the best run's train.py is restored and committed
-    uv run analyze.py status [--json]    where the search stands, on one page
+    uv run analyze.py status             where the search stands, and what to do next, on one page
     uv run analyze.py compare RUN RUN …  archived runs side by side
     uv run analyze.py check              before a run: is this train.py new, and in order? Exit status 0 or 1
-    uv run analyze.py start [TAG]        a branch for the night and the agent's two files, then what to do next
+    uv run analyze.py start [TAG]        a branch for the night and the agent's two files
     uv run analyze.py rerun              the best run's train.py, and the command that trains it under another seed
     uv run analyze.py stop               end the run in progress here; it is filed as stopped, with its metrics
     uv run analyze.py new-archive        put the archive aside: for other data, another budget or another prepare.py
@@ -54,7 +54,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import NormalDist
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -88,17 +88,15 @@ DWARFING = 0.12  # of the budget: what pictures leave off the scale, because it 
 
 LOG_BYTES = 2**20  # of a log that are read and archived; a real one has 50 KB
 STATUS_LINES = 60
-LOCK_PATIENCE_S = 5.0  # filing a run takes less than that
+DISK_GB = 2.0  # a checkpoint and what the compiler caches take less
 
-# What a summary holds besides the configuration: results, identity, and the machine.
+# What a summary holds besides the configuration and what ends in a unit: results, and what the run is.
 RESULT_KEYS = {
-    *("val_bpb", "training_seconds", "total_seconds", "startup_seconds", "eval_seconds", "stats_seconds", "num_steps"),
-    *("peak_vram_mb", "mfu_percent", "total_tokens_M", "run_id", "git_commit", "git_dirty", "train_sha256"),
+    *("val_bpb", "num_steps", "mfu_percent", "total_tokens_M", "run_id", "git_commit", "git_dirty", "train_sha256"),
     *("prepare_sha256", "measurement_sha256", "data_fingerprint", "eval_tokens", "seed", "seed_offset", "profile"),
-    *("other_gpu_mb", "pauses_over"),
+    "pauses_over",
 }
-KERNEL_KEYS = ("attention_backend", "kernels")
-MACHINE_KEYS = ("gpu_name", "torch_version", *KERNEL_KEYS)
+MACHINE_KEYS = ("gpu_name", "torch_version", *(KERNEL_KEYS := ("attention_backend", "kernels")))
 # What all runs of an archive share: how it is called, and how to get back to it.
 COMPARABLE = {
     "measurement_sha256": ("what prepare.py measures", "undo the change of prepare.py (`git log -p prepare.py`)"),
@@ -107,15 +105,13 @@ COMPARABLE = {
     "eval_tokens": ("the number of tokens scored", "call evaluate_bpb as before"),
     "demo": ("AUTORESEARCH_DEMO", "set it as before"),
 }
-# Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go
-# through number().
-TEXTS = ("run_id", "git_commit", "train_py", "measurement_sha256", "data_fingerprint", "ended")
-FIELD_TYPES = dict.fromkeys((*TEXTS, "host", "finding", *MACHINE_KEYS), str) | {
+# Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go through number().
+FIELD_TYPES = {
+    **dict.fromkeys(("run_id", "git_commit", "train_py", "measurement_sha256", "data_fingerprint", "ended"), str),
+    **dict.fromkeys(("host", "finding", *MACHINE_KEYS), str),
+    **dict.fromkeys(("demo", "git_dirty", "causal"), bool),
     "modules": dict,
     "faults": list,
-    "demo": bool,
-    "git_dirty": bool,
-    "causal": bool,
 }
 
 # Failures of the machine or its set-up: reported, and not filed as an experiment.
@@ -139,25 +135,20 @@ CRASH_CAUSES = (
     ("a failed launch on the GPU: the machine's fault or the program's", LAUNCH,
      "train the same commit once more; if it fails again it is the program's"),
 )
-SWITCH = dict.fromkeys(("", "0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
+YES = ("1", "true", "yes", "on")
 # The commands that pages name.
-DEMO_PREFIX = "AUTORESEARCH_DEMO=1 " * SWITCH.get(os.environ.get("AUTORESEARCH_DEMO", "").lower(), False)
+DEMO_PREFIX = "AUTORESEARCH_DEMO=1 " * (os.environ.get("AUTORESEARCH_DEMO", "").lower() in YES)
 FILE, TRAIN = f"{DEMO_PREFIX}uv run analyze.py", "uv run train.py > run.log 2>&1"
 WAIT, RERUN = f"{FILE} --wait", f"{FILE} rerun"
 TRAIN_BESIDE = f"{DEMO_PREFIX}setsid timeout --kill-after=10 600 {TRAIN} &"  # as step 2 of program.md has it
 AGAIN = "train the same commit again"
 KILLED = "killed from outside, or out of time"
 KILLED_HELP = "the idea was not tested: train the same commit again; see whether the machine's own memory ran out"
-# What a terminal or a page must not receive: escape sequences, control characters, marks that
-# reverse the text.
+# Escape sequences, control characters, marks that reverse the text.
 UNPRINTABLE = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b.?"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 )
-
-
-class AnalyzeError(ValueError):
-    """Something the caller can mend. The message names what, where, and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,10 +157,7 @@ class AnalyzeError(ValueError):
 
 
 def is_demo() -> bool:
-    value = os.environ.get("AUTORESEARCH_DEMO", "")
-    if value.lower() not in SWITCH:
-        raise AnalyzeError(f"AUTORESEARCH_DEMO={value} is neither yes nor no: set it to 1, or unset it")
-    return SWITCH[value.lower()]
+    return os.environ.get("AUTORESEARCH_DEMO", "").lower() in YES
 
 
 def archive_dir(demo: bool | None = None) -> Path:
@@ -179,13 +167,12 @@ def archive_dir(demo: bool | None = None) -> Path:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write the whole file or nothing: a reader never sees half of it."""
+    """Write the whole file or nothing: neither a reader nor a power cut sees half of it."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     with open(temporary, "wb") as f:
-        f.write(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
-        if isinstance(data, str):  # the books must outlive a power cut; a picture can be drawn again
-            f.flush()
-            os.fsync(f.fileno())
+        f.write(data if isinstance(data, bytes) else data.encode("utf-8", "surrogateescape"))
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
@@ -204,30 +191,49 @@ def plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_text(path: Path) -> str | None:
-    """The file's exact text, None where there is no such file. Bytes that are no UTF-8 survive
-    being written back."""
+def read_text(path: Path | None, most: int | None = None) -> str | None:
+    """The file's text, of more than `most` bytes both ends, None where there is none. Bytes that
+    are no UTF-8 survive being written back."""
+    if path is None:
+        return None
     try:
-        return path.read_bytes().decode("utf-8", "surrogateescape")
+        with open(path, "rb") as f:
+            data = f.read(most)
+            if most and f.read(1):
+                f.seek(-most // 2, os.SEEK_END)
+                data = data[: most // 4] + b"\n[the middle is left out]\n" + f.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def read_log(path: Path) -> str | None:
-    """The log, of a very long one both ends. None where there is none."""
-    if not path.exists():
-        return None
-    with open(path, "rb") as f:
-        data = f.read(LOG_BYTES)
-        if f.read(1):
-            f.seek(-LOG_BYTES // 2, os.SEEK_END)
-            data = data[: LOG_BYTES // 4] + b"\n[the middle is left out]\n" + f.read()
     return data.decode("utf-8", "surrogateescape")
 
 
+def read_log(path: Path | None) -> str | None:
+    """A log as a page may show it; of one that is far longer than the usual 50 KB, the ends."""
+    text = read_text(path, LOG_BYTES)
+    return None if text is None else printable(text)
+
+
+def read_json(path: Path | None, damage: list[str] | None = None) -> dict:
+    """A JSON object, empty where there is none. What cannot be read, or is not of its FIELD_TYPES,
+    is left out and added to `damage`."""
+    damage, text = [] if damage is None else damage, read_text(path)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        damage.append(f"{path} is no valid JSON object")
+        return {}
+    for key, kind in FIELD_TYPES.items():
+        if not isinstance(value.get(key), kind | None):
+            damage.append(f"{path.name}: {key} is {clip(repr(value.pop(key)), 40)}, taken for missing")
+    return value
+
+
 def printable(text: str) -> str:
-    """The text as a terminal or a page may have it: no escape sequences, a question mark for a byte
-    that was no UTF-8, a line of its own for what was written over itself."""
+    """The text as a terminal or a page may have it; a `?` stands for a byte that was no UTF-8."""
     text = text.encode("utf-8", "replace").decode()
     return UNPRINTABLE.sub("", re.sub(r"\r\n?", "\n", text))
 
@@ -236,37 +242,13 @@ def one_line(text: str) -> str:
     return " ".join(printable(text).split())
 
 
+def clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 def normal(text: str | None) -> str | None:
-    """A program's text without what git may change when it checks it out: line ends, a byte order
-    mark."""
+    """A program's text without what git may change: line ends, a byte order mark."""
     return None if text is None else text.removeprefix("\ufeff").replace("\r\n", "\n")
-
-
-def read_json(path: Path) -> dict | None:
-    """A JSON object. None where there is no such file; ValueError names a file that holds anything
-    else."""
-    text = read_text(path)
-    try:
-        value = None if text is None else json.loads(text.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON ({clip(str(e), 100)})") from None
-    if not isinstance(value, dict | None):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
-def read_fields(path: Path, damage: list[str]) -> dict:
-    """A JSON object whose known fields have the right types, empty where there is none. What has
-    not is added to `damage`."""
-    try:
-        value = read_json(path) or {}
-    except ValueError as e:
-        damage.append(str(e))
-        return {}
-    for key, kind in FIELD_TYPES.items():
-        if not isinstance(value.get(key), kind | None):
-            damage.append(f"{path.name}: {key} is {clip(repr(value.pop(key)), 40)}, taken for missing")
-    return value
 
 
 def sha256(data: str) -> str:
@@ -292,87 +274,54 @@ def show(value: float | None, form: str = ".6f", unit: str = "") -> str:
     return "unknown" if value is None or not math.isfinite(value) else f"{value:{form}}{unit}"
 
 
-def clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
 def first_free(name: str, is_taken: Callable[[str], bool], mark: str = "-") -> str:
     """The name, or with the lowest number behind it that is not taken."""
     names = itertools.chain([name], (f"{name}{mark}{i}" for i in itertools.count(2)))
     return next(n for n in names if not is_taken(n))
 
 
-def run_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    """git without hooks, prompts, colors and signatures, whatever its configuration says, and in
-    English."""
+def git(folder: Path, *arguments: str, is_needed: bool = False) -> str | None:
+    """What git printed, without hooks, prompts, colors and signatures, and in English. None where
+    it failed; if `is_needed`, ValueError with its reason, but where there is no repository."""
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "GIT_EDITOR": "true", "LC_ALL": "C"}
     options = ["-c", "core.hooksPath=/dev/null", "-c", "log.showSignature=false", "-c", "color.ui=false"]
+    if shutil.which("git") is None:
+        return None
     command = ["git", "-C", str(folder), *options, *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=os.environ | quiet)
-    except FileNotFoundError:
-        return subprocess.CompletedProcess(command, 127, b"", b"not a git repository: git is not installed")
-
-
-def git(folder: Path, *arguments: str) -> str | None:
-    """What git printed, None where it failed: no git, no repository, no such commit."""
-    done = run_git(folder, *arguments)
-    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
-
-
-def check_git(folder: Path) -> None:
-    """AnalyzeError with git's own reason where there is a repository that git refuses to read."""
-    done = run_git(folder, "rev-parse", "--git-dir")
-    if done.returncode and b"not a git repository" not in done.stderr:
-        raise AnalyzeError(f"git cannot read this repository: {one_line(done.stderr.decode(errors='replace'))}")
-
-
-def git_commit(folder: Path, message: str, files: list[str]) -> None:
-    """Commit these files and no others. Without hooks and signing: nobody is there to answer a
-    prompt."""
-    run_git(folder, "add", "--", *files)
-    who = []
-    if git(folder, "var", "GIT_COMMITTER_IDENT") is None:  # as in a container without a home
-        who = ["-c", "user.name=auto-log-research", "-c", "user.email=auto-log-research@localhost"]
-    done = run_git(folder, *who, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "-m", message, "--", *files)
-    if done.returncode:
-        said = one_line((done.stderr + done.stdout).decode(errors="replace"))
-        raise AnalyzeError(f"git would not commit it: {clip(said, 300)}")
-
-
-def try_lock(file: IO, how: int) -> bool:
-    """Lock an open file, unless another process has it. The kernel lets go when that one dies,
-    however it dies."""
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=os.environ | quiet)
+    said = one_line((done.stderr + done.stdout).decode(errors="replace"))
+    if done.returncode == 0:
+        return done.stdout.decode("utf-8", "surrogateescape")
+    if is_needed and "not a git repository" not in said:
+        raise ValueError(f"git: {clip(said, 300)}")
+    return None
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a run is under way there: it holds a lock on its metrics for its whole life. Asking
-    takes the lock for an instant."""
+    """Whether a run is under way there: it holds a lock on its metrics for its whole life, and the
+    kernel lets go however it dies. Asking takes the lock for an instant."""
     try:
         with open(folder / METRICS, "rb") as f:
-            return not try_lock(f, fcntl.LOCK_SH)
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        pass
+    return False
 
 
 @contextlib.contextmanager
 def locked(archive: Path) -> Iterator[None]:
-    """Hold the archive alone. Whoever holds it for long is named, and waited for."""
+    """Hold the archive alone. Who holds it meanwhile is named, and waited for."""
     archive.mkdir(parents=True, exist_ok=True)
     with open(archive / ".lock", "a+") as lock:
-        told_at = time.monotonic() + LOCK_PATIENCE_S
-        while not try_lock(lock, fcntl.LOCK_EX):
-            if time.monotonic() > told_at:
-                print(f"waiting for {archive}, held by {one_line(read_text(archive / '.lock'))}", file=sys.stderr)
-                told_at = math.inf
-            time.sleep(0.02)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for {archive}, held by {one_line(read_text(archive / '.lock'))}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
-        print(f"process {os.getpid()} on {os.uname().nodename}: {' '.join(sys.argv)[:200]}", file=lock, flush=True)
+        print(f"process {os.getpid()} on {os.uname().nodename}: {sys.argv[1:]}", file=lock, flush=True)
         for path in [*archive.glob(".tmp-*"), *archive.glob("*/.tmp-*")]:  # of a process that was killed
             if path.parent.name not in ("unfiled", "demo"):  # where others write without this lock
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -410,11 +359,6 @@ class Run:
 
         return pd.DataFrame.from_records(self.records)
 
-    @cached_property
-    def stats(self) -> dict:
-        """What the analysis computed, empty before it ran."""
-        return read_json(self.path / STATS) or {}
-
     @property
     def step_ms(self) -> float | None:
         """Median step time."""
@@ -427,15 +371,13 @@ class Run:
 
     @property
     def scalars(self) -> dict[str, list[list]]:
-        """Name to lists of values, one of each step that logged it, of the residual scalars and the
-        like, by name."""
+        """Of residual scalars and the like, by name, the lists of values, one a step that logged it."""
         keys = sorted({k for r in self.records for k in r if k.startswith("scalars/")})
         return {k.removeprefix("scalars/"): [r[k] for r in some] for k in keys if (some := self.records_with(k))}
 
     @cached_property
     def curve(self) -> Curve | None:
-        """Its loss by tokens; taken once, for the paired curve, the gap to validation and the
-        picture."""
+        """Its loss by tokens, taken once for all that need it."""
         return compute_curve(self)
 
     def series(self, key: str) -> np.ndarray:
@@ -443,8 +385,7 @@ class Run:
         return numbers(r.get(key) for r in self.records)
 
     def first_of(self, key: str) -> object:
-        """A field from the evaluation, the summary or the start, in that order; None where none has
-        it."""
+        """A field from the evaluation, the summary or the start, in that order, None in none."""
         found = (part.get(key) for part in (self.evaluation or {}, self.summary, self.start))
         return next((value for value in found if value is not None), None)
 
@@ -454,8 +395,7 @@ class Run:
 
     @cached_property
     def identity(self) -> str:
-        """What makes this run this run: its id, or where it has none, the contents it left and
-        when."""
+        """Its id, or where it has none, the contents that it left and when."""
         if self.run_id:
             return f"run:{self.run_id}"
         written_ns = [path.stat().st_mtime_ns for path in self.files if path.name == LOG]
@@ -463,8 +403,7 @@ class Run:
 
 
 def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
-    """The records of a metrics.jsonl and the damage, if any. A last line cut short, as a kill
-    leaves it, is none."""
+    """The records of a metrics.jsonl, and the damage; a last line cut short by a kill is none."""
     records, bad = [], []
     lines = text.split("\n")
     for i, line in enumerate(lines, 1):
@@ -476,14 +415,11 @@ def parse_metrics(text: str) -> tuple[list[dict], list[str]]:
             records.append(record)
         elif line.strip() and i < len(lines):
             bad.append(str(i))
-    if not bad:
-        return records, []
-    return records, [f"{METRICS}: {len(bad)} damaged line(s) left out (line {clip(', '.join(bad), 40)})"]
+    return records, [f"{METRICS}: {len(bad)} damaged line(s) left out (line {clip(', '.join(bad), 40)})"] * bool(bad)
 
 
 def parse_closing_block(log: str | None) -> dict:
-    """The closing `key: value` block of a finished run, numbers where they are numbers; empty if
-    there is none."""
+    """The closing `key: value` block of a finished run, empty if there is none."""
     values: dict = {}
     for key, value in re.findall(r"^(\w+):\s+(\S+)\s*$", (log or "").rpartition("\n---\n")[2], re.M):
         is_number = re.fullmatch(r"-?\d{1,15}(\.\d+)?", value)
@@ -497,40 +433,38 @@ def log_run_id(log: str | None) -> str | None:
     return found[1] if found else None
 
 
-def load_folder(folder: Path, name: str = "", files: Iterable[str] | None = None) -> Run:
-    """The run whose files lie in `folder`; `files` limits it to those that are this run's."""
-    damage: list[str] = []
-    own = {file: folder / file for file in files or (*OUTPUTS, "train.py") if (folder / file).exists()}
-    start, summary, evaluation = (read_fields(own[f], damage) if f in own else {} for f in (START, SUMMARY, EVAL))
-    log = printable(read_log(own[LOG])) if LOG in own else None
+def load_folder(
+    folder: Path, name: str = "", files: Iterable[str] = (*OUTPUTS, "train.py"), damage: Iterable[str] = ()
+) -> Run:
+    """The run whose files lie in `folder`, of which only `files` are its own."""
+    damage = [*damage]
+    own = {file: folder / file for file in files if (folder / file).exists()}
+    start, summary, evaluation = (read_json(own.get(file), damage) for file in (START, SUMMARY, EVAL))
+    log = read_log(own.get(LOG))
     if not summary and (summary := parse_closing_block(log)):  # a program that writes none, or one that was lost
         damage.append(f"{SUMMARY} is missing: the closing block of {LOG} stands in")
-    if not summary and LOG not in own and number(evaluation.get("val_bpb")):
+    if not summary and log is None and number(evaluation.get("val_bpb")):
         summary = {"val_bpb": evaluation["val_bpb"]}  # the next start has taken the log, which had the rest
         damage.append(f"{SUMMARY} is missing: {EVAL} stands in")
-    records, bad_lines = parse_metrics(read_text(own[METRICS])) if METRICS in own else ([], [])
-    train_py = start.get("train_py") or (read_text(own["train.py"]) if "train.py" in own else None)
+    records, bad_lines = parse_metrics(read_text(own.get(METRICS)) or "")
+    train_py = start.get("train_py") or read_text(own.get("train.py"))
     remarks = (*damage, *bad_lines)
     return Run(name, folder, start, summary, evaluation or None, records, log, train_py, remarks, (*own.values(),))
 
 
 def load_run(name: str, archive: Path | None = None) -> Run:
-    """An archived run by its name in the first column of results.tsv; a prefix will do where it
-    fits one run only."""
+    """An archived run by its name in results.tsv, or the beginning of it where one run has it."""
     archive = archive or archive_dir()
     name = resolve_name(name, [path.name for path in run_folders(archive)])
     return load_folder(archive / name, name)
 
 
 def resolve_name(wanted: str, names: list[str]) -> str:
-    if wanted in names:
-        return wanted
-    fits = [n for n in names if n.startswith(wanted) or (len(wanted) > 7 and n == wanted[:7])]
-    if len(fits) == 1:
-        return fits[0]
-    if fits:
-        raise AnalyzeError(f"{wanted!r} fits {len(fits)} runs: {', '.join(fits[:6])}: name one of them in full")
-    raise AnalyzeError(f"no archived run is called {wanted!r}: `{FILE} status` and {RESULTS} list them")
+    fits = [wanted] if wanted in names else [name for name in names if name.startswith(wanted)]
+    if len(fits) != 1:
+        listed = ", ".join(fits[:6]) or f"{RESULTS} lists all"
+        raise ValueError(f"{wanted!r} is the name of {len(fits)} archived runs ({listed}): name one in full")
+    return fits[0]
 
 
 def run_folders(archive: Path) -> list[Path]:
@@ -548,15 +482,15 @@ def run_folders(archive: Path) -> list[Path]:
 @dataclass(frozen=True)
 class Entry:
     """A run in the books: its row of results.tsv, whose status and description hold, so that they
-    can be edited, and its record, whose score counts whatever the row says. `stats`: the rest of
-    what its analysis computed."""
+    can be edited, and its record, whose score counts whatever the row says. `stats`: all that its
+    analysis computed. `cell`: the description byte for byte as the row has it."""
 
     name: str
     status: str
     description: str
     record: dict = field(repr=False)
     stats: dict = field(repr=False, default_factory=dict)
-    row: str = ""
+    cell: str = ""
 
     @property
     def val_bpb(self) -> float | None:
@@ -565,10 +499,14 @@ class Entry:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the score may be compared: finished, nothing wrong with it, and not called
-        invalid by hand."""
+        """Whether the score may be compared."""
         flaws = self.record.get("invalid") or self.record.get("hampered") or self.status in ("crash", "invalid")
         return self.val_bpb is not None and not flaws
+
+    @property
+    def is_untested(self) -> bool:
+        """Whether the run says nothing about its program: killed, or hampered by the machine."""
+        return bool(self.record.get("was_killed") or self.record.get("hampered"))
 
     @cached_property
     def group(self) -> tuple:
@@ -595,141 +533,108 @@ class Book:
         return next((e for e in self.entries if e.record["identity"] == run.identity), None)
 
 
-def read_row(line: str, records: dict[str, dict], entries: dict[str, Entry]) -> Entry:
-    """The entry that a line of results.tsv is about. ValueError says why it is about none, or about
-    one of those that earlier lines gave."""
-    cells = [cell.strip() for cell in line.split("\t", 4)]
-    if len(cells) != 5:
-        raise ValueError(f"{len(cells)} columns where five are due")
-    name, _, _, status, description = cells
-    if name not in records:
-        raise ValueError(f"no files of a run {clip(name, 40)!r} in the archive")
-    if name in entries:
-        raise ValueError(f"a second row of {name}")
-    if status not in STATUSES:
-        raise ValueError(f"status {clip(status, 40)!r} is none of {', '.join(STATUSES)}")
-    return Entry(name, status, one_line(description), records[name], row=line.rstrip("\n") + "\n")
-
-
-def format_row(name: str, record: dict, status: str, description: str) -> str:
-    """A line as upstream writes it: a crash has zeros. A number that is not known is `nan`."""
-    val, memory = record.get("val_bpb"), record.get("memory_gb")
-    val, memory = (math.nan if x is None else x for x in (val, memory))
-    cells = ["0.000000", "0.0"] if status == "crash" else [f"{val:.6f}", f"{memory:.1f}"]
-    return "\t".join([name, *cells, status, one_line(description)]) + "\n"
-
-
-def read_stats(folder: Path) -> dict:
-    """A run's stats.json, empty where it is missing or damaged."""
-    try:
-        return parse_stats(folder / STATS, (folder / STATS).stat().st_mtime_ns)
-    except (ValueError, OSError):
-        return {}
-
-
-@cache
-def parse_stats(path: Path, written_ns: int) -> dict:
-    """Each version of a file is parsed once a call: the books are read several times while a run is
-    filed."""
-    stats = read_json(path) or {}
-    record = stats.get("record")
-    return stats if isinstance(record, dict) and isinstance(record.get("identity"), str) else {}
-
-
-def load_records(archive: Path, facts: dict, booked: set[str], problems: list[str]) -> dict[str, dict]:
-    """Name to record of every run; worked out again where it is lost. A copy of a run's folder is
-    no second run; `booked`, those with a row, are no copies."""
-    records = {}
-    for folder in run_folders(archive):
-        record = read_stats(folder).get("record")
-        if record is None:
-            record = compute_record(load_folder(folder, folder.name), facts, Origin(folder.name))
-        elif record.get("format") != RECORD_FORMAT:
-            record = renew_record(folder, record)
-        records[folder.name] = record
-    for name, record in records.items():
-        verdict = read_stats(archive / name).get("verdict") or {}
-        if verdict.get("kind") == "unchanged" and verdict.get("best") in records:
-            records[name] = record | {"program": records[verdict["best"]]["program"]}
-    names: dict[str, str] = {}
-    for name in sorted(records, key=lambda name: (name not in booked, records[name].get("name", name) != name)):
-        first = names.setdefault(records[name]["identity"], name)
-        if first != name:
-            problems.append(f"{name} is a copy of {first}: left out")
-            del records[name]
-    return records
-
-
-def renew_record(folder: Path, old: dict) -> dict:
-    """A record of another format with its programs hashed anew; all else in it stands."""
-    start = read_fields(folder / START, [])
-    text = start.get("train_py") or read_text(folder / "train.py")
-    return old | {"format": RECORD_FORMAT} | ({} if text is None else hash_programs(text, start.get("modules") or {}))
-
-
-def load_book(archive: Path) -> Book:
-    """Rows and records joined. A line that is no row of a run is named and left out; a run without
-    a row has one made of its record, before those that started later."""
-    problems: list[str] = []
-    facts = read_fields(archive / FACTS, problems)
-    lines = (read_text(archive / RESULTS) or "").splitlines(keepends=True)
-    records = load_records(archive, facts, {line.split("\t")[0].strip() for line in lines}, problems)
-    entries: dict[str, Entry] = {}
-    for i, line in enumerate(lines, 1):
-        if line.strip("\0 \r\n") and not line.startswith("commit\t"):
-            try:
-                this = read_row(line, records, entries)
-            except ValueError as e:
-                problems.append(f"{RESULTS} line {i}: {e}: not counted")
-                continue
-            entries[this.name] = this
-            said = line.split("\t")[1].strip()
-            if this.val_bpb is not None and said != f"{this.val_bpb:.6f}":
-                problems.append(f"{RESULTS} line {i}: {said} is not what {this.name} scored: {this.val_bpb:.6f} counts")
-    ordered = add_missing_rows([*entries.values()], records, problems)
-    return Book([replace(e, stats=read_stats(archive / e.name)) for e in ordered], problems, facts)
-
-
-def add_missing_rows(entries: list[Entry], records: dict[str, dict], problems: list[str]) -> list[Entry]:
-    booked = {e.name for e in entries}
-    for name in sorted(records.keys() - booked, key=lambda name: started_unix(records[name])):
-        record = records[name]
-        status, description = filing_status(record), record.get("description") or ""
-        new = Entry(name, status, description, record, row=format_row(name, record, status, description))
-        later = [i for i, e in enumerate(entries) if started_unix(e.record) > started_unix(record)]
-        entries.insert(later[0] if later else len(entries), new)
-        problems.append(f"{name} had no row in {RESULTS}: added, as {status}")
-    return entries
-
-
 def started_unix(record: dict) -> float:
     return number(record.get("started_unix")) or 0.0
 
 
+@cache
+def read_stats(path: Path, written_ns: int) -> dict:
+    """Each version of a file is parsed once a call, in which the books are read several times."""
+    return read_json(path)
+
+
+def load_entries(archive: Path, facts: dict) -> dict[str, Entry]:
+    """Every run with a folder, by name, as it is without a row. A lost record is worked out again;
+    in one of another format only the program is hashed anew."""
+    found = {}
+    for folder in run_folders(archive):
+        path = folder / STATS
+        stats = read_stats(path, path.stat().st_mtime_ns) if path.exists() else {}
+        record = stats.get("record")
+        if not isinstance(record, dict) or not isinstance(record.get("identity"), str):
+            stats, run = {}, load_folder(folder, folder.name)
+            record = compute_record(run, facts, Origin(folder.name))
+        elif record.get("format") != RECORD_FORMAT:
+            run = load_folder(folder, files=[START, "train.py"])
+            program = program_hash(run.train_py, modules=run.start.get("modules")) or record.get("program")
+            record = record | {"format": RECORD_FORMAT, "program": program}
+        description = record.get("description") or ""
+        found[folder.name] = Entry(folder.name, filing_status(record), description, record, stats)
+    for e in list(found.values()):
+        verdict = e.stats.get("verdict") or {}
+        if verdict.get("kind") == "unchanged" and verdict.get("best") in found:
+            program = found[verdict["best"]].record["program"]
+            found[e.name] = replace(e, record=e.record | {"program": program})
+    return found
+
+
+def read_rows(archive: Path, runs: dict[str, Entry], problems: list[str]) -> dict[str, Entry]:
+    """The runs that have a row of results.tsv, as it says. A line that is none is named."""
+    found: dict[str, Entry] = {}
+    for i, line in enumerate((read_text(archive / RESULTS) or "").splitlines(), 1):
+        name, *cells = [cell.strip() for cell in line.split("\t", 4)]
+        if name.strip("\0") in ("", "commit"):
+            continue
+        if len(cells) < 4 or name not in runs or name in found or cells[2] not in STATUSES:
+            problems.append(f"{RESULTS} line {i} is not the one row of an archived run, with five "
+                            f"columns and a status of {', '.join(STATUSES)}: not counted")
+            continue
+        e = replace(runs[name], status=cells[2], description=one_line(cells[3]), cell=cells[3])
+        if e.val_bpb is not None and cells[0] != f"{e.val_bpb:.6f}":
+            problems.append(f"{RESULTS} line {i}: {cells[0]} is not what {name} scored: {e.val_bpb:.6f} counts")
+        found[name] = e
+    return found
+
+
+def load_book(archive: Path) -> Book:
+    """Folders and rows joined. Of copies of a folder one counts, one with a row first. A run
+    without a row gets one, before those that started later."""
+    problems: list[str] = []
+    facts = read_json(archive / FACTS, problems)
+    runs = load_entries(archive, facts)
+    rows = read_rows(archive, runs, problems)
+    names: dict[str, str] = {}
+    for name in sorted(runs, key=lambda name: (name not in rows, runs[name].record.get("name", name) != name)):
+        first = names.setdefault(runs[name].record["identity"], name)
+        if first != name:
+            problems.append(f"{name} is a copy of {first}: left out")
+    counted = set(names.values())
+    entries = [e for e in rows.values() if e.name in counted]
+    missing = [runs[name] for name in counted - rows.keys()]
+    for new in sorted(missing, key=lambda e: started_unix(e.record)):
+        later = [i for i, e in enumerate(entries) if started_unix(e.record) > started_unix(new.record)]
+        entries.insert(min(later, default=len(entries)), new)
+        problems.append(f"{new.name} had no row in {RESULTS}: added, as {new.status}")
+    return Book(entries, problems, facts)
+
+
+def format_row(e: Entry) -> str:
+    """A line as upstream writes it: a crash has zeros. A number that is not known is `nan`."""
+    val, memory = numbers([e.record.get("val_bpb"), e.record.get("memory_gb")])
+    if e.status == "crash":
+        val = memory = 0.0
+    return f"{e.name}\t{val:.6f}\t{memory:.1f}\t{e.status}\t{e.cell or e.description}\n"
+
+
 def save_table(archive: Path, entries: list[Entry]) -> None:
-    """results.tsv, rows that were not touched byte for byte as they were."""
-    text = HEADER + "\n" + "".join(e.row for e in entries)
+    text = HEADER + "\n" + "".join(format_row(e) for e in entries)
     if entries and text != read_text(archive / RESULTS):
         write_atomic(archive / RESULTS, text)
 
 
 def load_runs(archive: Path | None = None) -> pd.DataFrame:
-    """All runs in the order of results.tsv: the five columns, facts of the run, and its
-    configuration under its own keys. Numbers a run does not have (the score of a crash, say) are
-    NaN."""
+    """All runs in the order of results.tsv: its five columns, facts of the run, its configuration.
+    Numbers that a run does not have (the score of a crash, say) are NaN."""
     import pandas as pd
 
-    rows = []
+    columns, rows = [*HEADER.split("\t"), "is_valid"], []
     for e in load_book(archive or archive_dir()).entries:
-        first = [e.name, e.val_bpb, e.record.get("memory_gb"), e.status, e.description, e.is_valid]
-        row = dict(zip([*HEADER.split("\t"), "is_valid"], first, strict=True))
+        cells = [e.name, e.val_bpb, e.record.get("memory_gb"), e.status, e.description, e.is_valid]
+        row = dict(zip(columns, cells, strict=True))
         facts = {k: v for k, v in e.record.items() if not isinstance(v, dict | list)}
         rows.append(row | e.record.get("config", {}) | facts | row)
-    frame = pd.DataFrame(rows, columns=None if rows else [*HEADER.split("\t"), "is_valid"])
-    for column in frame.columns:
-        if all(v is None or number(v) is not None for v in frame[column]):
-            frame[column] = frame[column].astype(float)
-    return frame
+    frame = pd.DataFrame(rows, columns=None if rows else columns)
+    return frame.astype({column: float for column in frame if frame[column].isna().all()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2811,7 +2716,7 @@ def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[lis
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# File: from the working folder into the archive
+# File and write: from the working folder into the archive, and the pages there
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What the log of a program shows that died before it could write its start file. Without one of
@@ -2823,75 +2728,73 @@ STARTING_S = 120.0  # importing torch from a cold disk takes a minute
 
 
 def find_outputs(folder: Path) -> list[Run]:
-    """The runs whose outputs lie in the folder, oldest first: none, one, or two. Two where the log
-    is of a start that died before it could put the earlier run's files away (a syntax error)."""
-    log = printable(read_log(folder / LOG) or "")
-    start, summary = read_fields(folder / START, []), read_fields(folder / SUMMARY, [])
-    if not start:
-        return find_unmarked_outputs(folder, log, summary)
-    run_id, owner = start.get("run_id"), summary.get("run_id")
-    if owner in (None, run_id):
-        files, remarks = [START, METRICS, EVAL, SUMMARY], ()
-    else:
-        files, remarks = [START, METRICS], (f"{SUMMARY} is of run {owner}, not of {run_id}: left out",)
-    if not log.strip() or log_run_id(log) == run_id:
-        return [with_remarks(load_folder(folder, files=[*files, LOG]), *remarks)]
-    run = with_remarks(load_folder(folder, files=files), *remarks, f"{LOG} is of another run: left out")
-    if log_run_id(log) or not ENDED.search(log):
-        return [run]
-    return sorted([run, load_folder(folder, files=[LOG])], key=lambda run: max(p.stat().st_mtime for p in run.files))
+    """The runs whose outputs lie in the folder, oldest first: none, one, or two.
 
-
-def find_unmarked_outputs(folder: Path, log: str, summary: dict) -> list[Run]:
-    """Outputs without a start file, which every program leaves that loads the data: of one that
-    died before that, or that was run with an earlier prepare.py. A summary that the log does not
-    confirm is an older run's."""
+    Two where the log is of a start that died before it could put the earlier run's files away (a
+    syntax error). Outputs without a start file are of a program that died so early, or of one with
+    an earlier prepare.py: a summary that the log does not confirm is an older run's."""
+    log, start = read_log(folder / LOG) or "", read_json(folder / START)
+    summary = read_json(folder / SUMMARY)
     scored = number(parse_closing_block(log).get("val_bpb"))
-    if summary and (not log.strip() or abs((scored or 0) - (number(summary.get("val_bpb")) or 0)) < 2e-6):
-        return [load_folder(folder, files=[LOG, METRICS, EVAL, SUMMARY])]
-    return [load_folder(folder, files=[LOG])] if scored is not None or ENDED.search(log) else []
-
-
-def with_remarks(run: Run, *remarks: str) -> Run:
-    return replace(run, damage=(*run.damage, *remarks))
+    runs = []
+    if start:
+        files, strangers, run_id = [START, METRICS], [], start.get("run_id")
+        if summary.get("run_id") in (None, run_id):
+            files += [EVAL, SUMMARY]
+        else:
+            strangers.append(f"{SUMMARY} is of run {summary['run_id']}, not of {run_id}: left out")
+        if is_own := not log.strip() or log_run_id(log) == run_id:
+            files.append(LOG)
+        else:
+            strangers.append(f"{LOG} is of another run: left out")
+        runs.append(load_folder(folder, files=files, damage=strangers))
+        if is_own or log_run_id(log):
+            return runs
+    elif summary and (not log.strip() or abs((scored or 0) - (number(summary.get("val_bpb")) or 0)) < 2e-6):
+        return [load_folder(folder, files=OUTPUTS)]
+    if scored is not None or ENDED.search(log):
+        runs.append(load_folder(folder, files=[LOG]))
+    return sorted(runs, key=lambda run: max(path.stat().st_mtime for path in run.files))
 
 
 def is_starting(folder: Path) -> bool:
-    """Whether the log is that of a program which was started a moment ago and has not come to say
-    what run it is."""
+    """Whether the log is of a program started a moment ago that has not yet said what run it is."""
     log = read_log(folder / LOG)
     if log is None or log_run_id(log) or ENDED.search(log) or parse_closing_block(log):
         return False
     return abs(time.time() - (folder / LOG).stat().st_mtime) < STARTING_S
 
 
+def find_commit(run: Run, folder: Path) -> str | None:
+    """The commit a run was trained from; HEAD only for one that cannot say, and is younger."""
+    commit = run.start.get("git_commit") or run.summary.get("git_commit")
+    if not commit and not run.start and (head := git(folder, "log", "-1", "--format=%H %ct")):
+        commit, committed_unix = head.split()
+        began_unix = run_start_unix(run) - (number(run.summary.get("total_seconds")) or 0.0)
+        if began_unix < int(committed_unix):
+            return None
+    return commit if re.fullmatch(r"[0-9a-f]{7,40}", commit or "") else None
+
+
 UNCHANGED = "train.py as it was"  # the description of a run whose commit did not touch its program
 
 
 def find_origin(run: Run, folder: Path) -> Origin:
-    """What a run says it was trained from. Never HEAD by default."""
-    head = (git(folder, "rev-parse", "HEAD") or "").strip()
-    commit = run.start.get("git_commit") or run.summary.get("git_commit") or commit_by_age(run, folder, head)
-    is_known = re.fullmatch(r"[0-9a-f]{7,40}", commit) is not None
-    committed, parent = (git(folder, "show", f"{c}:./train.py") if is_known else None for c in (commit, f"{commit}^"))
-    text = run.start.get("train_py") or (committed if head else read_text(folder / "train.py"))
-    if not is_known:
+    """What a run says it was trained from."""
+    commit = find_commit(run, folder)
+    if commit is None:
+        has_git = git(folder, "rev-parse", "HEAD") is not None
+        text = run.start.get("train_py") or (None if has_git else read_text(folder / "train.py"))
         return Origin(f"unknown-{sha256(normal(text) or run.identity)[:7]}", None, text, "(no commit)")
-    subject = one_line(git(folder, "log", "-1", "--format=%s", commit) or "") or "(commit not in this repository)"
+    committed, parent = (git(folder, "show", f"{name}:./train.py") for name in (commit, f"{commit}^"))
+    text = run.start.get("train_py") or committed
+    subject = one_line(git(folder, "log", "-1", "--format=%s", commit) or "(commit not in this repository)")
     files = ["train.py", *(run.start.get("modules") or {})]
     if git(folder, "show", "-m", "--first-parent", "--format=", "--name-only", commit, "--", *files) == "":
         subject = UNCHANGED  # its own subject is about something else
     if run.start.get("git_dirty") or (committed is not None and normal(text) != normal(committed)):
         return Origin(f"{commit[:7]}-dirty", commit, text, f"{subject} (with uncommitted changes)", committed)
     return Origin(commit[:7], commit, text, subject, parent)
-
-
-def commit_by_age(run: Run, folder: Path, head: str) -> str:
-    """HEAD for a run that cannot say more, where it is younger than HEAD's commit."""
-    if run.start or not head:
-        return ""
-    began_unix = run_start_unix(run) - (number(run.summary.get("total_seconds")) or 0.0)
-    return head if began_unix >= int(git(folder, "log", "-1", "--format=%ct")) else ""
 
 
 def is_news(run: Run, filed: Entry | None) -> bool:
@@ -2908,16 +2811,20 @@ def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
     origin, old = find_origin(run, folder), book.find(run)
     if origin.description == UNCHANGED and not any(e.is_valid for e in book.entries):
         origin = replace(origin, description="baseline")
-    taken = {path.name for path in archive.iterdir()}
-    name = old.name if old else first_free(origin.name, taken.__contains__, ".")
+    name = old.name if old else first_free(origin.name, lambda name: (archive / name).exists(), ".")
     run = replace(run, name=name, train_py=origin.train_py)
     record = compute_record(run, book.facts, origin)
-    note_facts(archive, book, record)
+    if record["is_finished"] and not record["invalid"]:  # the first valid run says what an archive is of
+        begun = {key: record[key] for key in COMPARABLE if record[key] is not None}
+        known = {key: value for key, value in book.facts.items() if value is not None}
+        if begun.keys() - known.keys():
+            write_json(archive / FACTS, {"created_unix": time.time()} | begun | known)
     # Two levels down, where train.py does not take it for archived.
     target = archive / name if old else archive / f".tmp-{os.getpid()}" / name
     target.mkdir(parents=True, exist_ok=True)
     for path in run.files:
-        copy_file(path, target / path.name)
+        write_atomic(target / path.name, read_text(path, LOG_BYTES if path.name == LOG else None))
+        shutil.copystat(path, target / path.name)  # without a start file, its age tells when it was
     if run.train_py is not None:
         write_atomic(target / "train.py", run.train_py)
     if old:
@@ -2926,89 +2833,56 @@ def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
     if not old:
         os.rename(target, archive / name)
         target.parent.rmdir()
-    save_table(archive, load_book(archive).entries)
+    mend_table(archive)
     return name
 
 
-def note_facts(archive: Path, book: Book, record: dict) -> None:
-    """The first valid run says what the archive begins with, of what is not known yet."""
-    if not record["is_finished"] or record["invalid"]:
-        return
-    begun = {key: record[key] for key in COMPARABLE if book.facts.get(key) is None and record[key] is not None}
-    if begun:
-        write_json(archive / FACTS, {"created_unix": time.time()} | book.facts | begun)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a run's file; of a very long log, its ends."""
-    if source.name == LOG and source.stat().st_size > LOG_BYTES:
-        return write_atomic(target, read_log(source) or "")
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.copy2(source, temporary)
-    os.replace(temporary, target)
-
-
-def file_unfiled(archive: Path, folder: Path) -> list[str]:
-    """File the runs that a later start put away before they were analyzed, by time of start. Says
-    what was done. One that is still on its way there has a hidden name."""
-    told, found = [], []
-    for path in (archive / "unfiled").glob("[!.]*"):
-        run = load_folder(path)
-        if path.is_symlink() or not run.start:
-            told.append(f"unfiled/{path.name} is {'a link' if path.is_symlink() else 'no readable run'}: left there")
-        elif not is_running(path):
-            found.append(run)
-    for run in sorted(found, key=lambda run: (run_start_unix(run), run.path.name)):
-        told.append(f"unfiled run {run.path.name} {file_one_unfiled(run, archive, folder)}")
-    return told
-
-
-def file_one_unfiled(run: Run, archive: Path, folder: Path) -> str:
+def mend_table(archive: Path) -> Book:
+    """The books, and results.tsv as they have it."""
     book = load_book(archive)
-    if LOG not in {path.name for path in run.files}:
-        run = with_remarks(run, "the next run was started before this one was analyzed: its log is lost")
-    filed = book.find(run)
-    if not is_news(run, filed):
-        said = f"was filed already as {filed.name}"
-    elif environment_failure(run):
-        (archive / "failed").mkdir(exist_ok=True)
-        os.rename(run.path, archive / "failed" / first_free(run.path.name, lambda n: (archive / "failed" / n).exists()))
-        return "failed over its environment: not an experiment, put into failed/"
-    else:
-        said = f"filed as {file_run(run, archive, folder, book)}"
-    shutil.rmtree(run.path)
-    return said
+    save_table(archive, book.entries)
+    return book
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Write: the pages of a run and of the archive
-# ---------------------------------------------------------------------------------------------------------------------
+def find_unfiled(archive: Path, told: list[str]) -> list[Run]:
+    """The runs that a later start put away unanalyzed; one on its way there has a hidden name."""
+    found = []
+    for path in (archive / "unfiled").glob("[!.]*"):
+        lost = ["the next run was started before this one was analyzed: its log is lost"]
+        run = load_folder(path, damage=lost * (not (path / LOG).exists()))
+        if run.start and not path.is_symlink():
+            found.append(run)
+        else:
+            told.append(f"unfiled/{path.name} is no readable run: left there")
+    return sorted(found, key=lambda run: (run_start_unix(run), run.path.name))
 
 
 def write_pages(archive: Path) -> None:
-    """Write what is missing: the pages of runs just filed or whose analysis was killed, then those of the archive."""
-    book = load_book(archive)
+    """Write the pages that are missing, as of runs just filed or whose analysis was killed."""
+    book, is_new = load_book(archive), False
     if not book.entries:
         return
-    is_new = False
     for name in [e.name for e in book.entries]:
-        stats = read_stats(archive / name)
-        if "verdict" not in stats or not (archive / name / ANALYSIS).exists():
-            write_run_pages(archive, book, book.entry(name))
+        this = book.entry(name)
+        if "verdict" not in this.stats or not (archive / name / ANALYSIS).exists():
+            write_run_pages(archive, book, this)
             book, is_new = load_book(archive), True
-        elif stats["record"].get("format") != RECORD_FORMAT:  # its page stays: it tells what was decided on
-            write_json(archive / name / STATS, stats | {"record": book.entry(name).record})
+        elif this.stats["record"].get("format") != RECORD_FORMAT:  # its page stays: it tells what was decided on
+            write_json(archive / name / STATS, this.stats | {"record": this.record})
             is_new = True
-    table, report = archive / RESULTS, archive / "report.md"  # the report is written last
-    if is_new or not report.exists() or report.stat().st_mtime_ns < table.stat().st_mtime_ns:
+    report = archive / "report.md"  # is written last
+    is_old = not report.exists() or report.stat().st_mtime_ns < (archive / RESULTS).stat().st_mtime_ns
+    if is_new or is_old:
         write_morning(archive, book)
 
 
 def write_run_pages(archive: Path, book: Book, this: Entry) -> None:
     """Statistics, diff, pictures and analysis of one archived run."""
     before, folder = book.entries[: book.entries.index(this)], archive / this.name
-    run = load_folder(folder, this.name)
-    best_runs = [load_folder(archive / name, name) for name in best_names(compute_best(before, this))]
+    run, best, best_runs = load_folder(folder, this.name), compute_best(before, this), []
+    if best:  # its own run and the newest replicates: five are enough for a mean
+        names = [best.name, *[name for name in best.names if name != best.name][-4:]]
+        best_runs = [load_folder(archive / name, name) for name in names]
     best_run = best_runs[0] if best_runs else None
     stats = compute_stats(run, this, [*before, this], best_runs)
     diff = diff_lines(best_run.train_py, run.train_py, best_run.name) if best_run else []
@@ -3020,22 +2894,14 @@ def write_run_pages(archive: Path, book: Book, this: Entry) -> None:
     write_json(folder / STATS, stats)  # last: a run whose statistics stand has all its pages
 
 
-def best_names(best: Best | None) -> list[str]:
-    """The runs to compare with: the best's own and its newest replicates, five at most, which is
-    enough for a mean."""
-    if best is None:
-        return []
-    others = [n for n in best.names if n != best.name]
-    return [best.name, *others[-4:]]
-
-
 def write_morning(archive: Path, book: Book) -> None:
     """progress.png, best.patch and, last, report.md: where it is new, all of them are."""
-    entries, best, h = book.entries, compute_best(book.entries), compute_history(book.entries)
-    write_atomic(archive / "progress.png", png(draw_progress(entries, h["lineage"])))
-    pictures = ["loss_curve.png", "layers.png", "schedule_and_machine.png"]
-    pictures = [f"{best.name}/{picture}" for picture in pictures if best]
-    pictures = [picture for picture in pictures if (archive / picture).exists()]
+    best, h = compute_best(book.entries), compute_history(book.entries)
+    write_atomic(archive / "progress.png", png(draw_progress(book.entries, h["lineage"])))
+    pictures = []
+    for picture in ("loss_curve.png", "layers.png", "schedule_and_machine.png"):
+        if best and (archive / best.name / picture).exists():
+            pictures.append(f"{best.name}/{picture}")
     (archive / "best.patch").unlink(missing_ok=True)
     if h["lineage"] and h["lineage"][0][0] != best.name:
         base, kept = (load_folder(archive / name, name) for name in (h["lineage"][0][0], best.name))
@@ -3045,123 +2911,60 @@ def write_morning(archive: Path, book: Book) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Status
+# Status, and check before a run
 # ---------------------------------------------------------------------------------------------------------------------
 
+BASELINE, IDEA = "train the baseline (program.md, step 2)", "the next idea (program.md, step 8)"
 
-def describe_here(archive: Path, folder: Path, book: Book) -> tuple[str, str | None]:
-    """The newest run whose outputs lie in the folder, and what is to be done about it, None where
-    that is nothing."""
+
+def describe_here(archive: Path, folder: Path, book: Book) -> tuple[str, str]:
+    """What the outputs in the folder are of, and what is to be done next."""
     if is_running(folder):
         num_steps = len((read_text(folder / METRICS) or "").splitlines())
-        return f"run {read_fields(folder / START, []).get('run_id')} is in progress, {num_steps} steps so far", WAIT
+        return f"run {read_json(folder / START).get('run_id')} is in progress, {num_steps} steps so far", WAIT
     if is_starting(folder):
         return f"a start that has written nothing to {LOG} yet", WAIT
-    runs = find_outputs(folder)
-    if not runs:
-        return "no run's outputs", None
-    run, filed = runs[-1], book.find(runs[-1])
-    run_id = run.run_id or "without an id"
-    if "demo" in run.start and run.start["demo"] != is_demo():
-        return f"run {run_id} is of {'a real archive' if is_demo() else 'the demo'}, and no part of this one", None
-    if not is_news(run, filed):
-        return describe_filed(filed, archive, folder, book)
-    if failure := environment_failure(run):
-        return f"run {run_id} failed over its environment: {clip(failure, 150)}", "mend that, then train again"
-    return f"run {run_id} is not filed yet: `{FILE}`", FILE
+    told, filed = "no run's outputs", None
+    for run in find_outputs(folder)[-1:]:
+        told = f"run {run.run_id or 'without an id'}"
+        if run.start.get("demo", is_demo()) != is_demo():
+            told += f" is of {'a real archive' if is_demo() else 'the demo'}, and no part of this one"
+        elif not is_news(run, book.find(run)):
+            filed = book.find(run)
+            told = f"run {filed.name}, filed, {status_shown(filed)}: {clip(filed.description, 80)}"
+        elif failure := environment_failure(run):
+            told += f" failed over its environment: {clip(failure, 150)}"
+            return told, "mend that, then train again"
+        else:
+            return f"{told} is not filed yet: `{FILE}`", FILE
+    return told, compute_next(archive, folder, book, filed)
 
 
-def describe_filed(e: Entry, archive: Path, folder: Path, book: Book) -> tuple[str, str | None]:
-    later, best = book.entries[book.entries.index(e) + 1 :], compute_best(book.entries)
-    told = f"run {e.name}, filed, {e.status}: {clip(e.description, 80)}"
-    own = e.record.get("train_sha256")
-    is_left = own == sha256(normal(read_text(folder / "train.py")) or "")
-    if is_left and not any(other.group[0] == e.group[0] for other in later):  # not trained again since
-        if e.record.get("was_killed"):
-            told = f"run {e.name}, filed, {KILLED}: the idea was not tested; {AGAIN}"
-            return told, f"{AGAIN}: `{train_again(e.record)}`"
-        if status_shown(e) == "hampered":
-            return f"run {e.name}, filed, hampered by the machine: {AGAIN}", f"{AGAIN}: `{train_again(e.record)}`"
-    if e.status == "pending":
-        return told, f"read {archive / e.name / ANALYSIS}, then keep or discard {e.name}"
-    if e.status != "keep" and is_left and best and best.is_kept and own != book.entry(best.name).record["train_sha256"]:
-        return told, f"{FILE} discard"
-    return told, None
-
-
-BASELINE = "train the baseline (program.md, step 2)"
-
-
-def compute_next(archive: Path, folder: Path, book: Book) -> str:
-    """What to do where no run's outputs ask for anything."""
-    text, committed = (normal(x) for x in (read_text(folder / "train.py"), git(folder, "show", "HEAD:./train.py")))
+def compute_next(archive: Path, folder: Path, book: Book, filed: Entry | None) -> str:
+    """What to do where every run is filed. `filed`: the one whose outputs lie here."""
+    text, committed = read_text(folder / "train.py") or "", git(folder, "show", "HEAD:./train.py")
+    best, sha = compute_best(book.entries), sha256(normal(text))
+    same = [e for e in book.entries if e.record.get("train_sha256") == sha]
+    is_best_elsewhere = best is not None and best.is_kept and book.entry(best.name) not in same
     if not book.entries:
-        branch = git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or ""
-        if not branch.startswith("autoresearch/") or not (archive / INSIGHTS).exists():
-            return f"{FILE} start"
-        return BASELINE
-    if committed is not None and text != committed:
+        return BASELINE if (archive / INSIGHTS).exists() else f"{FILE} start"
+    if filed in same[-1:] and filed.is_untested and filed.status != "discard":
+        return f"{AGAIN}, the idea was not tested: `{train_again(filed.record)}`"
+    if filed and filed.status == "pending":
+        return f"read {archive / filed.name / ANALYSIS}, then keep or discard {filed.name}"
+    if filed in same and filed.status != "keep" and is_best_elsewhere:
+        return f"{FILE} discard"
+    if committed is not None and normal(text) != normal(committed):
         return "finish that edit (git diff), then check, commit, train"
-    if not any(e.is_valid for e in book.entries):
-        return BASELINE
-    if sha256(text or "") not in {e.record.get("train_sha256") for e in book.entries}:
+    if not same:
         return "train (this commit has no run)"
-    best = compute_best(book.entries)
-    if best is None:
-        return BASELINE
+    return BASELINE if best is None else next_idea(book, best, is_best_elsewhere)
+
+
+def next_idea(book: Book, best: Best, is_best_elsewhere: bool) -> str:
     if len([e for e in book.entries if e.is_valid]) == 1:
         return f"`{RERUN}`: the baseline once more, which measures the noise"
-    if best.is_kept and sha256(text or "") != book.entry(best.name).record.get("train_sha256"):
-        return f"`{RERUN}` puts the best, {best.name}, here; then the next idea (program.md, step 8)"
-    return "the next idea (program.md, step 8)"
-
-
-def find_running(book: Book, folder: Path) -> list[Run]:
-    """The runs under way in other folders: those that are known to this archive, and git's other
-    worktrees."""
-    folders = {e.record.get("folder") for e in book.entries}
-    listed = git(folder, "worktree", "list", "--porcelain") or ""
-    folders |= set(re.findall(r"^worktree (.+)$", listed, re.M))
-    others = sorted(Path(name) for name in folders - {None, str(folder)})
-    return [load_folder(path, files=[START]) for path in others if is_running(path)]
-
-
-def describe_running(run: Run) -> str:
-    commit = run.start.get("git_commit")
-    subject = git(run.path, "log", "-1", "--format=%s", commit) if commit else None
-    return f"{(commit or 'no commit')[:7]} in {run.path}: {clip(one_line(subject or 'unknown'), 70)}"
-
-
-def list_items(text: str | None) -> list[str]:
-    """List items that are not indented, as in the queue and the claims."""
-    return [one_line(item) for item in re.findall(r"^(?:[-*+]|\d+[.)]) +(\S.*)", text or "", re.M)]
-
-
-def compute_status(archive: Path, folder: Path) -> dict:
-    book = load_book(archive)
-    best, noise, history = compute_best(book.entries), compute_noise(book.entries), compute_history(book.entries)
-    started, insights = history["first_start_unix"], read_text(archive / INSIGHTS)
-    here, todo = describe_here(archive, folder, book)
-    return {
-        "demo": is_demo(),
-        "best": {"name": best.name, "val_bpb": best.mean, "runs": list(best.names), "is_kept": best.is_kept}
-        | {"description": book.entry(best.name).description} if best else None,
-        "noise": {"sigma": noise.sigma, "source": noise.source},
-        "here": here,
-        "live": compute_live(archive, folder, book, best),
-        "elsewhere": [describe_running(run) for run in find_running(book, folder)],
-        "pending": [e.name for e in book.entries if status_shown(e) == "pending"],
-        "unfiled": sorted(p.name for p in (archive / "unfiled").glob("[!.]*/")),
-        **{key: history[key] for key in ("num_runs", "counts", "last", "ideas_since_best", "gain", "gpu_share")},
-        "queue": list_items(read_text(archive / QUEUE)),
-        "claims": list_items((insights or "").partition("## Claims")[2]),
-        "doubts": check_insights(insights, book.entries),
-        "effects": render_effects(book.entries, 10),
-        "hours_used": history["hours"],
-        "hours_since_first_start": (time.time() - started) / 3600 if started else None,
-        "problems": book.problems,
-        "next": todo or compute_next(archive, folder, book),
-    }
+    return f"`{RERUN}` puts the best, {best.name}, here; then {IDEA}" if is_best_elsewhere else IDEA
 
 
 def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> list[str]:
@@ -3169,28 +2972,25 @@ def compute_live(archive: Path, folder: Path, book: Book, best: Best | None) -> 
     the same text. It is hopeless where it is further behind than any run of this archive was, at
     that share, that came within the noise in the end; nothing is said in the first quarter, in
     which learning rates and batch sizes mislead."""
-    if not is_running(folder):
-        return []
     run = load_folder(folder, "this run", [START, METRICS])
     trained_s = number(run.records[-1].get("time/training_s")) if run.records else None
     budget_s = number(run.first_of("time_budget"))
-    if best is None or trained_s is None or not budget_s:
+    if not is_running(folder) or best is None or trained_s is None or not budget_s:
         return []
     share = trained_s / budget_s
-    line = f"{share:.0%} of the budget, {max(budget_s - trained_s, 0):.0f} s left before the score"
+    line = f"  {share:.0%} of the budget, {max(budget_s - trained_s, 0):.0f} s left before the score"
     best_run = load_folder(archive / best.name, best.name)
-    paired = compute_paired(run, [best_run])
-    if not paired or not paired["windows"]:
+    windows = (compute_paired(run, [best_run]) or {}).get("windows")
+    if not windows:
         return [line]
-    last = paired["windows"][-1]
+    last, theirs = windows[-1], best_run.curve
     line += f"; at equal tokens {last['difference']:+.4f} ± {last['error']:.4f} bpb against {best.name}"
     line += " (other learning rates there)" * last["are_rates_apart"]
-    theirs = best_run.curve
     line += f", {compute_tokens(run)[-1] / np.interp(share, theirs.share, theirs.bounds) - 1:+.0%} tokens"
     limit = farthest_behind(book.entries, share)
     if share < 0.25 or limit is None or last["difference"] - 2 * last["error"] <= limit:
         return [line]
-    return [line, f"hopeless: no run that came within the noise was so far behind here ({limit:+.4f} at most): "
+    return [line, f"  hopeless: no run that came within the noise was so far behind here ({limit:+.4f} at most): "
                   f"`{FILE} stop` ends it"]
 
 
@@ -3201,125 +3001,98 @@ def farthest_behind(entries: list[Entry], share: float) -> float | None:
     for e in entries:
         verdict, paired = verdict_of(e), e.stats.get("paired") or {}
         difference, error = (number(verdict.get(key)) for key in ("difference", "standard_error"))
-        if not e.is_valid or None in (difference, error) or difference > 2 * error:
-            continue
-        windows = [w for w in paired.get("windows") or [] if (number(w.get("progress")) or 0) >= share]
-        found += [number(w["difference"]) for w in windows[:1]]
+        if e.is_valid and None not in (difference, error) and difference <= 2 * error:
+            windows = [w for w in paired.get("windows") or [] if (number(w.get("progress")) or 0) >= share]
+            found += [number(w["difference"]) for w in windows[:1]]
     return max(found) if len(found) >= 5 else None
 
 
-def render_status(s: dict) -> str:
-    """At most STATUS_LINES lines, of which the last says what to do; where they do not suffice,
-    claims are left out, and counted."""
-    lines = [*render_search(s), *render_whereabouts(s), *(f"problem: {p}" for p in s["problems"][:5])]
-    lines += ["last runs:"] + [f"  {n}  {show(v)}  {status:8} {d}" for n, v, status, d in s["last"]]
-    lines += [f"queue: {len(s['queue'])} idea(s) in {QUEUE}", *(f"  {item}" for item in s["queue"][:3])]
-    lines += ["effects on val_bpb:", *(f"  {line}" for line in s["effects"][:11])]
-    lines += [f"doubtful: {line}" for line in s["doubts"][:5]]
-    lines.append(f"claims in {INSIGHTS}: {len(s['claims'])}")
-    claims, room = [f"  {item}" for item in s["claims"]], STATUS_LINES - len(lines) - 1
-    if len(claims) > room:
-        claims = [*claims[: room - 1], f"  and {len(claims) - room + 1} more"]
-    lines += [*claims, f"next: {s['next']}"]
-    return "\n".join(clip(line[: len(line) - len(line.lstrip())] + one_line(line), 160) for line in lines) + "\n"
+def find_running(book: Book, folder: Path) -> list[Run]:
+    """The runs under way in other folders: those known to this archive, and git's other worktrees."""
+    listed = git(folder, "worktree", "list", "--porcelain") or ""
+    folders = {e.record.get("folder") for e in book.entries} | set(re.findall(r"^worktree (.+)$", listed, re.M))
+    others = sorted(Path(name) for name in folders - {None, str(folder)})
+    return [load_folder(path, files=[START]) for path in others if is_running(path)]
 
 
-def render_search(s: dict) -> list[str]:
-    best, lines = s["best"], ["demo (AUTORESEARCH_DEMO): its archive is its own"] if s["demo"] else []
+def describe_running(run: Run) -> str:
+    commit = run.start.get("git_commit") or "unknown"
+    subject = git(run.path, "log", "-1", "--format=%s", commit)
+    return f"{commit[:7]} in {run.path}: {clip(one_line(subject or 'unknown'), 70)}"
+
+
+def list_items(text: str) -> list[str]:
+    """List items that are not indented, as in the queue and the claims."""
+    return ["  " + one_line(item) for item in re.findall(r"^(?:[-*+]|\d+[.)]) +(\S.*)", text, re.M)]
+
+
+def render_status(names: list[str], archive: Path, folder: Path) -> str:
+    """At most STATUS_LINES lines, at the cost of claims; the last says what to do."""
+    book = load_book(archive)
+    entries, best, history = book.entries, compute_best(book.entries), compute_history(book.entries)
+    here, todo = describe_here(archive, folder, book)
+    insights, queue = read_text(archive / INSIGHTS) or "", list_items(read_text(archive / QUEUE) or "")
+    claims = list_items(insights.partition("## Claims")[2])
+    pending, noise = [e.name for e in entries if status_shown(e) == "pending"], compute_noise(entries)
+    told = "none yet"
     if best:
-        mean = f"mean of {len(best['runs'])} runs" if len(best["runs"]) > 1 else "one run"
-        stands_in = "" if best["is_kept"] else " (nothing is kept yet: the first valid run stands in)"
-        lines.append(f"best: {best['name']} val_bpb {best['val_bpb']:.6f}, {mean}{stands_in}: {best['description']}")
-    else:
-        lines.append("best: none yet")
-    since = f", {s['hours_since_first_start']:.1f} h since the first" if s["hours_since_first_start"] else ""
-    share = f"; up to the last one's end, under way for {s['gpu_share']:.0%} of the time" if s["gpu_share"] else ""
-    return [
-        *lines,
-        f"noise: sigma {show(s['noise']['sigma'])} bpb ({s['noise']['source']})",
-        f"archive: {render_counts(s)}; {s['hours_used']:.2f} h in runs{since}{share}",
+        stands_in = " (nothing is kept yet: the first valid run stands in)" * (not best.is_kept)
+        told = f"{best.name} val_bpb {best.mean:.6f}, {len(best.names)} run(s){stands_in}: "
+        told += book.entry(best.name).description
+    lines = ["demo (AUTORESEARCH_DEMO): its archive is its own"] * is_demo()
+    lines += [
+        f"best: {told}",
+        f"noise: sigma {show(noise.sigma)} bpb ({noise.source})",
+        f"archive: {render_counts(history)}",
+        f"this folder: {here}",
+        *compute_live(archive, folder, book, best),
+        *(f"under way elsewhere: {describe_running(run)}" for run in find_running(book, folder)),
+        f"pending, decide keep or discard: {', '.join(pending[-10:]) or 'none'}",
+        *(f"problem: {problem}" for problem in book.problems[:5]),
+        "last runs:",
+        *(f"  {name}  {show(val)}  {status:8} {idea}" for name, val, status, idea in history["last"]),
+        f"queue: {len(queue)} idea(s) in {QUEUE}",
+        *queue[:3],
+        "effects on val_bpb:",
+        *(f"  {line}" for line in render_effects(entries, 10)[:11]),
+        *(f"doubtful: {line}" for line in check_insights(insights, entries)[:5]),
+        f"claims in {INSIGHTS}: {len(claims)}",
     ]
+    room = STATUS_LINES - len(lines) - 1
+    if len(claims) > room:
+        claims[room - 1 :] = [f"  and {len(claims) - room + 1} more"]
+    lines += [*claims, f"next: {todo}"]
+    return "".join(clip(printable(line).replace("\n", " "), 160) + "\n" for line in lines)
 
 
-def render_whereabouts(s: dict) -> list[str]:
-    lines = [f"this folder: {s['here']}", *(f"  {line}" for line in s["live"])]
-    lines += [f"under way elsewhere: {line}" for line in s["elsewhere"][:6]]
-    lines.append(f"pending, decide keep or discard: {', '.join(s['pending'][-10:]) or 'none'}")
-    if s["unfiled"]:
-        lines.append(f"not filed yet, run `{FILE}`: {', '.join(s['unfiled'][:10])}")
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Check: before a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-DISK_GB = 2.0  # a checkpoint and what the compiler caches take less
-
-
-def imported_modules(folder: Path, text: str) -> dict[str, str]:
-    """The folder's own .py files that a program imports, and those that they import: name to
-    text."""
-    found: dict[str, str] = {}
-    waiting = [text]
-    while waiting:
-        for name in re.findall(r"^\s*(?:from|import)\s+(\w+)", waiting.pop(), re.M):
-            source = read_text(folder / f"{name}.py")
-            if source is not None and f"{name}.py" not in found and name not in ("prepare", "analyze", "train"):
-                found[f"{name}.py"] = source
-                waiting.append(source)
-    return found
-
-
-def compute_check(archive: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """What speaks against training train.py as it lies here, and what else is worth knowing, a line each."""
-    text = read_text(folder / "train.py")
+def command_check(names: list[str], archive: Path, folder: Path) -> str | None:
+    """What train.py changes as it lies here; None, and printed, what speaks against training it."""
+    text = read_text(folder / "train.py") or ""
     try:
-        values = static_config(text or "")
-    except (SyntaxError, ValueError, RecursionError) as e:
-        return [f"train.py does not parse: line {getattr(e, 'lineno', '?')}: {getattr(e, 'msg', e)}"], []
-    except Exception as e:  # whatever an expression in Config raises
-        return [f"a constant of Config cannot be computed: {type(e).__name__}: {e}"], []
-    book, modules = load_book(archive), imported_modules(folder, text or "")
-    faults = find_repeats(archive, book, folder, text, modules, values) + find_batch_fault(folder, values)
+        values = static_config(text)
+    except Exception as e:  # whatever an expression in Config raises, and a SyntaxError
+        return print(f"train.py does not parse, or a constant of its Config fails: {e!r}")
+    book, modules = load_book(archive), imported_modules(folder, text)
+    best, faults = compute_best(book.entries), find_repeats(folder, book, program_hash(text, modules=modules))
+    faults += find_misfits(folder, book, values)
     changed = git(folder, "status", "--porcelain", "--", "prepare.py", "analyze.py", *modules) or ""
-    if names := sorted(line[3:].strip() for line in changed.splitlines()):
-        faults.append(f"changed besides train.py: {', '.join(names)}; commit what belongs to the idea, undo the rest")
-    began_s, given_s = number(book.facts.get("time_budget")), os.environ.get("AUTORESEARCH_TIME_BUDGET")
-    if began_s and given_s and given_s != f"{began_s:g}":
-        faults.append(f"AUTORESEARCH_TIME_BUDGET is {given_s}, and this archive's runs trained for {began_s:g} s: "
-                      f"unset it, or `{FILE} new-archive`")
-    free_gb = shutil.disk_usage(folder).free / 1e9
-    if free_gb < DISK_GB:
-        faults.append(f"the disk is nearly full: {free_gb:.1f} GB are free; a run needs {DISK_GB:.0f}")
-    told = describe_change(archive, book, text or "", values)
-    return faults, told[:1] if faults else told
-
-
-def find_repeats(archive: Path, book: Book, folder: Path, text: str | None, modules: dict, values: dict) -> list[str]:
-    """The newest run that this program would repeat, or that had its code and its configuration
-    written in another way; and those under way elsewhere. A run that was hampered or killed, and a
-    first failed launch, say nothing."""
-    program, exact, code = hash_programs(text, modules).values()
-    faults, best = [], compute_best(book.entries)
-    same = [e for e in book.entries if e.record.get("program") == program
-            or (e.record.get("code") == code and has_constants(archive / e.name, values))]
-    for e in [] if best is None or is_inconclusive(same) else same[-1:]:
-        seed = "" if e.record.get("program_and_seed") == exact else " but for its seed"
-        what = f"program{seed}" if e.record.get("program") == program else "configuration"
-        again = f"; `{RERUN}` runs the best again" if best and e.group == best.group else ""
-        result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}{again}"
-        faults.append(f"this {what} was trained before: {result}")
-    for run in find_running(book, folder):
-        if program_hash(run.start.get("train_py"), modules=run.start.get("modules")) == program:
-            faults.append(f"this program is being trained now: {describe_running(run)}")
-    return faults
-
-
-def has_constants(folder: Path, values: dict) -> bool:
-    """Whether the constants of this run's Config are these, but for the seed."""
-    theirs = static_config(read_text(folder / "train.py") or "")
-    return all(theirs.get(k) == values.get(k) for k in theirs.keys() | values.keys() if not is_seed(k))
+    if changed := ", ".join(sorted(line[3:].strip() for line in changed.splitlines())):
+        faults.append(f"changed besides train.py: {changed}; commit what belongs to the idea, undo the rest")
+    if faults:
+        return print(printable("\n".join(faults)))
+    if best is None:
+        return "nothing to compare with: this is the first program"
+    config, told = book.entry(best.name).record.get("config", {}), []
+    for key, value in values.items():
+        if config and not is_seed(key) and value not in (None, config.get(key)):  # None: the program resolves it
+            told.append(f"{key} {json.dumps(config.get(key))} -> {json.dumps(value)}")
+    added, removed = diff_size(diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), ""))
+    alike = [e for e in book.entries if told and has_configuration(e, values)]
+    told = [f"against {best.name}: {', '.join([*told, f'+{added} -{removed} lines of train.py'])}"]
+    for e in alike[-1:]:
+        result = f"{e.name} scored {show(e.val_bpb)}, {e.status}"
+        told.append(f"this configuration, with other code, was trained before: {result}")
+    return "\n".join(told)
 
 
 def has_configuration(e: Entry, values: dict) -> bool:
@@ -3328,50 +3101,54 @@ def has_configuration(e: Entry, values: dict) -> bool:
     return bool(theirs) and all(v in (None, theirs.get(k)) for k, v in values.items() if not is_seed(k))
 
 
-def is_inconclusive(runs: list[Entry]) -> bool:
-    """Whether the last of these runs of one program asks for another."""
-    last = runs[-1].record if runs else {}
-    is_launch = len(runs) == 1 and re.search(LAUNCH, last.get("crash") or "", re.I)
-    return bool(last.get("was_killed") or last.get("hampered") or is_launch)
-
-
-def find_batch_fault(folder: Path, values: dict) -> list[str]:
-    """Whether total_batch_size is a multiple of what one pass takes, as far as both scripts say it
-    in plain numbers."""
-    found = re.search(r"^MAX_SEQ_LEN = (?:(\d+) if DEMO else )?(\d+)", read_text(folder / "prepare.py") or "", re.M)
+def find_misfits(folder: Path, book: Book, values: dict) -> list[str]:
+    """What would end the run at its start, or close the archive to it: batch, disk, budget."""
+    found = []
+    context = re.search(r"^MAX_SEQ_LEN = (?:(\d+) if DEMO else )?(\d+)", read_text(folder / "prepare.py") or "", re.M)
     total, rows = (number(values.get(key)) for key in ("total_batch_size", "device_batch_size"))
-    if not found or not total or not rows:
-        return []
-    tokens = rows * int(found[1] if found[1] and is_demo() else found[2])
-    if total % tokens == 0:
-        return []
-    return [f"total_batch_size {total:.0f} is no multiple of {tokens:.0f}, the tokens of one pass"]
+    if context and total and rows:
+        tokens = rows * int(context[1] if context[1] and is_demo() else context[2])
+        if total % tokens:
+            found.append(f"total_batch_size {total:.0f} is no multiple of {tokens:.0f}, the tokens of one pass")
+    began_s, given_s = number(book.facts.get("time_budget")), os.environ.get("AUTORESEARCH_TIME_BUDGET")
+    if began_s and given_s and given_s != f"{began_s:g}":
+        found.append(f"AUTORESEARCH_TIME_BUDGET is {given_s}, and this archive's runs trained for {began_s:g} s: "
+                     f"unset it, or `{FILE} new-archive`")
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if free_gb < DISK_GB:
+        found.append(f"the disk is nearly full: {free_gb:.1f} GB are free; a run needs {DISK_GB:.0f}")
+    return found
 
 
-def describe_change(archive: Path, book: Book, text: str, values: dict) -> list[str]:
-    """What a program changes against the best, and which other run had its configuration."""
-    best = compute_best(book.entries)
-    if best is None:
-        return ["nothing to compare with: this is the first program"]
-    config = book.entry(best.name).record.get("config", {})
-    changed = {k: v for k, v in values.items() if config and v not in (None, config.get(k, v if is_seed(k) else None))}
-    knobs = [f"{k} {json.dumps(config.get(k))} -> {json.dumps(v)}" for k, v in changed.items()]
-    diff = diff_lines(normal(read_text(archive / best.name / "train.py")), normal(text), best.name)
-    added, removed = diff_size(diff)
-    told = [f"against {best.name}: {', '.join([*knobs, f'+{added} -{removed} lines of train.py'])}"]
-    for e in [e for e in book.entries if knobs and has_configuration(e, values)][-1:]:
-        result = f"{e.name} scored {show(e.val_bpb)}, {e.status}"
-        told.append(f"this configuration, with other code, was trained before: {result}")
-    return told
+def imported_modules(folder: Path, text: str) -> dict[str, str]:
+    """The folder's own .py files that a program imports: name to text."""
+    names = {f"{name}.py" for name in re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.M)}
+    found = {name: read_text(folder / name) for name in names - {"prepare.py", "analyze.py", "train.py"}}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def find_repeats(folder: Path, book: Book, program: str) -> list[str]:
+    """The newest run of this program, and those under way elsewhere."""
+    found, best = [], compute_best(book.entries)
+    same = [e for e in book.entries if e.record.get("program") == program]
+    for e in same[-1:]:
+        is_launch = len(same) == 1 and re.search(LAUNCH, e.record.get("crash") or "", re.I)
+        if best and not e.is_untested and not is_launch:  # one failed launch may be the machine's fault
+            again = f"; `{RERUN}` runs the best again" * (e.group == best.group)
+            result = f"{e.name} scored {show(e.val_bpb)}, {e.status}: {clip(e.description, 60)}"
+            found.append(f"this program was trained before: {result}{again}")
+    for run in find_running(book, folder):
+        if program_hash(run.start.get("train_py"), modules=run.start.get("modules")) == program:
+            found.append(f"this program is being trained now: {describe_running(run)}")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands
+# Commands: each takes the names given with it, the archive and the folder, and returns what is to be printed
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What `start` puts into the queue: from public logs of this experiment on another machine (H100,
-# one run each; noise about 0.001), each change on top of earlier ones. Where to look first, not
-# what is true here.
+# From public logs of this experiment on another machine (H100, one run each; noise about 0.001),
+# each change on top of earlier ones. Where to look first, not what is true here.
 PRIORS = """\
 - half the batch (2^18 tokens a step) | more steps pay | -0.012 elsewhere | not better
 - depth 9, aspect ratio 57 (width rounds up to 640) | a larger model at the same time | -0.0043 elsewhere | not better
@@ -3392,272 +3169,209 @@ any warm-up | | better
 """
 
 
-def wait_for_run(folder: Path) -> None:
-    """Block until no run is in progress here. One that was started a moment ago has not said
-    anything yet."""
-    while is_running(folder) or is_starting(folder):
-        time.sleep(0.2)
-
-
-def mend_table(archive: Path) -> Book:
-    """The books, and results.tsv as they have it: without lines that are no rows, with those that
-    were lost."""
-    book = load_book(archive)
-    save_table(archive, book.entries)
-    return book
-
-
-def command_file(archive: Path, folder: Path) -> int:
-    """File whatever is not filed yet and write the pages. Returns the exit status."""
+def command_file(names: list[str], archive: Path, folder: Path) -> str:
+    """File whatever is not filed yet and write the pages."""
     with locked(archive):
-        told = mend_table(archive).problems + file_unfiled(archive, folder)
-        print("".join(f"{line}\n" for line in told), end="")
-        runs = [] if is_running(folder) else find_outputs(folder)
-        failed, name, is_new = None, None, False
-        for run in runs:
-            book = load_book(archive)
-            filed = book.find(run)
-            is_new = is_news(run, filed)
-            failed = environment_failure(run) if is_new else None
-            name = filed.name if filed else None
-            if is_new and not failed:
-                name = file_run(run, archive, folder, book)
+        told = mend_table(archive).problems
+        here = [] if is_running(folder) else find_outputs(folder)
+        for run in [*find_unfiled(archive, told), *here]:
+            name, said = file_if_new(run, archive, folder)
+            if run.path != folder:
+                told.append(f"unfiled run {run.path.name} {said}")
+                if name is None:
+                    shutil.copytree(run.path, archive / "failed" / run.path.name, dirs_exist_ok=True)
+                shutil.rmtree(run.path)
         write_pages(archive)
-    if name:
-        print_verdict(archive, name, is_new)
-    elif failed:
-        return report_environment(runs[-1], failed.removeprefix("error:").strip())
-    elif is_running(folder):
-        raise AnalyzeError(f"{describe_here(archive, folder, load_book(archive))[0]}: wait for its end (`{WAIT}`), "
-                           "then call this again")
-    elif not told:
-        raise AnalyzeError(f"no run's outputs in {folder}: run `{TRAIN}` there first")
-    return 0
+    if here and name:
+        page = archive / name / ANALYSIS
+        verdict = (read_text(page) or "").partition("## Verdict\n")[2].partition("\n\n")[0]
+        return "\n".join([*told, said, verdict, f"analysis: {page}"])
+    print("".join(f"{line}\n" for line in told), end="")
+    if here:
+        raise ValueError(said)
+    if is_running(folder):
+        raise ValueError(f"a run is in progress in {folder}: wait for its end (`{WAIT}`)")
+    if not told:
+        raise ValueError(f"no run's outputs in {folder}: run `{TRAIN}` there first")
+    return ""
 
 
-def report_environment(run: Run, failure: str) -> int:
-    """Say what is broken, and note it in the run's start file: its log will be gone once the next
-    run has begun."""
-    if run.start and not run.start.get("ended"):
+def file_if_new(run: Run, archive: Path, folder: Path) -> tuple[str | None, str]:
+    """A run's name in the archive, None where its environment failed, and what was done."""
+    book = load_book(archive)
+    filed, failure = book.find(run), environment_failure(run)
+    if not is_news(run, filed):
+        return filed.name, f"{filed.name} is filed already: nothing changed"
+    if failure is None:
+        name = file_run(run, archive, folder, book)
+        return name, f"filed as {name}"
+    failure = failure.removeprefix("error:").strip()
+    if run.start and not run.start.get("ended"):  # its log will be gone once the next run has begun
         write_json(run.path / START, run.start | {"ended": f"error: {failure}"})
-    print(f"error: the environment failed, not the experiment; nothing was filed. {failure}", file=sys.stderr)
-    return 2
+    return None, f"the environment failed, not the experiment; nothing was filed. {failure}"
 
 
-def print_verdict(archive: Path, name: str, is_new: bool) -> None:
-    if not is_new:
-        print(f"{name} is filed already: nothing changed")
-    page = read_text(archive / name / ANALYSIS) or ""
-    verdict = page.partition("## Verdict\n")[2].partition("\n\n")[0]
-    print(printable(f"run {name}\n{verdict}\nanalysis: {archive / name / ANALYSIS}"))
-
-
-def decided_run(name: str | None, folder: Path, book: Book) -> Entry:
+def decided_run(names: list[str], folder: Path, book: Book) -> Entry:
     """The run a decision is about: the one named, else the newest whose outputs lie here, else the
     only one pending that was trained here. Never another folder's in a shared archive: its agent
     has yet to decide."""
-    if name is not None:
-        return book.entry(resolve_name(name, [e.name for e in book.entries]))
-    if runs := find_outputs(folder):
-        if filed := book.find(runs[-1]):
-            return filed
-        raise AnalyzeError(f"the run here is not filed yet: `{FILE}`; or name the run you mean")
+    if names:
+        return book.entry(resolve_name(names[0], [e.name for e in book.entries]))
     pending = [e for e in book.entries if e.status == "pending"]
-    mine = [e for e in pending if e.record.get("folder") == str(folder)]
-    if len(mine) == 1:
-        return mine[0]
+    found = [e for e in pending if e.record.get("folder") == str(folder)]
+    if runs := find_outputs(folder):
+        found = [book.find(runs[-1])]
+    if len(found) == 1 and found[0]:
+        return found[0]
     listed = ", ".join(f"{e.name} (trained in {e.record.get('folder')})" for e in pending[-5:])
-    raise AnalyzeError(f"no run's outputs in {folder}, and {len(mine)} pending runs were trained there; pending: "
-                       f"{listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`")
+    raise ValueError(
+        f"which run? There is no filed one in {folder} to decide on (`{FILE}` files); pending: "
+        f"{listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`"
+    )
 
 
 def set_status(archive: Path, book: Book, this: Entry, status: str) -> None:
-    """In the run's row, and in its folder, from which a lost row is made again."""
-    stats = read_stats(archive / this.name)
-    if stats and stats["record"].get("status") != status:
-        write_json(archive / this.name / STATS, stats | {"record": stats["record"] | {"status": status}})
-    cells = this.row.split("\t", 4)
-    new = replace(this, row="\t".join([*cells[:3], status, cells[4]]))
-    save_table(archive, [new if e is this else e for e in book.entries])
+    """In the run's folder, from which a lost row is made again, and in its row."""
+    if this.stats:
+        write_json(archive / this.name / STATS, this.stats | {"record": this.stats["record"] | {"status": status}})
+    save_table(archive, [replace(e, status=status) if e is this else e for e in book.entries])
     write_pages(archive)
 
 
-def command_keep(name: str | None, archive: Path, folder: Path) -> None:
+def command_keep(names: list[str], archive: Path, folder: Path) -> str:
     with locked(archive):
         book = mend_table(archive)
-        this = decided_run(name, folder, book)
+        this = decided_run(names, folder, book)
         if not this.is_valid:
-            reasons = this.record.get("invalid") or this.record.get("hampered") or ["it is invalid"]
-            why = "it has no score" if this.val_bpb is None else "; ".join(reasons)
-            raise AnalyzeError(f"{this.name} cannot be kept: {why}")
-        verdict = compute_verdict(this, book.entries)
+            reasons = this.record.get("invalid") or this.record.get("hampered") or ["it has no score that counts"]
+            raise ValueError(f"{this.name} cannot be kept: {'; '.join(reasons)}")
         set_status(archive, book, this, "keep")
-        best = compute_best(load_book(archive).entries)
-    print(f"{this.name} kept; the best is {best.name} at {best.mean:.6f} ({len(best.names)} run(s))")
-    if verdict["kind"] == "unproven":
-        print(f"mind: {verdict['difference']:+.6f} bpb is kept, and not claimed: it may be no gain")
-    elif verdict["kind"] == "not better":
-        print(f"mind: it is worse than {verdict['best']} by {verdict['difference']:.6f} bpb")
+        best = compute_best(load_book(archive).entries, this)
+    return f"{this.name} kept; the best is {best.name} at {best.mean:.6f} ({len(best.names)} run(s))"
 
 
-def command_discard(name: str | None, archive: Path, folder: Path) -> None:
-    """Set the status and go back to the best's program. Refuses, with nothing changed, if a text
-    would be lost."""
+def command_discard(names: list[str], archive: Path, folder: Path) -> str:
+    """Refuses, with nothing changed, if a text would be lost."""
     with locked(archive):
         book = mend_table(archive)
-        this = decided_run(name, folder, book)
+        this = decided_run(names, folder, book)
         best = compute_best([replace(e, status="discard") if e is this else e for e in book.entries])
-        check_nothing_is_lost(archive, folder, book, [this.name, *([best.name] if best else [])])
+        files = program_files(archive, best.name) if best and best.is_kept else {}
+        check_nothing_is_lost(folder, book, files)
         told = f"{this.name} stays {this.status}"
         if this.val_bpb is not None and this.status != "invalid":
             set_status(archive, book, this, "discard")
             told = f"{this.name} discarded"
-        print(f"{told}; {restore_best(this, best, archive, folder)}")
+        known = (None, files.get("train.py"), read_text(archive / this.name / "train.py"))
+        if not files:
+            done = "no run is kept yet, train.py is left as it is"
+        elif normal(read_text(folder / "train.py")) in map(normal, known):
+            done = bring_back(files, folder, f"Back to the best, {best.name}, after {this.name}", best.name)
+        else:
+            done = "train.py has moved on since that run: left as it is"
+    return f"{told}; {done}"
 
 
 def program_files(archive: Path, name: str) -> dict[str, str]:
     """The texts of an archived run's train.py and of the modules that it imported."""
-    modules = read_fields(archive / name / START, []).get("modules") or {}
-    files = {file: str(text) for file, text in modules.items() if ".." not in file and not file.startswith("/")}
-    text = read_text(archive / name / "train.py")
-    return files | ({} if text is None else {"train.py": text})
+    run = load_folder(archive / name, files=[START, "train.py"])
+    if run.train_py is None:
+        raise ValueError(f"the archive has no train.py of {name}: restore it by hand")
+    modules = run.start.get("modules") or {}
+    return {"train.py": run.train_py} | {file: str(text) for file, text in modules.items()}
 
 
-def check_nothing_is_lost(archive: Path, folder: Path, book: Book, names: list[str]) -> None:
-    """AnalyzeError if a file of the program, here or in git's index, holds text that is nowhere
-    else."""
+def check_nothing_is_lost(folder: Path, book: Book, files: Iterable[str]) -> None:
+    """ValueError if one of these files, here or in git's index, has text that is nowhere else."""
     archived = {sha for e in book.entries for sha in (e.record.get("modules") or {}).values()}
     archived |= {e.record.get("train_sha256") for e in book.entries}
-    for file in {"train.py"}.union(*(program_files(archive, name) for name in names)):
+    for file in files:
         texts = {normal(text) for text in (read_text(folder / file), git(folder, "show", f":./{file}"))}
         texts -= {None, normal(git(folder, "show", f"HEAD:./{file}"))}
         if {sha256(text) for text in texts} - archived:
-            raise AnalyzeError(f"{file} has changes that are neither committed nor archived, and this would lose them: "
-                               f"put them aside (git stash, then git stash pop) or commit them (git commit {file})")
+            raise ValueError(
+                f"{file} has changes that are neither committed nor archived, and this would lose them: "
+                f"put them aside (git stash, then git stash pop) or commit them (git commit {file})"
+            )
 
 
-def restore_best(this: Entry, best: Best | None, archive: Path, folder: Path) -> str:
-    """Bring back and commit the best's program, and no other file. Says what was done; other
-    changes stay."""
-    if best is None or not best.is_kept:
-        return "no run is kept yet, train.py is left as it is"
-    here = normal(read_text(folder / "train.py"))
-    if here not in [None, *(normal(read_text(archive / name / "train.py")) for name in (best.name, this.name))]:
-        return "train.py has moved on since that run: left as it is"
-    return bring_back(best.name, archive, folder, f"Back to the best, {best.name}, after {this.name}")
-
-
-def bring_back(name: str, archive: Path, folder: Path, message: str) -> str:
-    """Put an archived run's program into the folder and commit it. Says what was done."""
-    files = program_files(archive, name)
-    if "train.py" not in files:
-        raise AnalyzeError(f"the archive has no train.py of {name}: restore it by hand")
-    for leftover in folder.glob(".tmp-*.py"):  # of a call that was killed here
-        leftover.unlink(missing_ok=True)
+def bring_back(files: dict[str, str], folder: Path, message: str, name: str) -> str:
+    """Put the best's program into the folder and commit it alone. Says what was done."""
     has_git = git(folder, "rev-parse", "HEAD") is not None
-    changed = [f for f in files if normal(read_text(folder / f)) != normal(files[f])]
     new = [f for f in files if has_git and normal(git(folder, "show", f"HEAD:./{f}")) != normal(files[f])]
-    for file in changed:
-        write_atomic(folder / file, files[file])
-    if not changed and not new:
-        return f"train.py is that of the best, {name}: nothing to commit"
+    for file, text in files.items():
+        if normal(read_text(folder / file)) != normal(text):
+            write_atomic(folder / file, text)
     if new:
-        try:
-            git_commit(folder, message, new)
-        except AnalyzeError as e:
-            raise AnalyzeError(f"train.py is back to that of {name} but {e}") from None
-    done = ", and committed" if new else ("" if has_git else " (no git: not committed)")
-    return f"train.py is back to that of the best, {name}{done}"
+        who = []
+        if git(folder, "var", "GIT_COMMITTER_IDENT") is None:  # as in a container without a home
+            who = ["-c", "user.name=auto-log-research", "-c", "user.email=auto-log-research@localhost"]
+        options = ["--quiet", "--no-verify", "--no-gpg-sign"]  # nobody is there to answer a prompt
+        git(folder, "add", "--", *new, is_needed=True)
+        git(folder, *who, "commit", *options, "-m", message, "--", *new, is_needed=True)
+    return f"train.py is back to that of the best, {name}" + ", and committed" * bool(new)
 
 
-def command_status(archive: Path, folder: Path, is_json: bool) -> None:
-    status = compute_status(archive, folder)
-    print(json.dumps(plain(status), indent=1) + "\n" if is_json else render_status(status), end="")
+def command_compare(names: list[str], archive: Path, folder: Path) -> str:
+    return render_compare([load_run(name, archive) for name in names], load_book(archive).entries).rstrip()
 
 
-def command_compare(names: list[str], archive: Path) -> None:
-    runs = [load_run(name, archive) for name in names]
-    print(printable(render_compare(runs, load_book(archive).entries)), end="")
-
-
-def command_check(archive: Path, folder: Path) -> int:
-    faults, told = compute_check(archive, folder)
-    for line in [*faults, *told]:
-        print(clip(one_line(line), 300))
-    return 1 if faults else 0
-
-
-def command_start(tag: str | None, archive: Path, folder: Path) -> None:
-    """A branch for the night, the agent's two files where they are missing, the data checked; then
-    what to do next."""
+def command_start(names: list[str], archive: Path, folder: Path) -> str:
+    """A branch for the night, and the agent's two files where they are missing."""
     if git(folder, "rev-parse", "HEAD") is None:
-        raise AnalyzeError(f"{folder} has no commit yet: `git init && git add . && git commit -m start`")
+        raise ValueError(f"{folder} has no commit yet: `git init && git add . && git commit -m start`")
     branch = (git(folder, "symbolic-ref", "--quiet", "--short", "HEAD") or "").strip()
     if not branch.startswith("autoresearch/"):
         taken = (git(folder, "for-each-ref", "--format=%(refname:short)", "refs/heads") or "").split()
-        branch = first_free(f"autoresearch/{tag or time.strftime('%Y-%m-%d')}", taken.__contains__)
-        done = run_git(folder, "switch", "--create", branch)
-        if done.returncode:
-            raise AnalyzeError(f"git: {one_line(done.stderr.decode(errors='replace'))}")
+        tag = names[0] if names else time.strftime("%Y-%m-%d")
+        branch = first_free(f"autoresearch/{tag}", taken.__contains__)
+        git(folder, "switch", "--create", branch, is_needed=True)
     with locked(archive):
         whence = "From the real run's logs; the demo's sizes are others.\n\n" * is_demo()
         for file, text in ((INSIGHTS, "# Insights\n\n## Claims\n"), (QUEUE, f"# Ideas\n\n{whence}{PRIORS}")):
             if not (archive / file).exists():
                 write_atomic(archive / file, text)
-    print(f"branch {branch}; {INSIGHTS} and {QUEUE} are in {archive}")
-    code = "from prepare import load_manifest as m; print('data:', m()['source'], m()['fingerprint'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        said = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1])
-        raise AnalyzeError(f"the data are not ready: {said.removeprefix('prepare.SetupError: ')}; then call this again")
-    print(f"{one_line(done.stdout)}\nnext, the baseline: {TRAIN_BESIDE}")
+    return f"branch {branch}; {INSIGHTS} and {QUEUE} are in {archive}\nnext, the baseline: {TRAIN_BESIDE}"
 
 
-def command_rerun(archive: Path, folder: Path) -> None:
-    """The best's program in place and committed, and the command that trains it under a seed it has
-    not had."""
+def command_rerun(names: list[str], archive: Path, folder: Path) -> str:
+    """The best's program in place and committed, and the command for a seed it has not had."""
     with locked(archive):
         book = load_book(archive)
         best = compute_best(book.entries)
         if best is None:
-            raise AnalyzeError("there is no best to run again: train the baseline first")
-        check_nothing_is_lost(archive, folder, book, [best.name])
-        print(bring_back(best.name, archive, folder, f"Run the best, {best.name}, again"))
+            raise ValueError("there is no best to run again: train the baseline first")
+        files = program_files(archive, best.name)
+        check_nothing_is_lost(folder, book, files)
+        done = bring_back(files, folder, f"Run the best, {best.name}, again", best.name)
     offsets = [number(book.entry(name).record.get("seed_offset")) or 0 for name in best.names]
-    offset = int(max(max(offsets) + 1, len(offsets)))
-    print(f"next: {train_again({'seed_offset': offset})}")
+    offset = max(max(offsets) + 1, len(offsets))
+    return f"{done}\nnext: AUTORESEARCH_SEED_OFFSET={offset:.0f} {TRAIN_BESIDE}"
 
 
-def command_stop(folder: Path) -> None:
-    """End the run in progress here: ask, then insist. It is filed as stopped by the next
-    `analyze.py`."""
-    start = read_fields(folder / START, [])
-    pid, host = number(start.get("pid")), start.get("host")
-    if not is_running(folder):
-        raise AnalyzeError(f"no run is in progress in {folder}")
-    if pid is None or host not in (None, os.uname().nodename):
-        raise AnalyzeError(f"the run in progress here is process {pid} on {host}: it can only be stopped there")
-    for sign, patience_s in ((signal.SIGINT, 20), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+def command_stop(names: list[str], archive: Path, folder: Path) -> str:
+    """End the run in progress here: ask, then insist. It is filed as stopped, by the next call."""
+    start, here = read_json(folder / START), os.uname().nodename
+    pid = number(start.get("pid"))
+    if not is_running(folder) or pid is None or start.get("host", here) != here:
+        raise ValueError(f"no run is in progress in {folder}, on this machine")
+    write_json(folder / START, start | {"ended": "stopped: by `analyze.py stop`"})  # mostly, it says itself where
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + 15
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), sign)
-        deadline = time.monotonic() + patience_s
         while is_running(folder) and time.monotonic() < deadline:
             time.sleep(0.05)
         if not is_running(folder):
             break
-    now = read_fields(folder / START, [])
-    if not (folder / SUMMARY).exists() and not str(now.get("ended") or "").startswith("stopped"):
-        write_json(folder / START, now | {"ended": "stopped: by `analyze.py stop`"})
-    print(f"run {start.get('run_id')} has ended: `{FILE}` files it, with its metrics")
+    return f"run {start.get('run_id')} has ended: `{FILE}` files it, with its metrics"
 
 
-def command_new_archive(archive: Path, folder: Path) -> None:
+def command_new_archive(names: list[str], archive: Path, folder: Path) -> str:
     """Put the archive aside, whole. Its runs are not compared with those to come."""
-    if not archive.is_dir():
-        raise AnalyzeError(f"there is no archive at {archive}: the first run begins one")
+    if not archive.is_dir() or is_running(folder):
+        raise ValueError(f"no archive at {archive}, or a run is in progress: wait for its end, or stop it")
     with locked(archive):
-        if is_running(folder):
-            raise AnalyzeError("a run is in progress here: wait for its end, or stop it")
         book = load_book(archive)
         for run in find_outputs(folder):
             if (filed := book.find(run)) and filed.is_valid:  # left here, it would be the next one's baseline
@@ -3669,66 +3383,47 @@ def command_new_archive(archive: Path, folder: Path) -> None:
         if (target / "night.sh").exists():  # the README's script is no part of a search
             archive.mkdir()
             shutil.copy(target / "night.sh", archive)
-    print(f"the archive so far is {target}, with its {INSIGHTS} and {QUEUE}; the next run begins a new one")
+    return f"the archive so far is {target}, with its {INSIGHTS} and {QUEUE}; the next run begins a new one"
 
 
-COMMANDS = {
-    "keep": "keep a run",
-    "discard": "discard a run and go back to the best train.py",
-    "status": "where the search stands, and what to do next",
-    "compare": "archived runs side by side",
-    "check": "whether train.py as it is now is worth a run; exit status 0 or 1",
-    "start": "begin a night",
-    "rerun": "the best's train.py, and the command that trains it under another seed",
-    "stop": "end the run in progress here",
-    "new-archive": "put the archive aside and begin another",
+COMMANDS = {  # with how many names each takes
+    None: (command_file, range(1)),
+    "keep": (command_keep, range(2)),
+    "discard": (command_discard, range(2)),
+    "status": (render_status, range(1)),
+    "compare": (command_compare, range(1, 100)),
+    "check": (command_check, range(1)),
+    "start": (command_start, range(2)),
+    "rerun": (command_rerun, range(1)),
+    "stop": (command_stop, range(1)),
+    "new-archive": (command_new_archive, range(1)),
 }
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="File and analyze the run of this folder, or one of the commands below."
-    )
-    parser.add_argument("--wait", action="store_true", help="first wait for the end of the run here")
-    commands = parser.add_subparsers(dest="command")
-    parsers = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
-    for name in ("keep", "discard"):
-        parsers[name].add_argument("run", nargs="?", help="as in results.tsv; default: the run here")
-    parsers["status"].add_argument("--json", action="store_true")
-    parsers["compare"].add_argument("runs", nargs="+", metavar="run")
-    parsers["start"].add_argument("tag", nargs="?", help="default: today's date")
-    return parser.parse_args(arguments)
-
-
-def run_command(given: argparse.Namespace, folder: Path) -> int | None:
-    """The exit status, None for success."""
-    check_git(folder)
-    if given.wait:
-        wait_for_run(folder)
-    # What is about the run here follows that run; what is about the search follows the environment.
-    here, archive = archive_dir(read_fields(folder / START, []).get("demo")), archive_dir()
-    commands: dict[str | None, Callable[[], int | None]] = {
-        None: lambda: command_file(here, folder),
-        "keep": lambda: command_keep(given.run, here, folder),
-        "discard": lambda: command_discard(given.run, here, folder),
-        "status": lambda: command_status(archive, folder, given.json),
-        "compare": lambda: command_compare(given.runs, archive),
-        "check": lambda: command_check(archive, folder),
-        "start": lambda: command_start(given.tag, archive, folder),
-        "rerun": lambda: command_rerun(archive, folder),
-        "stop": lambda: command_stop(folder),
-        "new-archive": lambda: command_new_archive(archive, folder),
-    }
-    return commands[given.command]()
-
-
 def main(arguments: list[str] | None = None) -> int:
-    given = parse_arguments(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wait", action="store_true", help="first wait for the end of the run here")
+    parser.add_argument("command", nargs="?", choices=list(COMMANDS)[1:], help="default: file the run of this folder")
+    parser.add_argument("names", nargs="*", help="runs as in results.tsv, or the night's tag")
+    given = parser.parse_args(arguments)
+    command, num_names = COMMANDS[given.command]
+    if len(given.names) not in num_names:
+        parser.error(f"{len(given.names)} names are not what {given.command} takes")
+    folder = Path.cwd()
     try:
-        return run_command(given, Path.cwd()) or 0
+        git(folder, "rev-parse", "--git-dir", is_needed=True)  # a repository that git refuses to read
+        while given.wait and (is_running(folder) or is_starting(folder)):
+            time.sleep(0.2)
+        # What is about the run here follows that run; what is about the search follows the environment.
+        is_about_run = given.command in (None, "keep", "discard")
+        demo = read_json(folder / START).get("demo") if is_about_run else None
+        said = command(given.names, archive_dir(demo), folder)
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    if said:
+        print(printable(said).rstrip("\n"))
+    return 1 if said is None else 0
 
 
 if __name__ == "__main__":

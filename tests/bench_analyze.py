@@ -130,7 +130,7 @@ def make_archive(folder: Path, num_runs: int, num_steps: int) -> str:
         (run_folder / "analysis.md").write_text(f"# {name}\n\n{analyze.NOTES_HEADING}\n")
         (run_folder / "stats.json").write_text(json.dumps(analyze.plain({"record": record, "verdict": {}} | filler)))
         status = "crash" if is_crash else "keep" if gain or i == 0 else "discard"
-        rows.append(analyze.format_row(name, record, status, record["description"]))
+        rows.append(analyze.format_row(analyze.Entry(name, status, record["description"], record)))
     (archive / "results.tsv").write_text(analyze.HEADER + "\n" + "".join(rows))
     return commit.strip()
 

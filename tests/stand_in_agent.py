@@ -6,7 +6,6 @@ next, so a new start takes up where a killed one was. It executes the prompt's o
 steps, 4 to 6, it does for the run before while the next one trains.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -66,8 +65,12 @@ class Agent:
         note(f"{i} {status}")
         return status
 
-    def status(self) -> dict:
-        return json.loads(subprocess.check_output([*COMMANDS.split(), "status", "--json"], text=True))
+    def status(self) -> tuple[int, list[str], str]:
+        """How many runs the archive has, the names of the last, and what is next."""
+        page = subprocess.check_output([*COMMANDS.split(), "status"], text=True)
+        last = re.search(r"^last runs:\n((?:  .*\n)*)", page, re.MULTILINE)[1]
+        names = [line.split()[0] for line in last.splitlines()]
+        return int(re.search(r"^archive: (\d+) run", page, re.MULTILINE)[1]), names, page.splitlines()[-1]
 
     def implement(self, done: int) -> None:
         """Step 8: edit, check, commit."""
@@ -101,7 +104,7 @@ class Agent:
     def think(self) -> None:
         """Steps 4 to 6 for the runs that were filed and not thought about yet."""
         done = (ARCHIVE / "insights.md").read_text()
-        for name in [row[0] for row in self.status()["last"] if f" {row[0]} " not in done]:
+        for name in [name for name in self.status()[1] if f" {name} " not in done]:
             self.follow("load_runs()")
             for path, line in (
                 (ARCHIVE / name / "analysis.md", f"Expected nothing, saw {name}.\n"),
@@ -120,12 +123,12 @@ class Agent:
     def work(self) -> None:
         self.follow("analyze.py status")
         self.follow("for script in")
-        if self.status()["next"].endswith("analyze.py start"):
+        if self.status()[2].endswith("analyze.py start"):
             shell(COMMANDS + "start")
-        state = self.status()
-        if "analyze.py --wait" in state["next"] or state["next"].endswith("uv run analyze.py"):  # it outlived its agent
-            self.analyze_and_decide(state["num_runs"])
-        for done in range(self.status()["num_runs"], len(EXPERIMENTS)):
+        num_runs, _, todo = self.status()
+        if "analyze.py --wait" in todo or todo.endswith("uv run analyze.py"):  # the run outlived its agent
+            self.analyze_and_decide(num_runs)
+        for done in range(self.status()[0], len(EXPERIMENTS)):
             self.implement(done)
             self.follow("analyze.py status")
             self.train(done)

@@ -299,7 +299,7 @@ def test_a_night_of_experiments_leaves_exactly_these_rows(lab):
     (lab.folder / "train.py").write_text(variant(depth=7))
     lab.train(0.99, config={"depth": 7})
     said = lab.analyze()[1]
-    assert f"run {head}-dirty\n" in said
+    assert f"filed as {head}-dirty\n" in said
     assert "is back to that of the best" in lab.analyze("discard")[1]
 
     back = f"Back to the best, {better}, after {leaking}"
@@ -435,13 +435,13 @@ def test_a_broken_environment_is_reported_and_not_filed(lab, ending):
     lab.commit("depth 9", variant(depth=9))
     lab.crash(ending)
     code, said, complaint = lab.analyze()
-    assert (code, said) == (2, "")
+    assert (code, said) == (1, "")
     assert complaint.startswith("error: the environment failed, not the experiment; nothing was filed. ")
     assert ending.splitlines()[-1].removeprefix("error: ") in complaint
     assert [row[0] for row in lab.rows()] == [base]
     assert "failed over its environment" in lab.analyze("status")[1]
     lab.train(0.99, config={"depth": 9})  # puts the failed start away, without its log
-    assert "not an experiment, put into failed/" in lab.analyze()[1]
+    assert "the environment failed, not the experiment; nothing was filed" in lab.analyze()[1]
     assert load_folder(next((lab.archive / "failed").iterdir())).start["ended"].startswith("error: ")
     assert len(lab.rows()) == 2
 
@@ -502,9 +502,9 @@ def test_a_hampered_run_waits_for_no_decision_and_is_left_behind_with_its_progra
     lab.train(0.99, make_records(num_steps=300, step_ms=[1000.0] * 299 + [91_000.0]), config={"depth": 9})
     assert "; after three such runs, discard\n" in lab.analyze()[1]
     status = lab.analyze("status")[1]
-    assert "archive: 2 runs (1 keep, 1 hampered);" in status
+    assert "archive: 2 runs (1 keep, 1 hampered)\n" in status
     assert "pending, decide keep or discard: none\n" in status
-    assert status.endswith(f"next: train the same commit again: `{analyze.TRAIN_BESIDE}`\n")
+    assert status.endswith(f"next: train the same commit again, the idea was not tested: `{analyze.TRAIN_BESIDE}`\n")
     lab.analyze("rerun")  # the program here is another now
     assert "train the same commit again" not in lab.analyze("status")[1].splitlines()[-1]
 
@@ -656,7 +656,7 @@ def test_what_a_record_knows_outlives_a_new_format_though_the_runs_files_are_dam
     path.write_text(json.dumps(stats | {"record": stats["record"] | {"format": "1"}}))
     for file in ("run_summary.json", "run.log"):
         (lab.archive / base / file).write_text("")
-    assert lab.analyze("status")[1].startswith(f"best: {base} val_bpb 0.998000, one run")
+    assert lab.analyze("status")[1].startswith(f"best: {base} val_bpb 0.998000, 1 run(s)")
 
 
 def test_an_edit_without_effect_stays_a_run_of_the_bests_program_in_a_new_format(lab):
@@ -703,8 +703,7 @@ def test_a_constant_set_to_none_is_another_configuration_and_one_that_fails_is_n
     (lab.folder / "train.py").write_text(text.replace("= 15.0", "= None"))
     assert lab.analyze("check")[0] == 0
     (lab.folder / "train.py").write_text(text.replace("= 15.0", "= 1 / 0"))
-    assert lab.analyze("check")[:2] == (
-        1, "a constant of Config cannot be computed: ZeroDivisionError: division by zero\n")
+    assert "a constant of its Config fails: ZeroDivisionError('division by zero')\n" in lab.analyze("check")[1]
 
 
 def test_where_the_best_is_anothers_program_it_is_to_be_brought_here(lab):
@@ -814,11 +813,11 @@ def test_a_run_in_progress_is_left_alone_whatever_the_clock_says(lab):
     with in_progress(lab.folder):
         code, said, complaint = lab.analyze()
         assert (code, said) == (1, "")
-        assert "is in progress, 10 steps so far: wait for its end (`uv run analyze.py --wait`), then call" in complaint
+        assert f"in progress in {lab.folder}: wait for its end (`uv run analyze.py --wait`)\n" in complaint
         assert "in progress, 10 steps so far" in lab.analyze("status")[1]
     assert "**CRASH**: the log just stops: killed" in lab.analyze()[1]
     assert "this folder: run" in (said := lab.analyze("status")[1])
-    assert "killed from outside, or out of time: the idea was not tested; train the same commit again" in said
+    assert "next: train the same commit again, the idea was not tested: `" in said
 
 
 def test_waiting_ends_when_the_run_does_and_files_it(lab):
@@ -899,7 +898,7 @@ def test_two_filings_at_once_lose_no_row(lab, tmp_path):
     environment = os.environ | {"AUTO_LOG_RESEARCH_DIR": str(shared)}
     calls = [subprocess.Popen([sys.executable, str(SCRIPT)], cwd=f, env=environment, stdout=subprocess.PIPE, text=True)
              for f in folders]
-    assert [call.communicate()[0].split()[0] for call in calls] == ["run"] * 2
+    assert [call.communicate()[0].split()[0] for call in calls] == ["filed"] * 2
     assert [call.returncode for call in calls] == [0] * 2
     lab.archive = shared
     assert sorted(row[1] for row in lab.rows()) == ["0.990000", "0.991000"]
@@ -1008,7 +1007,7 @@ def test_hand_edits_of_the_table_hold_and_a_removed_row_comes_back(lab):
     header, *lines = table.read_text().splitlines()
     edited = lines[1].replace("pending\tdepth 9", "keep\tmy own words")
     table.write_text("\n".join([header, edited, "what is this?", lines[0]]))  # the third is removed
-    assert "problem: results.tsv line 3: 1 columns where five are due: not counted" in lab.analyze("status")[1]
+    assert "problem: results.tsv line 3 is not the one row of an archived run, with five" in lab.analyze("status")[1]
     said = lab.analyze()[1]
     assert f"{third} had no row in results.tsv: added, as pending\n" in said
     assert table.read_text().splitlines() == [header, edited, lines[0], lines[2]]
@@ -1094,7 +1093,7 @@ def test_an_evaluation_that_failed_over_its_environment_and_is_scored_later_is_f
     lab.baseline()
     name = lab.commit("depth 9", variant(depth=9))
     lab.crash("error: /cache/val.bin is missing\n", make_records(300))
-    assert lab.analyze()[0] == 2
+    assert lab.analyze()[0] == 1
     start = json.loads((lab.folder / "run_start.json").read_text())
     assert start["ended"] == "error: /cache/val.bin is missing"
     score_later(lab, 0.97, start)
@@ -1112,16 +1111,16 @@ def test_what_is_on_its_way_into_unfiled_is_left_alone(lab):
     (unfiled / "link").symlink_to(lab.folder)
     said = lab.analyze()[1]
     assert "unfiled/without-start is no readable run: left there" in said
-    assert "unfiled/link is a link: left there" in said
+    assert "unfiled/link is no readable run: left there" in said
     assert {p.name for p in unfiled.iterdir()} == {".20260301-moving", "without-start", "link"}
     assert len(lab.rows()) == 1
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (b"", "is not valid JSON"),
-    (b"[1]", "holds no JSON object"),
+    (b"", "is no valid JSON object"),
+    (b"[1]", "is no valid JSON object"),
     (b'{"data_fingerprint": 7, "demo": "no"}', "data_fingerprint is 7, taken for missing"),
-    (b"[" * 5000, "is not valid JSON"),
+    (b"[" * 5000, "is no valid JSON object"),
 ])
 def test_a_damaged_archive_json_is_named_and_the_rest_goes_on(lab, content, said):
     lab.baseline()
@@ -1156,7 +1155,7 @@ def test_json_nested_a_thousand_deep_is_named(lab):
     (lab.folder / "eval_record.json").write_text('{"val_bpb": ' + "[" * 100_000)
     said = lab.analyze()[1]
     assert "metrics.jsonl: 1 damaged line(s) left out (line 1)" in said
-    assert "eval_record.json is not valid JSON" in said
+    assert "eval_record.json is no valid JSON object" in said
 
 
 def test_a_closing_block_with_leading_zeros_blocks_nothing(lab):
@@ -1199,9 +1198,8 @@ def test_escape_sequences_and_headings_of_a_log_reach_neither_terminal_nor_page(
     assert first.count("## Agent Investigation Notes") == 1
 
 
-def test_a_lock_that_is_held_for_long_is_named(lab, monkeypatch):
+def test_who_holds_the_lock_is_named(lab):
     lab.baseline()
-    monkeypatch.setattr(analyze, "LOCK_PATIENCE_S", 0.1)
     code = "import analyze, time\nwith analyze.locked(analyze.archive_dir()): print(flush=True); time.sleep(1)"
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=lab.folder, env=environment, stdout=subprocess.PIPE)
@@ -1231,8 +1229,6 @@ def test_the_demo_has_an_archive_of_its_own(lab, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_DEMO", "yes")
     assert lab.analyze("status")[1].startswith("demo (AUTORESEARCH_DEMO): its archive is its own\nbest: ")
     assert load_runs()["val_bpb"].tolist() == [2.0]
-    monkeypatch.setenv("AUTORESEARCH_DEMO", "maybe")
-    assert lab.analyze("status")[2].startswith("error: AUTORESEARCH_DEMO=maybe is neither yes nor no: set it to 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1258,7 +1254,7 @@ def test_line_ends_that_git_converts_are_no_change(lab):
         assert b"\r\n" in (lab.folder / "train.py").read_bytes()
         lab.train(0.9902)
         assert "-dirty" not in lab.analyze()[1]
-        assert "nothing to commit" in lab.analyze("discard")[1]
+        assert lab.analyze("discard")[1].endswith(f"train.py is back to that of the best, {lab.rows()[0][0]}\n")
 
 
 def test_without_an_identity_discard_commits_all_the_same(lab, monkeypatch, tmp_path):
@@ -1279,7 +1275,7 @@ def test_a_repository_that_git_refuses_to_read_is_named_with_gits_own_reason(lab
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     code, _, complaint = lab.analyze()
     assert code == 1
-    assert "git cannot read this repository: fatal: detected dubious ownership" in complaint
+    assert "error: git: fatal: detected dubious ownership" in complaint
     assert "git config --global --add safe.directory" in complaint
 
 
@@ -1357,8 +1353,8 @@ def test_check_names_what_a_new_program_changes(lab):
 @pytest.mark.parametrize(("text", "said"), [
     (PROGRAM, "this program was trained before: {} scored 0.998000, keep: baseline; `uv run analyze.py rerun` runs"),
     (PROGRAM + "# more words\n", "this program was trained before: {} scored"),
-    (variant(seed=43), "this program but for its seed was trained before: {} scored"),
-    ("def f(:\n", "train.py does not parse: line 1: "),
+    (variant(seed=43), "this program was trained before: {} scored"),
+    ("def f(:\n", "train.py does not parse, or a constant of its Config fails: SyntaxError("),
     (PROGRAM.replace("seed: int", "total_batch_size: int = 2**19\n    device_batch_size: int = 96\n    seed: int"),
      "total_batch_size 524288 is no multiple of 196608, the tokens of one pass"),
 ])
@@ -1398,21 +1394,6 @@ def test_check_and_status_see_what_is_under_way_in_another_worktree(lab, monkeyp
     assert lab.analyze("check")[1].startswith(f"against {base}: depth 8 -> 9")
 
 
-def test_check_refuses_a_configuration_that_was_trained_in_another_spelling(lab):
-    base = lab.baseline()
-    (lab.folder / "train.py").write_text(PROGRAM + "CONFIG = Config(depth=9)\n")
-    assert lab.analyze("check")[0] == 0
-    name = lab.commit("nine", PROGRAM + "CONFIG = Config(depth=9)\n")
-    lab.train(1.1, config={"depth": 9})
-    lab.analyze()
-    (lab.folder / "train.py").write_text(variant(depth=9) + "CONFIG = Config()\n")
-    code, said, _ = lab.analyze("check")
-    assert code == 1
-    assert said.startswith(f"this configuration was trained before: {name} scored 1.100000, pending: nine\n")
-    (lab.folder / "train.py").write_text(variant(depth=8, matrix_lr=0.05) + "CONFIG = Config()\n")
-    assert lab.analyze("check")[1].startswith(f"against {base}: matrix_lr 0.04 -> 0.05")
-
-
 @pytest.mark.parametrize(("ending", "code"), [("", 0), ("RuntimeError: unspecified launch failure\n", 0), ("x\n", 0),
                                               ("NameError: name 'x' is not defined\n", 1)])
 def test_check_lets_a_killed_run_be_trained_again_but_not_one_that_failed_by_itself(lab, ending, code):
@@ -1424,14 +1405,34 @@ def test_check_lets_a_killed_run_be_trained_again_but_not_one_that_failed_by_its
 
 
 def next_of(lab):
-    said = lab.analyze("status")[1].splitlines()[-1]
-    assert said == f"next: {json.loads(lab.analyze('status', '--json')[1])['next']}"
-    return said.removeprefix("next: ")
+    return lab.analyze("status")[1].splitlines()[-1].removeprefix("next: ")
+
+
+def test_status_says_how_a_run_in_progress_stands_and_when_it_is_hopeless(lab):
+    """Five runs that came within the noise were 0.02 nats behind the best on the same text."""
+
+    def behind_by(nats, num_steps=300):
+        return [r | {"train/loss": r["train/loss"] + nats} for r in make_records()[:num_steps]]
+
+    base = lab.baseline(0.999, records=make_records())
+    for depth in range(9, 14):
+        lab.commit(f"depth {depth}", variant(depth=depth))
+        lab.train(0.9995, behind_by(0.02), config={"depth": depth})
+        lab.analyze()
+    lab.commit("rates a thousandth", variant(matrix_lr=0.00004))
+    lab.start(time_budget=BUDGET_S)
+    for num_steps, behind, is_hopeless in ((60, 1.0, False), (150, 0.01, False), (150, 1.0, True)):
+        lab.log_steps(behind_by(behind, num_steps))
+        with in_progress(lab.folder):
+            status = lab.analyze("status")[1]
+        share, left = num_steps / 300, BUDGET_S * (1 - num_steps / 300)
+        difference = behind * NATS_PER_TOKEN_TO_BPB
+        assert f"\n  {share:.0%} of the budget, {left:.0f} s left before the score; at equal tokens" in status
+        assert re.search(rf"equal tokens \{difference:+.4f} ± 0\.0000 bpb against {base}, [+-]0% tokens\n", status)
+        assert ("hopeless: no run that came within the noise was so far behind here" in status) is is_hopeless
 
 
 def test_the_last_line_of_the_status_says_what_to_do_now(lab):
-    manifest = "def load_manifest():\n    return {'source': 'here', 'fingerprint': 'f00'}\n"
-    (lab.folder / "prepare.py").write_text(manifest)
     lab.commit("baseline")
     assert next_of(lab) == "uv run analyze.py start"
     lab.analyze("start", "tag")
@@ -1462,16 +1463,13 @@ def test_the_last_line_of_the_status_says_what_to_do_now(lab):
     assert next_of(lab) == "mend that, then train again"
     lab.crash("step 3\n")
     lab.analyze()
-    assert next_of(lab) == f"train the same commit again: `{analyze.TRAIN_BESIDE}`"
+    assert next_of(lab) == f"train the same commit again, the idea was not tested: `{analyze.TRAIN_BESIDE}`"
 
 
 def test_start_makes_the_branch_and_the_two_files_and_may_be_repeated(lab):
-    manifest = "def load_manifest():\n    return {'source': 'here', 'fingerprint': 'f00'}\n"
-    (lab.folder / "prepare.py").write_text(manifest)
     lab.commit("baseline")
     said = lab.analyze("start", "tag")[1]
     assert said.startswith("branch autoresearch/tag; insights.md and ideas_queue.md are in .auto-log-research\n")
-    assert "\ndata: here f00\n" in said
     assert said.endswith("next, the baseline: setsid timeout --kill-after=10 600 uv run train.py > run.log 2>&1 &\n")
     assert lab.git("branch", "--show-current") == "autoresearch/tag"
     queue = (lab.archive / "ideas_queue.md").read_text()
@@ -1481,8 +1479,6 @@ def test_start_makes_the_branch_and_the_two_files_and_may_be_repeated(lab):
     assert "queue: 1 idea(s) in ideas_queue.md\n  mine\n" in lab.analyze("status")[1]
     lab.git("switch", "-q", "main")
     assert "branch autoresearch/tag-2;" in lab.analyze("start", "tag")[1]
-    (lab.folder / "prepare.py").write_text("raise SystemExit('error: nothing here')\n")
-    assert "error: the data are not ready: error: nothing here; then call this again" in lab.analyze("start")[2]
 
 
 def test_rerun_puts_the_best_in_place_and_names_a_seed_that_it_has_not_had(lab):
@@ -1511,7 +1507,7 @@ def test_status_stays_within_its_lines_and_shows_what_decides(lab):
     lines = lab.analyze("status")[1].splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 160
-    assert lines[0] == f"best: {base} val_bpb 0.998000, one run: baseline"
+    assert lines[0] == f"best: {base} val_bpb 0.998000, 1 run(s): baseline"
     assert "queue: 50 idea(s) in ideas_queue.md" in lines
     assert "claims in insights.md: 60" in lines
     assert re.fullmatch(r"  and \d+ more", lines[-2])
@@ -1581,7 +1577,7 @@ def test_discard_commits_train_py_alone_and_can_be_repeated(lab):
     assert lab.git("diff", "--cached", "--name-only") == "prepare.py"
     head = lab.git("rev-parse", "HEAD")
     assert lab.analyze("discard", name)[1] == (
-        f"{name} discarded; train.py is that of the best, {base}: nothing to commit\n")
+        f"{name} discarded; train.py is back to that of the best, {base}\n")
     assert lab.git("rev-parse", "HEAD") == head
 
 
@@ -1625,8 +1621,8 @@ def test_a_run_filed_earlier_from_this_folder_is_decided_without_its_outputs(lab
         lab.analyze("discard")[1] == f"{name} discarded; train.py is back to that of the best, {base}, and committed\n"
     )
     assert lab.analyze("keep") == (1, "", (
-        f"error: no run's outputs in {lab.folder}, and 0 pending runs were trained there; pending: none; "
-        "name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
+        f"error: which run? There is no filed one in {lab.folder} to decide on (`uv run analyze.py` files); "
+        "pending: none; name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
 
 
 def test_a_run_pending_in_another_folder_is_decided_there_or_by_name(lab, monkeypatch):
@@ -1637,8 +1633,9 @@ def test_a_run_pending_in_another_folder_is_decided_there_or_by_name(lab, monkey
     monkeypatch.chdir(other.folder)
     for command in ("keep", "discard"):
         assert other.analyze(command) == (1, "", (
-            f"error: no run's outputs in {other.folder}, and 0 pending runs were trained there; pending: {base} "
-            f"(trained in {lab.folder}); name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
+            f"error: which run? There is no filed one in {other.folder} to decide on (`uv run analyze.py` files); "
+            f"pending: {base} (trained in {lab.folder}); "
+            "name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
     assert [row[3] for row in lab.rows()] == ["pending"]
     second = other.commit("depth 9", variant(depth=9))
     other.train(0.99, config={"depth": 9})
@@ -1701,13 +1698,13 @@ def test_a_reader_that_has_seen_enough_of_the_status_ends_it_quietly(lab, unbuff
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
-def test_keep_says_what_is_worse_than_the_best(lab):
+def test_a_worse_run_may_be_kept_and_is_not_the_best(lab):
     base = lab.baseline()
     name = lab.commit("depth 9", variant(depth=9))
     lab.train(1.1, config={"depth": 9})
     lab.analyze()
     assert lab.analyze("keep")[1] == (
-        f"{name} kept; the best is {base} at 0.998000 (1 run(s))\nmind: it is worse than {base} by 0.102000 bpb\n")
+        f"{name} kept; the best is {base} at 0.998000 (1 run(s))\n")
 
 
 def test_insights_are_the_agents_alone(lab):
@@ -1726,15 +1723,10 @@ def test_status_lets_a_fresh_agent_go_on(lab):
     (lab.archive / "ideas_queue.md").write_text("# Ideas\n\n- one\n  - detail\n- two\n1. three\n")
     assert "this folder: run 20260301-000002-abcd is not filed yet: `uv run analyze.py`" in lab.analyze("status")[1]
     lab.analyze()
-    status = json.loads(lab.analyze("status", "--json")[1])
-    assert status["best"] == {
-        "name": base, "val_bpb": 0.998, "runs": [base], "is_kept": True, "description": "baseline"}
-    assert len(status["pending"]) == 1
-    assert status["queue"] == ["one", "two", "three"]
-    assert status["noise"]["sigma"] == 0.001
-    assert status["hours_used"] == pytest.approx(0.2)
     page = lab.analyze("status")[1]
-    assert f"best: {base} val_bpb 0.998000, one run" in page
+    assert f"best: {base} val_bpb 0.998000, 1 run(s): baseline\n" in page
+    assert f"pending, decide keep or discard: {lab.rows()[1][0]}\n" in page
+    assert "queue: 3 idea(s) in ideas_queue.md\n  one\n  two\n  three\n" in page
     assert "noise: sigma 0.001000 bpb (0 degree(s) of freedom measured, and a prior of 0.001" in page
 
 
@@ -1752,9 +1744,9 @@ def test_names_may_be_shortened_but_not_ambiguous(lab):
     assert load_run(f"{base}.2").name == f"{base}.2"
     assert (
         lab.analyze("keep", base[:5])[2]
-        == f"error: '{base[:5]}' fits 2 runs: {base}, {base}.2: name one of them in full\n"
+        == f"error: '{base[:5]}' is the name of 2 archived runs ({base}, {base}.2): name one in full\n"
     )
-    assert "no archived run is called 'zzz'" in lab.analyze("compare", "zzz")[2]
+    assert "'zzz' is the name of 0 archived runs (results.tsv lists all)" in lab.analyze("compare", "zzz")[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

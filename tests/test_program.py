@@ -262,7 +262,7 @@ def test_a_training_that_hangs_is_ended_with_all_it_started(checkout):
 # Stands in for an agent: says where it was started and with what, and asks for the end when `ends` are there.
 WITNESS = """#!/bin/bash
 cmp -s - program.md && echo "$PWD $CUDA_VISIBLE_DEVICES $BASH_MAX_TIMEOUT_MS $*"
-uv run analyze.py status --json | grep -c num_runs >> "$AUTO_LOG_RESEARCH_DIR/starts"
+uv run analyze.py status | grep -c ^archive: >> "$AUTO_LOG_RESEARCH_DIR/starts"
 [ "$(wc -l < "$AUTO_LOG_RESEARCH_DIR/starts")" -lt "$ENDS" ] || touch "$AUTO_LOG_RESEARCH_DIR/STOP"
 exit 1
 """
@@ -387,9 +387,9 @@ def test_worktrees_share_one_archive_and_leave_each_others_runs_alone(checkout):
     assert sorted(row[0] for row in rows_of(folder / ".auto-log-research" / "demo")) == [head, f"{head}.2"]
     assert not (works[0] / ".auto-log-research").exists()
     # A decision without a name is about the run of the folder that it is made in.
-    here = json.loads(output_of(["uv", "run", "analyze.py", "status", "--json"], works[1], shared))
-    assert len(here["pending"]) == 2
-    mine = re.match(r"run (\S+), filed", here["here"])[1]
+    status = output_of(["uv", "run", "analyze.py", "status"], works[1], shared)
+    assert re.search(r"^pending, decide keep or discard: \w+, [\w.]+$", status, re.MULTILINE)
+    mine = re.search(r"^this folder: run (\S+), filed", status, re.MULTILINE)[1]
     output_of(["uv", "run", "analyze.py", "keep"], works[1], shared)
     assert {row[0]: row[3] for row in rows_of(folder / ".auto-log-research" / "demo")} == {
         name: "keep" if name == mine else "pending" for name in (head, f"{head}.2")
