@@ -674,32 +674,16 @@ class _WithoutSeed(ast.NodeTransformer):
         return node.left if isinstance(node.right, ast.Constant) and is_seed(name_of(node.left)) else node
 
 
-class _WithoutConfig(ast.NodeTransformer):
-    """Drops the constants of the class Config, and what is passed to it or replaced in it."""
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        if node.name == "Config":
-            node.body = [part for part in node.body if config_constant(part) is None] or [ast.Pass()]
-        return self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        if name_of(node.func) in ("Config", "replace"):
-            node.keywords = [k for k in node.keywords if not is_literal(k.value)]
-        return self.generic_visit(node)
-
-
-def functional(source: str, *without: ast.NodeTransformer) -> str:
-    """The program's text without comments, formatting, docstrings and what the transformers
-    drop."""
+@cache
+def functional(source: str) -> str:
+    """The program's text without comments, formatting, docstrings and seed."""
     try:
         tree = ast.parse(source)
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
                 has_docstring = ast.get_docstring(node, clean=False) is not None
                 node.body = node.body[has_docstring:] or [ast.Pass()]
-        for transformer in without:
-            tree = transformer.visit(tree)
-        return ast.unparse(tree).replace("'", '"')  # in f-strings, 3.12 has other quotes than 3.11
+        return ast.unparse(_WithoutSeed().visit(tree)).replace("'", '"')  # in f-strings, 3.12 has others than 3.11
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "not a program\n" + source
 
@@ -714,30 +698,13 @@ def is_seed(name: str | None) -> bool:
     return name is not None and (name.lower() == "seed" or name.lower().endswith("_seed"))
 
 
-@cache
-def hash_functional(source: str, hide_seed: bool, hide_config: bool) -> str:
-    without = [_WithoutConfig()] * hide_config + [_WithoutSeed()] * hide_seed
-    return sha256(functional(normal(source), *without))
-
-
-def program_hash(
-    text: str | None, hide_seed: bool = True, modules: dict | None = None, hide_config: bool = False
-) -> str | None:
-    """Equal for programs that do the same: comments, formatting, docstrings and (by default) the
-    seed do not count. `modules` are the files beside the program that it imports, by name."""
+def program_hash(text: str | None, modules: dict | None = None) -> str | None:
+    """Equal for programs that do the same: comments, formatting, docstrings and the seed do not
+    count. `modules` are the files beside the program that it imports, by name."""
     if text is None:
         return None
     files = [("", text), *sorted((modules or {}).items())]
-    hashes = [name + hash_functional(str(source), hide_seed, hide_config) for name, source in files]
-    return sha256("\n".join(hashes))[:16]
-
-
-def hash_programs(text: str | None, modules: dict) -> dict[str, str | None]:
-    return {
-        "program": program_hash(text, modules=modules),
-        "program_and_seed": program_hash(text, hide_seed=False, modules=modules),
-        "code": program_hash(text, modules=modules, hide_config=True),
-    }
+    return sha256("\n".join(name + sha256(functional(normal(str(source)))) for name, source in files))[:16]
 
 
 def configuration(summary: dict) -> dict:
@@ -890,7 +857,7 @@ def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
         "memory_gb": None if (peak_mb := number(s.get("peak_vram_mb"))) is None else peak_mb / 1024,
         "train_sha256": sha256(normal(run.train_py)) if run.train_py else None,
         "modules": {name: sha256(normal(str(text))) for name, text in modules.items()},
-        **hash_programs(run.train_py, modules),
+        "program": program_hash(run.train_py, modules),
         "seed": s.get("seed") if number(s.get("seed")) is not None else None,
         "seed_offset": number(run.first_of("seed_offset")),
         **compute_comparable(run),
@@ -1831,14 +1798,12 @@ def compute_history(entries: list[Entry]) -> dict:
     lineage = compute_lineage(alike, groups)
     gain = lineage[0][1] - best.mean if lineage else None
     optimism = compute_optimism(best, alike, compute_noise(alike)) if gain else 0.0
-    starts = [t for e in entries if (t := e.record.get("started_unix"))]
     hours = sum(e.record.get("total_s") or e.record.get("training_s") or 0.0 for e in entries) / 3600
     return {
         "num_runs": len(entries),
         "counts": {status: sum(status_shown(e) == status for e in entries) for status in (*STATUSES, "hampered")},
         "lineage": lineage,
         "hours": hours,
-        "first_start_unix": min(starts, default=None),
         "gain": None if gain is None else gain - optimism,
         "optimism": optimism,
         "ideas_since_best": len(groups) - 1 - list(groups).index(best.group) if best else None,

@@ -60,7 +60,7 @@ def test_records_made_again_from_the_files_are_those_of_the_night(night, book):
     for e in book.entries:
         run = analyze.load_run(e.name, night)
         again = analyze.compute_record(run, book.facts, analyze.Origin(e.name))
-        for key in ("identity", "program", "code", "config", "val_bpb", "seed", "invalid", "is_finished", "num_steps"):
+        for key in ("identity", "program", "config", "val_bpb", "seed", "invalid", "is_finished", "num_steps"):
             assert again[key] == e.record[key], (e.name, key)
 
 
@@ -131,6 +131,6 @@ def test_both_keep_rules_replayed_in_the_order_of_the_night_find_the_same_progra
 
 def test_the_status_of_the_night_fits_on_its_page(night, tmp_path):
     status = analyze.render_status([], night, tmp_path)
-    assert status.startswith("best: 7153bc4 val_bpb 0.829079, mean of 3 runs: embedding decay x 3 at batch 2^17")
+    assert status.startswith("best: 7153bc4 val_bpb 0.829079, 3 run(s): embedding decay x 3 at batch 2^17")
     assert status.count("\n") < analyze.STATUS_LINES
     assert "doubtful" not in status
