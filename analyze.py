@@ -1228,19 +1228,21 @@ def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text
     """Configuration and kernels against the best's, key to [before, after]; the size of the
     diff."""
     mine, theirs = (e.record.get("config") or {} if e else {} for e in (this, best))
+    is_known = bool(mine and theirs)
     added, removed = diff_size(diff_lines(best_text, text, "best"))
-    config = {k: [theirs.get(k), mine.get(k)] for k in theirs | mine} if mine and theirs else {}
-    machine = {k: [best.record.get(k), this.record.get(k)] for k in (*MACHINE_KEYS, "seed")} if best else {}
-    config = {k: pair for k, pair in config.items() if pair[0] != pair[1]}
-    machine = {k: pair for k, pair in machine.items() if None not in pair and pair[0] != pair[1]}
+    machine = pairs_apart(best.record, this.record, (*MACHINE_KEYS, "seed")) if best else {}
     return {
         "against": best and best.name,
-        "config": config,
-        "is_config_known": bool(mine and theirs),
+        "config": pairs_apart(theirs, mine, theirs | mine) if is_known else {},
+        "is_config_known": is_known,
         "lines_added": added,
         "lines_removed": removed,
-        "machine": machine,
+        "machine": {k: pair for k, pair in machine.items() if None not in pair},
     }
+
+
+def pairs_apart(before: dict, now: dict, keys: Iterable[str]) -> dict[str, list]:
+    return {k: [before.get(k), now.get(k)] for k in keys if before.get(k) != now.get(k)}
 
 
 def diff_lines(before: str | None, after: str | None, name: str) -> list[str]:
@@ -2389,12 +2391,15 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
         told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: "
                     f"{h['gain']:.6f} remain.")
     told.append(render_audit(archive, base.names, best.names, won))
+    return " ".join([*told, *render_kept(entries)])
+
+
+def render_kept(entries: list[Entry]) -> Iterator[str]:
     kept = [e for e in compute_tried(entries) if e.status == "keep"]
     for what, is_proven in (("What helped", True), ("Kept besides, and unproven one by one", False)):
         some = [e for e in kept if is_gain(e) == is_proven]
-        if listed := "; ".join(f"{read_subject(e)[0]}: {show_outcome(e)}" for e in some[:6]):
-            told.append(f"{what}: {listed}.")
-    return " ".join(told)
+        if some:
+            yield f"{what}: {'; '.join(f'{read_subject(e)[0]}: {show_outcome(e)}' for e in some[:6])}."
 
 
 def render_tried(entries: list[Entry]) -> str:
@@ -2779,11 +2784,7 @@ def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
     name = old.name if old else first_free(origin.name, lambda name: (archive / name).exists(), ".")
     run = replace(run, name=name, train_py=origin.train_py)
     record = compute_record(run, book.facts, origin)
-    if record["is_finished"] and not record["invalid"]:  # the first valid run says what an archive is of
-        begun = {key: record[key] for key in COMPARABLE if record[key] is not None}
-        known = {key: value for key, value in book.facts.items() if value is not None}
-        if begun.keys() - known.keys():
-            write_json(archive / FACTS, {"created_unix": time.time()} | begun | known)
+    note_facts(archive, book, record)
     # Two levels down, where train.py does not take it for archived.
     target = archive / name if old else archive / f".tmp-{os.getpid()}" / name
     target.mkdir(parents=True, exist_ok=True)
@@ -2800,6 +2801,16 @@ def file_run(run: Run, archive: Path, folder: Path, book: Book) -> str:
         target.parent.rmdir()
     mend_table(archive)
     return name
+
+
+def note_facts(archive: Path, book: Book, record: dict) -> None:
+    """What the archive is of, as its first valid runs say it."""
+    if not record["is_finished"] or record["invalid"]:
+        return
+    begun = {key: record[key] for key in COMPARABLE if record[key] is not None}
+    known = {key: value for key, value in book.facts.items() if value is not None}
+    if begun.keys() - known.keys():
+        write_json(archive / FACTS, {"created_unix": time.time()} | begun | known)
 
 
 def mend_table(archive: Path) -> Book:
@@ -3045,6 +3056,11 @@ def command_check(names: list[str], archive: Path, folder: Path) -> str | None:
         faults.append(f"changed besides train.py: {changed}; commit what belongs to the idea, undo the rest")
     if faults:
         return print(printable("\n".join(faults)))
+    return describe_change(archive, book, best, text, values)
+
+
+def describe_change(archive: Path, book: Book, best: Best | None, text: str, values: dict) -> str:
+    """What a program changes against the best, and which run had its configuration."""
     if best is None:
         return "nothing to compare with: this is the first program"
     config, told = book.entry(best.name).record.get("config", {}), []
