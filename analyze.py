@@ -2250,8 +2250,7 @@ def read_subject(e: Entry) -> tuple[str, float | None]:
 
 
 def changed_knobs(e: Entry) -> dict[str, str]:
-    """Knob to "before -> after". A run that changed none changed the code, and goes by its
-    subject."""
+    """Knob to "before -> after". A run that changed none goes by its subject."""
     config = effect_of(e)["config"] or {}
     knobs = {k: pair for k, pair in config.items() if not DERIVED.fullmatch(k)}
     if knobs.get("num_kv_heads") == config.get("num_heads"):  # resolved: as many as there are heads
@@ -2263,8 +2262,7 @@ def changed_knobs(e: Entry) -> dict[str, str]:
 
 
 def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
-    """A line a knob, of at most `limit`, those that matter most first; then the knobs nobody has
-    touched."""
+    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched."""
     by_knob: dict[str, list[str]] = {}
     for e in compute_tried(entries):
         for knob, change in changed_knobs(e).items():
@@ -2292,8 +2290,7 @@ def render_calibration(entries: list[Entry]) -> str:
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
-    """Claims of insights.md that cite runs which do not exist, or claim an effect on runs inside the
-    noise alone."""
+    """Claims that cite runs which do not exist, or claim an effect on runs inside the noise alone."""
     programs = {e.group for e in compute_tried(entries) if not is_outside_noise(e)}
     names, hidden = {e.name for e in entries}, {e.name for e in entries if e.group in programs}
     claims = re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", (text or "").partition("## Claims")[2], re.M)
@@ -2383,8 +2380,7 @@ def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -
 
 
 def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
-    """Baseline to best as one diff that `git apply` takes, below what was kept and what each
-    brought."""
+    """Baseline to best as one diff that `git apply` takes, below what was kept."""
     table = render_tried(kept).replace("\n", "\n# ")
     lines = [f"# From {base.name} to {best.name}: git apply best.patch\n# {table}\n"]
     before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
@@ -2394,8 +2390,7 @@ def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
 
 
 def diff_file(name: str, before: str | None, after: str) -> list[str]:
-    """What `git diff` would print; None: no such file yet. Only newlines end a line, as with
-    git."""
+    """What `git diff` would print; None: no such file yet. Only newlines end a line, as in git."""
     old, new = ([*io.StringIO(text, newline="\n")] for text in (before or "", after))
     source = "/dev/null" if before is None else f"a/{name}"
     lines = [*difflib.unified_diff(old, new, source, f"b/{name}")]
@@ -2496,8 +2491,7 @@ def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
 
 
 def draw_paired(axes: Axes, windows: list[dict]) -> None:
-    """Difference to the best by windows, with two standard errors; shaded where the text had been
-    seen."""
+    """Difference to the best by windows; shaded where the text had been seen."""
     table = {key: numbers(w.get(key) for w in windows) for key in windows[0]}
     middles = (table["from_m"] + table["to_m"]) / 2
     for what, key, error, color in (("tokens", "difference", "error", BLUE),
@@ -2513,8 +2507,7 @@ def draw_paired(axes: Axes, windows: list[dict]) -> None:
 
 
 def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
-    """What is scheduled, what the gradient does and how fast it goes. None for a run without step
-    times."""
+    """What is scheduled, what the gradient does and how fast it goes."""
     if run.step_ms is None:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
@@ -2544,8 +2537,7 @@ def draw_layers(run: Run, best: Run | None) -> Figure | None:
 
 
 def draw_heat(axes: Axes, mine: list[dict], theirs: list[dict], num_steps: int) -> None:
-    """Values by name at each look as colours: names down, time across, then a gap and the best's
-    end."""
+    """Names down, time across, values as colours; then a gap and the best's late state."""
     names = list(dict.fromkeys(name for look in mine for name in look))
     if not names:
         return
@@ -2575,8 +2567,7 @@ def mark_of(e: Entry) -> str:
 
 
 def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
-    """Scores in the order of filing, what the best was at each time, and the steps that brought
-    most."""
+    """Scores in the order of filing, what the best was at each time, and the largest steps."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries), right=0.74)
     axes, valid = figure.subplots(), [e for e in entries if e.is_valid]
     scores = [e.val_bpb for e in valid] or [1.0]
@@ -2604,8 +2595,7 @@ def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
 
 
 def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: float) -> None:
-    """Lines for the baseline and the best; the eight largest steps are numbered, and told in the
-    margin."""
+    """Lines for the baseline and the best; the eight largest steps are told in the margin."""
     number_of = {e.name: i for i, e in enumerate(entries, 1)}
     x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
     axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
