@@ -51,7 +51,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -708,8 +708,7 @@ def program_hash(text: str | None, modules: dict | None = None) -> str | None:
 
 
 def configuration(summary: dict) -> dict:
-    """The resolved configuration in a summary: everything but results, which are known by name or
-    by their unit."""
+    """The resolved configuration: all but results, which are known by name or by their unit."""
     others = RESULT_KEYS.union(MACHINE_KEYS)
     return {k: v for k, v in summary.items() if k not in others and not k.endswith(("_seconds", "_ms", "_mb"))}
 
@@ -717,22 +716,18 @@ def configuration(summary: dict) -> dict:
 def static_config(text: str) -> dict:
     """The configuration as it can be read without running the program: the constants of the class
     Config, and those that are passed to it."""
-    found: dict[str, ast.expr] = {}
+    defaults, passed = [], []
     for node in ast.walk(ast.parse(normal(text))):
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            found = {name: part.value for part in node.body if (name := config_constant(part))} | found
+            parts = [part for part in node.body if isinstance(part, ast.AnnAssign) and part.value]
+            defaults += [(name_of(part.target), part.value) for part in parts]
         elif isinstance(node, ast.Call) and name_of(node.func) in ("Config", "replace"):
-            found |= {k.arg: k.value for k in node.keywords if k.arg and is_literal(k.value)}
-    known = {"__builtins__": {}, "DEMO": is_demo()}
-    values = {name: eval(ast.unparse(value), known) for name, value in found.items()}
+            passed += [(k.arg, k.value) for k in node.keywords]
+    known, values = {"__builtins__": {}, "DEMO": is_demo()}, {}
+    for name, value in defaults + passed:
+        if is_literal(value):
+            values[name] = eval(ast.unparse(value), known)
     return json.loads(json.dumps(values))  # as a summary has them
-
-
-def config_constant(node: ast.AST) -> str | None:
-    """The name in a line such as `depth: int = 2**3`."""
-    if isinstance(node, ast.AnnAssign) and node.value and is_literal(node.value):
-        return name_of(node.target)
-    return None
 
 
 def is_literal(node: ast.AST) -> bool:
@@ -767,8 +762,7 @@ def compute_comparable(run: Run) -> dict:
 
 
 def compute_invalid(run: Run, facts: dict) -> list[str]:
-    """Why a finished run's score must not be compared, each reason with what can be done; empty for
-    a valid run."""
+    """Why a finished run's score must not be compared, each reason with what can be done."""
     reasons = []
     val = number(run.summary.get("val_bpb"))
     if val is None or val <= 0:
@@ -798,15 +792,11 @@ def compute_clock_faults(run: Run) -> list[str]:
     over_s = clocked_s - budget_s
     if abs(over_s) > step_s + 0.1:  # summaries round to a tenth of a second
         return [f"trained {clocked_s:.1f} s on a budget of {budget_s:.1f} s, off by more than a step: end on the clock"]
-    if over_s > 0.2 * budget_s and not ends_in_stall(run):
+    tokens, usual_s = np.diff(compute_tokens(run)), (run.step_ms or math.inf) / 1e3
+    is_stall = len(tokens) > 1 and tokens[-1] == tokens[-2] and steps_s[-1] > 2 * usual_s
+    if over_s > 0.2 * budget_s and not is_stall:  # a stall is the machine's doing
         return [f"the last step ran {over_s:.1f} s past a budget of {budget_s:.1f} s: make steps shorter"]
     return []
-
-
-def ends_in_stall(run: Run) -> bool:
-    """Whether the last step took more than twice the median for the usual number of tokens: the machine's doing."""
-    steps_ms, tokens = run.series("perf/step_time_ms"), np.diff(compute_tokens(run))
-    return len(tokens) > 1 and steps_ms[-1] > 2 * np.nanmedian(steps_ms) and tokens[-1] == tokens[-2]
 
 
 def compute_evaluation_faults(record: dict, val_bpb: float | None) -> list[str]:
@@ -818,26 +808,19 @@ def compute_evaluation_faults(record: dict, val_bpb: float | None) -> list[str]:
     given = nats / (math.log(2) * num_bytes)
     if abs(given - scored) > 2e-6:
         faults.append(f"the evaluation record's nats and bytes give {given:.6f}: leave {EVAL} to evaluate_bpb")
-    if not record.get("faults"):
-        faults += compute_causality_faults(record)
+    finding = f" ({record['finding']})" if record.get("finding") else ""
+    if not record.get("faults") and record.get("causal") is None:
+        faults.append(f"whether the model looks ahead could not be tested{finding}: make it repeatable in evaluation")
+    elif not record.get("faults") and not record["causal"]:
+        faults.append(f"the causality test failed: predictions depend on later tokens{finding}; look for what mixes "
+                      "positions: attention without its mask, a shift, a norm over the sequence")
     if (number(record.get("num_calls")) or 0) > 1:
         faults.append(f"evaluation was called {record['num_calls']} times: call it once, at the end")
     return faults
 
 
-def compute_causality_faults(record: dict) -> list[str]:
-    finding = f" ({record['finding']})" if record.get("finding") else ""
-    if record.get("causal") is None:
-        return [f"whether the model looks ahead could not be tested{finding}: make it repeatable in evaluation"]
-    if record["causal"]:
-        return []
-    return [f"the causality test failed: predictions depend on later tokens{finding}; look for what mixes positions: "
-            "attention without its mask, a shift, a norm over the sequence"]
-
-
 def compute_record(run: Run, facts: dict, origin: Origin) -> dict:
-    """What the books keep of a run: identity, program, configuration and the few numbers that
-    history needs."""
+    """What the books keep of a run: identity, program, configuration and what history needs."""
     s, config = run.summary, configuration(run.summary)
     modules = run.start.get("modules") or {}
     started, elapsed_s = run_start_unix(run), number(s.get("total_seconds")) or compute_elapsed(run)
@@ -912,10 +895,7 @@ def compute_elapsed(run: Run) -> float | None:
 
 def compute_idle(entries: list[Entry]) -> dict[str, float]:
     """Seconds for which nothing ran in a run's folder before it, by name; the first run of a night
-    has none.
-
-    Nights lie apart by two hours: no pause within a night is that long, and none between two is
-    shorter."""
+    has none. Nights lie apart by two hours: a pause within one is shorter, and between two longer."""
     idle: dict[str, float] = {}
     last_end: dict[str, float] = {}
     for e in sorted(entries, key=lambda e: started_unix(e.record)):
@@ -942,8 +922,7 @@ def log_lines(log: str | None) -> list[str]:
 
 
 def environment_failure(run: Run) -> str | None:
-    """The line that shows that the machine or its set-up failed, None if the experiment itself
-    ended."""
+    """The line that shows that the machine or its set-up failed, None if the experiment ended."""
     ended, lines = str(run.start.get("ended") or ""), log_lines(run.log)
     if run.summary or ended.startswith("stopped"):
         return None
@@ -954,8 +933,7 @@ def environment_failure(run: Run) -> str | None:
 
 
 def compute_crash(run: Run) -> dict:
-    """Why a run without a summary ended: `reason`, the one line of the exception, the last frames
-    in the program's own files, known `cause` and `help`, last step and loss."""
+    """Why a run without a summary ended; `cause` and `help` where it is a known one."""
     lines, loss = log_lines(run.log), run.series("train/loss")
     end = "\n".join(lines[-60:])
     said = re.findall(r"^crash: *(.+)", f"{run.start.get('ended')}\n{end}", re.M)
@@ -985,16 +963,14 @@ def find_cause(reason: str | None) -> tuple[str | None, str | None]:
 
 
 def find_frames(lines: list[str], modules: dict) -> list[str]:
-    """The last two frames of the last traceback that lie in the program's own files, each with its
-    line of code."""
+    """The last two frames of the last traceback in the program's own files, each with its code."""
     own, frames = {"train.py", "<string>", *(Path(m).name for m in modules)}, []
     start = max((i for i, line in enumerate(lines) if line.startswith("Traceback")), default=0)
     for i, line in enumerate(lines[start:], start):
-        found = re.match(r'\s*File "([^"]+)", line (\d+)(?:, in (\S+))?', line)
+        found = re.match(r'\s*File "([^"]+)", (line \d+)(?:,( in \S+))?', line)
         if found and Path(found[1]).name in own:
-            code = lines[i + 1].strip() if i + 1 < len(lines) else ""
-            where = f" in {found[3]}" if found[3] else ""
-            frames.append(f"{Path(found[1]).name} line {found[2]}{where}: `{code}`")
+            code = "".join(lines[i + 1 : i + 2]).strip()
+            frames.append(f"{Path(found[1]).name} {found[2]}{found[3] or ''}: `{code}`")
     return frames[-2:]
 
 
@@ -1137,10 +1113,14 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
     others = [e for e in entries if e.name != this.name]
     # Judged without itself: an outlier that is part of its own sigma cannot stand out from it.
     best, noise = compute_best(others, this), compute_noise(others or [this])
-    same = [e for e in others if e.group == this.group and e.is_valid]
+    groups = compute_groups(others)
+    same = groups.get(this.group, [])
     verdict = {
         "val_bpb": this.val_bpb,
-        **describe_best(best),
+        "best": best and best.name,
+        "best_mean": best and best.mean,
+        "best_runs": len(best.names) if best else 0,
+        "best_is_kept": best is not None and best.is_kept,
         "noise": describe_noise(noise),
         "claim_errors": noise.claim_errors,
         "replicates": [e.name for e in same],
@@ -1153,15 +1133,9 @@ def compute_verdict(this: Entry, entries: list[Entry], facts: dict | None = None
     if best is None:
         return verdict | {"kind": "baseline", "advice": "keep"}
     if best.group == this.group:
-        return verdict | judge_replicate(this, entries, best, noise)
-    verdict |= compare_groups([this, *same], [e for e in others if e.name in best.names], noise)
+        return verdict | judge_replicate(this, entries) | compare_groups([this], same, noise)
+    verdict |= compare_groups([this, *same], groups[best.group], noise)
     return verdict | decide(verdict["difference"], verdict["standard_errors"], noise, facts)
-
-
-def describe_best(best: Best | None) -> dict:
-    if best is None:
-        return {"best": None, "best_mean": None, "best_runs": 0, "best_is_kept": False}
-    return {"best": best.name, "best_mean": best.mean, "best_runs": len(best.names), "best_is_kept": best.is_kept}
 
 
 def is_lower_and_undecided(e: Entry, this: Entry) -> bool:
@@ -1170,16 +1144,12 @@ def is_lower_and_undecided(e: Entry, this: Entry) -> bool:
     return e.status == "pending" and e.val_bpb < this.val_bpb
 
 
-def judge_replicate(this: Entry, entries: list[Entry], best: Best, noise: Noise) -> dict:
+def judge_replicate(this: Entry, entries: list[Entry]) -> dict:
     """Another run of the best: it tells the noise, and may show that another program is better."""
     after = compute_best(entries, this)
-    is_still_best = after.group == best.group
-    return {
-        "kind": "replicate",
-        "advice": "keep" if is_still_best else "discard",
-        "dethroned_by": None if is_still_best else [after.name, after.mean],
-        **compare_groups([this], [e for e in entries if e.name in best.names], noise),
-    }
+    if after.group == this.group:
+        return {"kind": "replicate", "advice": "keep", "dethroned_by": None}
+    return {"kind": "replicate", "advice": "discard", "dethroned_by": [after.name, after.mean]}
 
 
 def compute_flaw(this: Entry, facts: dict) -> dict | None:
@@ -1225,8 +1195,7 @@ def decide(difference: float, errors: float | None, noise: Noise, facts: dict) -
 
 
 def compute_changes(this: Entry, text: str | None, best: Entry | None, best_text: str | None) -> dict:
-    """Configuration and kernels against the best's, key to [before, after]; the size of the
-    diff."""
+    """Configuration and kernels against the best's, key to [before, after]; size of the diff."""
     mine, theirs = (e.record.get("config") or {} if e else {} for e in (this, best))
     is_known = bool(mine and theirs)
     added, removed = diff_size(diff_lines(best_text, text, "best"))
@@ -1310,8 +1279,7 @@ class Curve:
 
 
 def compute_curve(run: Run) -> Curve | None:
-    """None where fewer than three steps have a loss. Tokens and progress are derived where they are
-    not logged."""
+    """None where fewer than three steps have a loss."""
     loss = run.series("train/loss")
     num_steps = len(loss) if np.isfinite(loss).all() else int(np.argmin(np.isfinite(loss)))
     if num_steps < 3:
@@ -1355,8 +1323,7 @@ def compute_tokens(run: Run) -> np.ndarray:
 
 
 def compute_loss_sums(records: list[dict], tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Token counts with the sum of the loss up to each, at the ends of the steps and of their
-    micro-batches."""
+    """Token counts with the sum of the loss up to each, at the ends of steps and micro-batches."""
     bounds, nats = [0.0], [0.0]
     for record, end in zip(records, tokens, strict=True):
         parts = record.get("train/micro_losses")
@@ -1369,14 +1336,15 @@ def compute_loss_sums(records: list[dict], tokens: np.ndarray) -> tuple[np.ndarr
     return np.array(bounds), np.array(nats)
 
 
-def compute_data_agreement(this: Run, mine: Curve, other: Run, theirs: Curve) -> tuple[float, str | None]:
-    """Up to which token count both saw the same rows, and why it is no further: None where that is
-    everything.
+def compute_data_agreement(this: Run, other: Run) -> tuple[float, str | None]:
+    """Up to which token count both saw the same rows, and why no further: None where that is all.
 
     Sums of token ids that agree at a token count mean the same rows up to there. Where they are not
     logged, the same data and context length must do, and it is said that this is assumed."""
+    mine, theirs = this.curve, other.curve
     end = 1e6 * min(mine.tokens_m[-1], theirs.tokens_m[-1])
-    tokens, i, k = np.intersect1d(*(np.round(1e6 * c.tokens_m) for c in (mine, theirs)), return_indices=True)
+    counts = (np.round(1e6 * c.tokens_m) for c in (mine, theirs))
+    tokens, i, k = np.intersect1d(*counts, return_indices=True)
     apart = mine.data_sum[i] - theirs.data_sum[k]
     tokens, apart = tokens[np.isfinite(apart)], apart[np.isfinite(apart)]
     if apart.any():
@@ -1403,18 +1371,18 @@ def compute_paired(this: Run, others: list[Run]) -> dict | None:
     if not others:
         return None
     paired = {"against": [run.name for run in others], "windows": [], "summary": None, "rates": []}
-    mine, theirs = this.curve, [run.curve for run in others]
-    if mine is None or None in theirs:
+    curves = [run.curve for run in (this, *others)]
+    if None in curves:
         return paired | {"note": "one of the runs has no losses"}
-    limits = [compute_data_agreement(this, mine, *pair) for pair in zip(others, theirs, strict=True)]
+    limits = [compute_data_agreement(this, other) for other in others]
     end, note = min(limits, key=lambda limit: limit[0])
-    blocks = common_blocks([mine, *theirs], end)
-    kappa = next((c.bpb_per_nat for c in (*theirs, mine) if c.bpb_per_nat), None)
+    blocks = common_blocks(curves, end)
+    kappa = next((c.bpb_per_nat for c in (*curves[1:], curves[0]) if c.bpb_per_nat), None)
     if kappa is None or len(blocks) <= MIN_BLOCKS:
         few = f"{max(len(blocks) - 1, 0)} steps in common, and {MIN_BLOCKS} are needed"
         return paired | {"note": few if end else note}
-    windows = compute_windows(mine, theirs, blocks, kappa)
-    is_whole = end >= 0.95e6 * min(c.tokens_m[-1] for c in (mine, *theirs))
+    windows = compute_windows(curves[0], curves[1:], blocks, kappa)
+    is_whole = end >= 0.95e6 * min(c.tokens_m[-1] for c in curves)
     summary = compute_summary(windows[-SUMMARY_WINDOWS:]) if is_whole else None
     rates = compute_rate_changes(this, others[0])
     return paired | {"note": note, "windows": windows, "summary": summary, "rates": rates}
@@ -1430,9 +1398,7 @@ def compute_rate_changes(this: Run, best: Run) -> list[str]:
 def common_blocks(curves: list[Curve], end: float) -> np.ndarray:
     """Ascending token counts from 0 to `end` at which every curve has a boundary. Where batch sizes
     leave too few of those, evenly spaced counts: there a step is split evenly."""
-    common = np.round(curves[0].bounds)
-    for curve in curves[1:]:
-        common = np.intersect1d(common, np.round(curve.bounds))
+    common = reduce(np.intersect1d, (np.round(c.bounds) for c in curves))
     common = common[common <= end + 0.5]
     num_steps = min(int(np.sum(c.bounds <= end)) for c in curves)
     return common if len(common) > MIN_BLOCKS else np.linspace(0, end, num_steps)
@@ -1524,10 +1490,9 @@ def move_to_progress(mine: Curve, theirs: list[Curve], first: float, last: float
             return None
         x = (around[1:] + around[:-1]) / 2
         y = np.diff(np.interp(around, curve.bounds, curve.nats)) / np.diff(around)
-        slope, rest = float(np.polyfit(x - x.mean(), y, 1)[0]), detrended(x, y)
-        variance = float(rest @ rest) / (len(x) - 2) / float(np.sum((x - x.mean()) ** 2))
+        (slope, _), covariance = np.polyfit(x - x.mean(), y, 1, cov=True)
         changes.append(slope * shift)
-        variances.append(variance * shift**2)
+        variances.append(covariance[0, 0] * shift**2)
     return float(np.mean(changes)), math.sqrt(sum(variances)) / len(variances)
 
 
@@ -1539,8 +1504,7 @@ GAP_SHARE = 0.05  # of the score: training text of the first epoch and validatio
 
 
 def compute_gap(run: Run, others: list[Run]) -> dict | None:
-    """Training loss over the last twentieth of the tokens and validation loss, both in bpb, and
-    what lies between."""
+    """What validation loss is above training loss at the end, both in bpb; the best's beside it."""
     mine = training_and_gap(run)
     if mine is None:
         return None
@@ -1594,8 +1558,7 @@ NUM_PEERS = 15  # the newest: a machine's speed drifts
 
 
 def compute_pace(run: Run) -> dict:
-    """What the machine did to this run, for its record: compared with other runs' to tell whether
-    it was held back."""
+    """What the machine did to this run, for its record."""
     steps_ms = run.series("perf/step_time_ms")
     steps_ms = steps_ms[np.isfinite(steps_ms)]
     settled = steps_ms[10:] if len(steps_ms) > 50 else steps_ms[1:]
@@ -1617,8 +1580,8 @@ def does_same_work(a: Entry, b: Entry) -> bool:
     ours, theirs = a.record.get("config", {}), b.record.get("config", {})
     if ours.get("flops_per_token") is None or not is_comparable(a, b):
         return a.group == b.group
-    is_same = all(ours.get(key) == theirs.get(key) for key in WORK_KEYS)
-    return is_same and all(a.record.get(key) == b.record.get(key) for key in KERNEL_KEYS)
+    apart = pairs_apart(ours, theirs, WORK_KEYS) | pairs_apart(a.record, b.record, KERNEL_KEYS)
+    return not apart
 
 
 def compute_machine(this: Entry, earlier: list[Entry]) -> list[str]:
@@ -1627,23 +1590,20 @@ def compute_machine(this: Entry, earlier: list[Entry]) -> list[str]:
 
     Where a second run of the very same program is as slow, with no witness against the machine, it
     is the program."""
-    if not is_timed(this.record) or not this.record.get("is_finished"):
+    record, found = this.record, []
+    if not is_timed(record) or not record.get("is_finished"):
         return []
-    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
-    return find_stalls(this.record) + find_slowness(this, timed)
-
-
-def find_stalls(record: dict) -> list[str]:
     pace, trained_s = record.get("pace") or {}, record.get("training_s") or 0.0
-    if pace.get("stalled_s", 0.0) <= (STALLED_SHARE if record.get("gpu_name") else STALLED_SHARE_CPU) * trained_s:
-        return []
-    lost = f"{pace['stalled_s']:.1f} of {trained_s:.0f} s lost"
-    return [f"{pace['stalls']} step(s) took more than twice the median: {lost}"]
+    share = STALLED_SHARE if record.get("gpu_name") else STALLED_SHARE_CPU
+    if pace.get("stalled_s", 0.0) > share * trained_s:
+        found.append(f"{pace['stalls']} step(s) took more than twice the median: "
+                     f"{pace['stalled_s']:.1f} of {trained_s:.0f} s lost")
+    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
+    return found + find_slowness(this, timed)
 
 
 def find_slowness(this: Entry, timed: list[Entry]) -> list[str]:
-    """Against `timed`, earlier runs that did the same work; against those of the very same program,
-    if there are."""
+    """Against earlier runs that did the same work, of the very same program if there are any."""
     peers, step_ms = [e for e in timed if e.is_valid][-NUM_PEERS:], this.record["step_ms"]
     if not peers:
         return []
@@ -1661,8 +1621,7 @@ def find_slowness(this: Entry, timed: list[Entry]) -> list[str]:
 
 
 def is_timed(record: dict) -> bool:
-    """Whether the run has a step time to judge by: a median of few steps, the first among them, is
-    none."""
+    """Whether there is a step time to judge by: a median of few steps, with the first, is none."""
     return bool(record.get("step_ms")) and (record.get("num_steps") or math.inf) >= 20
 
 
@@ -1790,11 +1749,8 @@ def name_alarm(kind: str, value: float, grown: float) -> str:
 
 
 def compute_history(entries: list[Entry]) -> dict:
-    """Counts, lineage of kept programs (mean over replicates), gain, and ideas since the best was
-    found.
-
-    An idea is a program with a score that counts, from its first run on: neither a replicate nor a
-    crash nor a hampered run tells of another."""
+    """Counts, lineage of kept programs, gain, and ideas since the best was found. An idea is a
+    program with a score that counts, from its first run on."""
     alike = comparable(entries)
     best, groups = compute_best(alike), compute_groups(alike)
     lineage = compute_lineage(alike, groups)
@@ -1822,11 +1778,11 @@ def status_shown(e: Entry) -> str:
 
 def compute_lineage(entries: list[Entry], groups: dict[tuple, list[Entry]]) -> list[list]:
     """Name, mean and description of each program that was kept, in order."""
-    lineage: dict[tuple, list] = {}
+    first: dict[tuple, Entry] = {}
     for e in entries:
-        if e.status == "keep" and e.is_valid and e.group not in lineage:
-            lineage[e.group] = [e.name, mean_bpb(groups[e.group]), e.description]
-    return [*lineage.values()]
+        if e.status == "keep" and e.is_valid:
+            first.setdefault(e.group, e)
+    return [[e.name, mean_bpb(groups[group]), e.description] for group, e in first.items()]
 
 
 def runs_since(entries: list[Entry], best: Best | None) -> int | None:
@@ -1845,28 +1801,28 @@ def compute_optimism(best: Best, entries: list[Entry], noise: Noise) -> float:
     return error * NormalDist().inv_cdf((num_near - 0.375) / (num_near + 0.25))
 
 
+def attempt(failed: dict[str, str], what: str, part: Callable, *given: object) -> object:
+    """The program may have become anything: a surprise in its metrics costs one part of the page,
+    which says so, and not the night."""
+    try:
+        return part(*given)
+    except Exception as e:  # see above
+        failed[what] = f"{type(e).__name__}: {e}"
+        return None
+
+
 def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[Run]) -> dict:
     """Everything the analysis says about one run, as numbers. `entries` end with this one;
-    `best_runs` are the best's replicates, the first its own. A part that fails says so and leaves
-    the others alone: the program may have become anything, and the night must not end over a
-    surprise in its metrics."""
+    `best_runs` are the best's replicates, the first its own."""
     failed: dict[str, str] = {}
-
-    def attempt(key: str, part: Callable[[], object]) -> object:
-        try:
-            return part()
-        except Exception as e:  # see above
-            failed[key] = f"{type(e).__name__}: {e}"
-            return None
-
     earlier = [e for e in entries if e.name != this.name]
     best_run = best_runs[0] if best_runs else None
     best = next((e for e in earlier if best_run and e.name == best_run.name), None)
-    hampered = attempt("machine", lambda: compute_machine(this, earlier)) or []
+    hampered = attempt(failed, "machine", compute_machine, this, earlier) or []
     this = replace(this, record=this.record | {"hampered": hampered})
     crash = compute_crash(run) if this.status == "crash" else None
     changes = compute_changes(this, run.train_py, best, best_run and best_run.train_py)
-    paired = attempt("paired", lambda: compute_paired(run, best_runs))
+    paired = attempt(failed, "paired", compute_paired, run, best_runs)
     facts = {
         "is_killed": bool(crash and crash["is_killed"]),
         "adds_code": changes["lines_added"] > changes["lines_removed"] + FREE_LINES,
@@ -1887,19 +1843,20 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         "changes": changes,
         "effect": effect,
         "paired": paired,
-        "gap": attempt("gap", lambda: compute_gap(run, best_runs)),
+        "gap": attempt(failed, "gap", compute_gap, run, best_runs),
         "cost": {"this": compute_costs([run]), "best": compute_costs(best_runs)},
-        "layers": attempt("layers", lambda: compute_layers(run, best_run)),
+        "layers": attempt(failed, "layers", compute_layers, run, best_run),
         "prediction": "" if verdict["replicates"] else render_prediction(this, effect),
-        "history": attempt("history", lambda: compute_history(entries)),
+        "history": attempt(failed, "history", compute_history, entries),
         "calibration": render_calibration(entries),
         "failed": failed,
     })
 
 
 def compute_effect(this: Entry, entries: list[Entry], best: Entry | None, verdict: dict) -> dict | None:
-    """What an idea brought against the program that it was built on, that of the commit before. Mostly this is the
-    best; where agents share an archive, another may have found a better one meanwhile. None for what is no idea."""
+    """What an idea brought against the program that it was built on, that of the commit before.
+    Mostly this is the best; where agents share an archive, another may have found a better one
+    meanwhile. None for what is no idea."""
     if best is None or verdict["kind"] not in TRIED:
         return None
     others = [e for e in comparable(entries, this) if e.is_valid and e.name != this.name]
@@ -1925,30 +1882,25 @@ def is_unchanged(run: Run, best: Run, paired: dict, changes: dict, verdict: dict
     is_same = changes["is_config_known"] and not changes["config"] and paired["windows"]
     if not is_same or verdict.get("difference") is None or verdict["kind"] == "replicate":
         return False
-    for key, reduce, tolerance in (
-        ("train/loss", lambda values: values[:10], ROUNDING),
-        ("train/lr_multiplier", np.mean, 0.005),  # a schedule changed in the code
-    ):
-        if not np.allclose(*(reduce(r.series(key)) for r in (run, best)), rtol=tolerance, atol=0.0):
-            return False
+    losses = [r.series("train/loss")[:10] for r in (run, best)]
+    rates = [r.series("train/lr_multiplier").mean() for r in (run, best)]  # a schedule changed in the code
+    if not np.allclose(*losses, rtol=ROUNDING, atol=0.0) or not np.allclose(*rates, rtol=0.005, atol=0.0):
+        return False
     differences = [abs(w["difference"]) for w in paired["windows"]] + [abs(verdict["difference"])]
     return max(differences) < max(GAIN_ERRORS * (verdict["standard_error"] or 0.0), ROUNDING)
 
 
+COSTS = {"total_tokens_M": "M tokens", "num_steps": "steps", "step_ms": "ms a step (median)", "peak_vram_mb": "MB",
+         "mfu_percent": "% MFU"}
+
+
 def compute_costs(runs: list[Run]) -> dict[str, float]:
-    """Unit to what these runs took in the mean; where it was profiled, by kind of kernel in a
-    step."""
+    """Unit to what these runs took in the mean; a profiled step by kind of kernel."""
     costs: dict[str, list] = {}
     for run in runs:
-        values = {
-            "M tokens": run.summary.get("total_tokens_M"),
-            "steps": run.summary.get("num_steps"),
-            "ms a step (median)": run.step_ms,
-            "MB": run.summary.get("peak_vram_mb"),
-            "% MFU": run.summary.get("mfu_percent"),
-        }
-        for kind, ms in (run.summary.get("profile") or {}).items():
-            values[f"ms {kind}"] = ms if kind != "step" else None
+        s = run.summary | {"step_ms": run.step_ms}
+        values = {unit: s.get(key) for key, unit in COSTS.items()}
+        values |= {f"ms {kind}": ms for kind, ms in (s.get("profile") or {}).items() if kind != "step"}
         for unit, value in values.items():
             costs.setdefault(unit, []).append(number(value))
     return {unit: float(np.mean(values)) for unit, values in costs.items() if None not in values}
@@ -2298,8 +2250,7 @@ def read_subject(e: Entry) -> tuple[str, float | None]:
 
 
 def changed_knobs(e: Entry) -> dict[str, str]:
-    """Knob to "before -> after". A run that changed none changed the code, and goes by its
-    subject."""
+    """Knob to "before -> after". A run that changed none goes by its subject."""
     config = effect_of(e)["config"] or {}
     knobs = {k: pair for k, pair in config.items() if not DERIVED.fullmatch(k)}
     if knobs.get("num_kv_heads") == config.get("num_heads"):  # resolved: as many as there are heads
@@ -2311,8 +2262,7 @@ def changed_knobs(e: Entry) -> dict[str, str]:
 
 
 def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
-    """A line a knob, of at most `limit`, those that matter most first; then the knobs nobody has
-    touched."""
+    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched."""
     by_knob: dict[str, list[str]] = {}
     for e in compute_tried(entries):
         for knob, change in changed_knobs(e).items():
@@ -2340,8 +2290,7 @@ def render_calibration(entries: list[Entry]) -> str:
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
-    """Claims of insights.md that cite runs which do not exist, or claim an effect on runs inside the
-    noise alone."""
+    """Claims that cite runs which do not exist, or claim an effect on runs inside the noise alone."""
     programs = {e.group for e in compute_tried(entries) if not is_outside_noise(e)}
     names, hidden = {e.name for e in entries}, {e.name for e in entries if e.group in programs}
     claims = re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", (text or "").partition("## Claims")[2], re.M)
@@ -2431,8 +2380,7 @@ def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -
 
 
 def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
-    """Baseline to best as one diff that `git apply` takes, below what was kept and what each
-    brought."""
+    """Baseline to best as one diff that `git apply` takes, below what was kept."""
     table = render_tried(kept).replace("\n", "\n# ")
     lines = [f"# From {base.name} to {best.name}: git apply best.patch\n# {table}\n"]
     before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
@@ -2442,8 +2390,7 @@ def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
 
 
 def diff_file(name: str, before: str | None, after: str) -> list[str]:
-    """What `git diff` would print; None: no such file yet. Only newlines end a line, as with
-    git."""
+    """What `git diff` would print; None: no such file yet. Only newlines end a line, as in git."""
     old, new = ([*io.StringIO(text, newline="\n")] for text in (before or "", after))
     source = "/dev/null" if before is None else f"a/{name}"
     lines = [*difflib.unified_diff(old, new, source, f"b/{name}")]
@@ -2544,8 +2491,7 @@ def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
 
 
 def draw_paired(axes: Axes, windows: list[dict]) -> None:
-    """Difference to the best by windows, with two standard errors; shaded where the text had been
-    seen."""
+    """Difference to the best by windows; shaded where the text had been seen."""
     table = {key: numbers(w.get(key) for w in windows) for key in windows[0]}
     middles = (table["from_m"] + table["to_m"]) / 2
     for what, key, error, color in (("tokens", "difference", "error", BLUE),
@@ -2561,8 +2507,7 @@ def draw_paired(axes: Axes, windows: list[dict]) -> None:
 
 
 def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
-    """What is scheduled, what the gradient does and how fast it goes. None for a run without step
-    times."""
+    """What is scheduled, what the gradient does and how fast it goes."""
     if run.step_ms is None:
         return None
     figure = new_figure(f"{run.name}: schedules and machine", run.start)
@@ -2592,8 +2537,7 @@ def draw_layers(run: Run, best: Run | None) -> Figure | None:
 
 
 def draw_heat(axes: Axes, mine: list[dict], theirs: list[dict], num_steps: int) -> None:
-    """Values by name at each look as colours: names down, time across, then a gap and the best's
-    end."""
+    """Names down, time across, values as colours; then a gap and the best's late state."""
     names = list(dict.fromkeys(name for look in mine for name in look))
     if not names:
         return
@@ -2623,8 +2567,7 @@ def mark_of(e: Entry) -> str:
 
 
 def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
-    """Scores in the order of filing, what the best was at each time, and the steps that brought
-    most."""
+    """Scores in the order of filing, what the best was at each time, and the largest steps."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries), right=0.74)
     axes, valid = figure.subplots(), [e for e in entries if e.is_valid]
     scores = [e.val_bpb for e in valid] or [1.0]
@@ -2652,8 +2595,7 @@ def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
 
 
 def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: float) -> None:
-    """Lines for the baseline and the best; the eight largest steps are numbered, and told in the
-    margin."""
+    """Lines for the baseline and the best; the eight largest steps are told in the margin."""
     number_of = {e.name: i for i, e in enumerate(entries, 1)}
     x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
     axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
@@ -2667,21 +2609,21 @@ def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: flo
 
 
 def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[list[str], dict[str, str]]:
-    """Names of the pictures made, and why one was not: a surprise costs its picture, not the
-    night."""
+    """Names of the pictures made, and why one was not."""
     makers = {
         "loss_curve.png": lambda: draw_loss(run, best, (paired or {}).get("windows") or []),
         "layers.png": lambda: draw_layers(run, best),
         "schedule_and_machine.png": lambda: draw_schedule_and_machine(run, best),
     }
     made, failed = [], {}
-    for name, make in makers.items():
-        try:
-            if figure := make():
-                write_atomic(run.path / name, png(figure))
-                made.append(name)
-        except Exception as e:  # see above
-            failed[name] = f"{type(e).__name__}: {e}"
+
+    def save(name: str) -> None:
+        if figure := makers[name]():
+            write_atomic(run.path / name, png(figure))
+            made.append(name)
+
+    for name in makers:
+        attempt(failed, name, save, name)
     return made, failed
 
 
