@@ -2235,6 +2235,8 @@ def show_outcome(e: Entry) -> str:
     v = verdict_of(e)
     if v.get("kind") not in TRIED:
         return e.record.get("crash") or v.get("kind") or ""
+    if v.get("replicates"):  # of another program than the best
+        return f"replicate of {v['replicates'][0]}"
     effect = effect_of(e)
     against = "" if effect["against"] == v.get("best") else f", against {effect['against']}"
     otherwise = "a loss" if is_outside_noise(e) else "inside the noise"

@@ -50,6 +50,7 @@ def test_seeds_of_one_program_are_one_group_and_tell_the_noise(book):
     seeds = ["bcf323f", "cfebc35", "cfebc35.2", "e12c35f"]
     assert len({groups[name] for name in seeds}) == 1
     assert len(set(groups.values())) == 17
+    assert [analyze.show_outcome(book.entry(name)) for name in seeds[1:]] == ["replicate of bcf323f"] * 3
     scores = [e.val_bpb for e in book.entries if e.name in seeds]
     assert np.std(scores, ddof=1) == pytest.approx(0.000467, abs=1e-6)
     noise = analyze.compute_noise(book.entries)
