@@ -388,7 +388,7 @@ def test_worktrees_share_one_archive_and_leave_each_others_runs_alone(checkout):
     assert not (works[0] / ".auto-log-research").exists()
     # A decision without a name is about the run of the folder that it is made in.
     status = output_of(["uv", "run", "analyze.py", "status"], works[1], shared)
-    assert re.search(r"^pending, decide keep or discard: \w+, [\w.]+$", status, re.MULTILINE)
+    assert re.search(r"^pending, decide keep or discard: [\w.]+, [\w.]+$", status, re.MULTILINE)
     mine = re.search(r"^this folder: run (\S+), filed", status, re.MULTILINE)[1]
     output_of(["uv", "run", "analyze.py", "keep"], works[1], shared)
     assert {row[0]: row[3] for row in rows_of(folder / ".auto-log-research" / "demo")} == {
