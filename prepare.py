@@ -152,7 +152,7 @@ class SetupError(ValueError):
 
 
 @contextlib.contextmanager
-def open_atomic(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path, is_synced: bool = True) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` once it is whole, whatever reads meanwhile or cuts the power."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -160,7 +160,8 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if is_synced:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -268,11 +269,9 @@ def download_shards(names: list[str], folder: Path, workers: int) -> None:
             print(f"download: {len(state.done)} of {len(names)} shards, {mb:.0f} MB", flush=True)
     failed = {name: future.exception() for name, future in futures.items() if future.exception()}
     if failed:
-        raise SetupError(
-            f"{len(failed)} of {len(names)} shards are missing: {', '.join(failed)} "
-            f"({failed[min(failed)]}). What arrived is kept in {folder}; call again to go on, or bring "
-            "your own text (--source PATH)"
-        )
+        missing = f"{len(failed)} of {len(names)} shards are missing: {', '.join(failed)} ({failed[min(failed)]})"
+        remedy = "call again to go on, or bring your own text (--source PATH)"
+        raise SetupError(f"{missing}. What arrived is kept in {folder}; {remedy}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -348,8 +347,7 @@ def read_jsonl(path: Path, lines: Iterable[bytes], bad: list[str], text_key: str
 
 
 def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Iterator[list[str]]:
-    """Row groups of documents in file order; what cannot be used is described in `bad`. Raises
-    SetupError for a file that is damaged or no text."""
+    """Row groups of documents in file order. What cannot be used is described in `bad`; damage is a SetupError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -474,10 +472,8 @@ def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
 # Encoding (every token once) and the manifest (which data this is, and that it is whole)
 # -------------------------------------------------------------------------------------------------
 
-REMEDY = (
-    f"run `{'AUTORESEARCH_DEMO=1 ' if DEMO else ''}uv run prepare.py` first or again (with its --source): "
-    "it mends what is damaged"
-)
+COMMAND = "AUTORESEARCH_DEMO=1 uv run prepare.py" if DEMO else "uv run prepare.py"
+REMEDY = f"run `{COMMAND}` first or again (with its --source): it mends what is damaged"
 
 
 def checksum(content: object) -> str:
@@ -591,8 +587,7 @@ def encode_shard(name: str, path: Path, tokenizer: Tokenizer, manifest: dict) ->
         with open_atomic(TOKENS_DIR / split / f"{name}.npz") as file:
             np.savez(file, offsets=offsets, group_sizes=group_sizes)
         shard[split] = {"documents": len(offsets) - 1, "tokens": int(offsets[-1])}
-    checksums = [*map(sha256_file, token_files(name))]
-    return shard | {"files": checksums, "bad": len(bad), "first_bad": bad[:1]}
+    return shard | {"files": [*map(sha256_file, token_files(name))], "bad": len(bad), "first_bad": bad[:1]}
 
 
 def encode_source(source: str, files: dict[str, Path], text_key: str = "text") -> dict:
@@ -673,11 +668,11 @@ def get_device() -> torch.device:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as e:
-        raise SetupError(
-            f"no CUDA GPU found: {str(e).strip().splitlines()[0]} (torch {torch.__version__} is built for CUDA "
-            f"{torch.version.cuda}; CUDA 13 needs driver 580 or newer). To try everything on the CPU in "
-            "small: `AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py`"
-        ) from e
+        reason = str(e).strip().splitlines()[0]
+        built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}; CUDA 13 needs driver 580 or newer"
+        demo = "`AUTORESEARCH_DEMO=1 uv run prepare.py && AUTORESEARCH_DEMO=1 uv run train.py`"
+        remedy = f"To try everything on the CPU in small: {demo}"
+        raise SetupError(f"no CUDA GPU found: {reason} ({built}). {remedy}") from e
     return torch.device("cuda")
 
 
@@ -762,8 +757,7 @@ def _seeded(call: Callable, *inputs: torch.Tensor) -> object:
 
 
 def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> str:
-    """What is wrong where `model(x, y, reduction="none")` is not the cross-entropy of the logits of
-    `model(x)`, which cannot see the targets; "" where it is."""
+    """How the loss of each token differs from the cross-entropy of the logits, which cannot see the targets; or ""."""
     x, y = x[:LOGIT_ROWS], y[:LOGIT_ROWS]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         losses = _seeded(functools.partial(model, reduction="none"), x, y).flatten().float()
@@ -785,9 +779,8 @@ def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) 
 
 
 def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size: int) -> tuple:
-    """(bool, str): whether a model predicts from the past alone (None: unknown), and what was found.
-    Where tokens are exchanged from a cut on, the losses before it must stay the same. Every second
-    cut is a multiple of 16, where a model that works in blocks would look ahead."""
+    """Whether a model predicts from the past alone (None: unknown), and what was found. With tokens exchanged from
+    a cut on, losses before it must stay. Every second cut is where blocks, of 16 or more, would look ahead."""
     (B, T), random = x.shape, torch.Generator().manual_seed(0)
     losses = losses_of(x, y)
     if not ((losses_of(x, y) - losses).abs() <= CAUSAL_TOLERANCE).all():
@@ -842,12 +835,9 @@ def _find_faults(run: "Run | None", disagreement: str, is_causal: bool | None, f
 
 
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
-    """Bits per byte on the validation split, the number that everything is about.
-
-    Sum of the cross-entropy over EVAL_TOKENS targets that stand for text, in bits, over the bytes
-    they stand for. Writes EVAL_FILE, with `faults`, what makes the score worthless, and `audit_bpb`, the
-    same of as much text again, which no search has seen (None where there is less).
-    """
+    """Bits per byte on the validation split, the number that everything is about: the cross-entropy of
+    EVAL_TOKENS targets, of those that stand for text, over their bytes. Writes EVAL_FILE, with `faults`, what makes
+    the score worthless, and `audit_bpb`, the same of as much text again (None where there is less)."""
     global _num_evaluations
     _num_evaluations += 1
     run, token_bytes = current_run(), get_token_bytes(get_device())
@@ -966,10 +956,10 @@ def layer_stats(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dic
     if logits is not None and logits.dim() == 3:
         stats["logits/max_abs"] = logits.abs().max().item()
         stats["logits/max_prob"] = logits.float().softmax(-1).amax(-1).mean().item()
-    rows = [_rounded(found.tolist()) for found in seen.values()]
     stats["layers/names"] = list(seen)
+    rows = torch.stack(list(seen.values())).tolist() if seen else []  # once: each time waits for the GPU
     for key, column in (("rms", 0), ("zeros", 1), ("input_zeros", 4), ("dead", 5)):
-        stats[f"layers/{key}"] = [row[column] for row in rows]
+        stats[f"layers/{key}"] = _rounded([row[column] for row in rows])
     return stats
 
 
@@ -981,20 +971,18 @@ def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> dict:
     """RMS of each parameter's gradient, weight and update, after a step. `before`: the weights from
     before it. Short vectors are also given whole, as `scalars/NAME`."""
-
-    def rms(t: torch.Tensor | None) -> float:
-        return math.nan if t is None else torch.linalg.vector_norm(t, dtype=torch.float32).item() / t.numel() ** 0.5
-
-    named = dict(model.named_parameters())
-    shown = {name.removeprefix("_orig_mod."): p for name, p in named.items()}
-    scalars = {name: p for name, p in shown.items() if p.dim() < 2 and p.numel() <= 64}
-    return {
-        "params/names": list(shown),
-        "params/grad_rms": _rounded([rms(p.grad) for p in named.values()]),
-        "params/weight_rms": _rounded([rms(p) for p in named.values()]),
-        "params/update_rms": _rounded([rms(p - before[name]) for name, p in named.items()]),
-        **{f"scalars/{name}": _rounded(p.flatten().tolist()) for name, p in scalars.items()},
-    }
+    stats, rows = {"params/names": []}, []
+    for name, p in model.named_parameters():
+        grad = torch.full_like(p, math.nan) if p.grad is None else p.grad
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (grad, p, p - before[name])]
+        rows.append(torch.stack(norms).double() / p.numel() ** 0.5)
+        stats["params/names"].append(name.removeprefix("_orig_mod."))
+        if p.dim() < 2 and p.numel() <= 64:
+            stats[f"scalars/{stats['params/names'][-1]}"] = _rounded(p.flatten().tolist())
+    columns = torch.stack(rows).T.tolist()  # once: each time waits for the GPU
+    for key, column in zip(("grad", "weight", "update"), columns, strict=True):
+        stats[f"params/{key}_rms"] = _rounded(column)
+    return stats
 
 
 # Peak dense bf16 rates in TFLOP/s, from the vendor's data sheets, by the whole name that torch gives.
@@ -1063,7 +1051,6 @@ CLOSING_BLOCK = {
     **{"val_bpb": 6, "training_seconds": 1, "total_seconds": 1, "peak_vram_mb": 1, "mfu_percent": 2},
     **{"total_tokens_M": 1, "num_steps": 0, "num_params_M": 1, "depth": 0},
 }
-_run: "Run | None" = None  # what this process is
 
 
 class Clock:
@@ -1155,10 +1142,8 @@ def lock_metrics() -> TextIO:
             return file
         time.sleep(0.05)
     other = read_json(Path(START_FILE))
-    raise SetupError(
-        f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: wait for it "
-        "(`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
-    )
+    remedy = "wait for it (`uv run analyze.py --wait`) or end it (`uv run analyze.py stop`)"
+    raise SetupError(f"run {other.get('run_id')} is in progress here, process {other.get('pid')}: {remedy}")
 
 
 def set_aside_earlier_run() -> None:
@@ -1166,16 +1151,16 @@ def set_aside_earlier_run() -> None:
     what the archive holds already is deleted. So a crash can never show an old score."""
     if Path(SUMMARY_FILE).exists():
         Path(CHECKPOINT_FILE).unlink(missing_ok=True)  # it was only needed until the run was scored
-    paths = [Path(name) for name in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, METRICS_FILE, START_FILE)]
-    present = [path for path in paths if path.exists() and path.stat().st_size]
+    metrics, others = Path(METRICS_FILE), [Path(n) for n in (EVAL_FILE, SUMMARY_FILE, CHECKPOINT_FILE, START_FILE)]
+    present = [path for path in (metrics, *others) if path.exists() and path.stat().st_size]
     start = read_json(Path(START_FILE))
     run_id = str(start.get("run_id") or f"unknown-{os.urandom(4).hex()}")
     archive = Path(os.environ.get("AUTO_LOG_RESEARCH_DIR") or ".auto-log-research").expanduser()
     archive = archive / "demo" if start.get("demo", DEMO) else archive
     filed = [path.parent for path in archive.glob(f"*/{START_FILE}") if read_json(path).get("run_id") == run_id]
     # A score that came after its run was filed is kept: analyze.py files it again.
-    results = [path.name for path in present if path.name in (EVAL_FILE, SUMMARY_FILE)]
-    is_held = any(all((folder / name).exists() for name in results) for folder in filed)
+    results = {path.name for path in present} & {EVAL_FILE, SUMMARY_FILE}
+    is_held = any(results <= set(os.listdir(folder)) for folder in filed)
     target, hidden = archive / "unfiled" / run_id, archive / "unfiled" / f".{run_id}"
     if present and not is_held and not target.exists():
         hidden.mkdir(parents=True, exist_ok=True)  # nobody sees half of a run
@@ -1183,10 +1168,9 @@ def set_aside_earlier_run() -> None:
             put = shutil.move if path.name == CHECKPOINT_FILE else shutil.copy
             put(path, hidden / path.name)
         os.rename(hidden, target)
-    for path in paths:
-        if path.name != METRICS_FILE:
-            path.unlink(missing_ok=True)
-    Path(METRICS_FILE).write_bytes(b"")  # it stays, and stays locked
+    for path in others:
+        path.unlink(missing_ok=True)
+    metrics.write_bytes(b"")  # it stays, and stays locked
 
 
 def process_age_s() -> float:
@@ -1210,9 +1194,9 @@ def end_children(pid: int | str = "self") -> None:
 def current_run() -> "Run | None":
     """The run that this process is. A train.py without a Run (upstream's) becomes one with its first call."""
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
-    if _run is None and Path(script).name.startswith("train"):
+    if Run.current is None and Path(script).name.startswith("train"):
         Run(Path(script)).__enter__()
-    return _run
+    return Run.current
 
 
 class Run:
@@ -1221,11 +1205,13 @@ class Run:
     experiment, `error:` (2) for the machine or the data, `stopped:` (130) after an interrupt.
     With `is_new` false, the files of the run that is here stay, to be scored again."""
 
+    current: "Run | None" = None  # what this process is
+
     def __init__(self, script: Path, is_new: bool = True):
         age_s = process_age_s()  # start-up begins with the process, not with the end of its imports
         self.begin, self.script, self.is_new = time.perf_counter() - age_s, script.resolve(), is_new
         self.start: dict = {}  # the content of START_FILE, once it is this run's
-        self.metrics, self.pending, self.last_shown = None, None, 0.0
+        self.pending, self.last_shown = None, 0.0
         self.step, self.loss, self.loss_average = -1, math.nan, 0.0
         self.num_tokens, self.token_sum, self.step_ms, self.other_mb = 0, 0, [], None
         self.training_seconds = 0.0
@@ -1257,7 +1243,6 @@ class Run:
         torch.compiler.config.cache_key_tag = PREPARE_SHA256 + tag
 
     def __enter__(self) -> "Run":
-        global _run
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
         try:
             if self.script.parent != Path.cwd():
@@ -1278,7 +1263,7 @@ class Run:
         except BaseException as e:
             self.__exit__(type(e), e, None)
             raise
-        _run = self
+        Run.current = self
         return self
 
     def _write_start(self, record: dict) -> None:
@@ -1348,7 +1333,6 @@ class Run:
     def end_training(self, model: torch.nn.Module) -> dict:
         """Save a checkpoint: a failed evaluation must not cost the run. Returns the summary so far."""
         self.training_seconds, step_ms = self.clock.seconds, float(np.median(self.step_ms))
-        self._write_start(self.start)  # with what was imported meanwhile
         summary = {key: value for key, value in self.start.items() if key not in START_ONLY} | self.facts
         summary |= {
             "training_seconds": self.training_seconds,
@@ -1365,12 +1349,9 @@ class Run:
             summary["pauses_over"] = pauses_over
         if profile := summary.get("profile"):
             profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
-        temporary = Path(f"{CHECKPOINT_FILE}.tmp")  # not synced: that takes seconds, and the score is to come
-        try:
-            torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, temporary)
-            os.replace(temporary, CHECKPOINT_FILE)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # Not synced: that takes seconds, and the score is to come.
+        with open_atomic(Path(CHECKPOINT_FILE), is_synced=False) as file:
+            torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, file)
         return summary
 
     def load_checkpoint(self, model: torch.nn.Module) -> dict:
@@ -1405,31 +1386,24 @@ class Run:
             print(f"{key + ':':<17} {'unknown' if value is None else f'{value:.{decimals}f}'}", flush=True)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        global _run
-        code, _run = None, None
-        if error is not None and not isinstance(error, SystemExit):
-            ended, code = self._ending(error)
-            print(flush=True)
-            print(ended, file=sys.stderr, flush=True)
-            if self.start:
-                with contextlib.suppress(OSError):
-                    self._write_start(self.start | {"ended": ended})
-        if self.metrics:
-            self.metrics.close()
-        if code:
-            raise SystemExit(code) from None
-
-    def _ending(self, error: BaseException) -> tuple[str, int]:
-        """Why the run ended, in one line, and the exit code."""
+        if error is None or isinstance(error, SystemExit):
+            return
         where = f"at step {self.step}, loss {self.loss:.4f}" if self.step >= 0 else "before the first step"
+        ended, code = f"crash: {describe_error(error)} {where}", 1
         if isinstance(error, KeyboardInterrupt):
-            return f"stopped: by an interrupt {where}", 130
-        if isinstance(error, SetupError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
-            return f"error: {error}", 2
-        if isinstance(error, FloatingPointError):
-            return f"crash: {error} {where}", 1
-        traceback.print_exception(error)
-        return f"crash: {describe_error(error)} {where}", 1
+            ended, code = f"stopped: by an interrupt {where}", 130
+        elif isinstance(error, SetupError) or (isinstance(error, OSError) and error.errno in MACHINE_ERRNOS):
+            ended, code = f"error: {error}", 2
+        elif isinstance(error, FloatingPointError):
+            ended = f"crash: {error} {where}"
+        else:
+            traceback.print_exception(error)
+        print(flush=True)
+        print(ended, file=sys.stderr, flush=True)
+        if self.start:
+            with contextlib.suppress(OSError):
+                self._write_start(self.start | {"ended": ended})
+        raise SystemExit(code) from None
 
 
 def describe_error(error: BaseException) -> str:
@@ -1897,23 +1871,6 @@ def prepare(source: Path | None, num_shards: int, download_workers: int, text_ke
     return encode_source(CLIMBMIX, {path.name: path for path in sorted(DATA_DIR.glob("shard_*.parquet"))})
 
 
-def print_warnings(manifest: dict) -> None:
-    """What was left out of the text, and how often the score repeats itself."""
-    shards, num_held = manifest["shards"].values(), num_tokens(manifest, "val")
-    if num_bad := sum(shard["bad"] for shard in shards):
-        num_lines = num_bad + sum(shard[split]["documents"] for shard in shards for split in SPLITS)
-        first = next(line for shard in shards for line in shard["first_bad"])
-        print(f"warning: {num_bad:,} of {num_lines:,} lines were left out; the first: {first}", file=sys.stderr)
-    if (times := EVAL_TOKENS / num_held) > 1:
-        mb = sum(shard["size"] for shard in shards) / 1e6
-        print(
-            f"warning: {EVAL_TOKENS:,} validation tokens are scored, and there are {num_held:,}: each counts about "
-            f"{times:.0f} times, and small differences mean little. Wanted: {times:.0f} times as much text "
-            f"(now {mb:.3g} MB)",
-            file=sys.stderr,
-        )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch or bring text, train the tokenizer, encode every token once.")
     parser.add_argument("--source", type=Path, help=f"your own text: a file or folder of {', '.join(SOURCE_SUFFIXES)}")
@@ -1937,9 +1894,18 @@ def main() -> int:
         sys.stdout.flush()
         print("\nerror: interrupted; call again to go on from here", file=sys.stderr, flush=True)
         os._exit(130)  # an ordinary exit would wait for download threads
-    print_warnings(manifest)
+    shards, train, val = manifest["shards"].values(), num_tokens(manifest, "train"), num_tokens(manifest, "val")
+    if num_bad := sum(shard["bad"] for shard in shards):
+        num_lines = num_bad + sum(shard[split]["documents"] for shard in shards for split in SPLITS)
+        first = next(line for shard in shards for line in shard["first_bad"])
+        print(f"warning: {num_bad:,} of {num_lines:,} lines were left out; the first: {first}", file=sys.stderr)
+    if (times := EVAL_TOKENS / val) > 1:
+        there = f"{EVAL_TOKENS:,} validation tokens are scored, and there are {val:,}"
+        effect = f"each counts about {times:.0f} times, and small differences mean little"
+        mb = sum(shard["size"] for shard in shards) / 1e6
+        wanted = f"{times:.0f} times as much text (now {mb:.3g} MB)"
+        print(f"warning: {there}: {effect}. Wanted: {wanted}", file=sys.stderr)
     print(f"ready: {CACHE_DIR} holds {manifest['source']}, fingerprint {manifest['fingerprint']}")
-    train, val = (num_tokens(manifest, split) for split in SPLITS)
     print(f"       {train:,} training tokens, {val:,} validation tokens")
     return 0
 
