@@ -779,8 +779,8 @@ def find_disagreement(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) 
 
 
 def find_leak(losses_of: Callable, x: torch.Tensor, y: torch.Tensor, vocab_size: int) -> tuple:
-    """Whether a model predicts from the past alone (None: unknown), and what was found. With tokens exchanged from
-    a cut on, losses before it must stay. Every second cut is where blocks, of 16 or more, would look ahead."""
+    """Whether a model predicts from the past alone (None: unknown), and what was found. With tokens exchanged
+    from a cut on, losses before it must stay. Every second cut is a multiple of 16, where blocks would look ahead."""
     (B, T), random = x.shape, torch.Generator().manual_seed(0)
     losses = losses_of(x, y)
     if not ((losses_of(x, y) - losses).abs() <= CAUSAL_TOLERANCE).all():
@@ -835,9 +835,9 @@ def _find_faults(run: "Run | None", disagreement: str, is_causal: bool | None, f
 
 
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
-    """Bits per byte on the validation split, the number that everything is about: the cross-entropy of
-    EVAL_TOKENS targets, of those that stand for text, over their bytes. Writes EVAL_FILE, with `faults`, what makes
-    the score worthless, and `audit_bpb`, the same of as much text again (None where there is less)."""
+    """Bits per byte on the validation split, the number that everything is about: the cross-entropy, in
+    bits, of those of EVAL_TOKENS targets that stand for text, over their bytes. Writes EVAL_FILE, with `faults`, what
+    makes the score worthless, and `audit_bpb`, of as much text again that no search has seen (None: there is less)."""
     global _num_evaluations
     _num_evaluations += 1
     run, token_bytes = current_run(), get_token_bytes(get_device())
