@@ -1832,8 +1832,7 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         verdict = compute_verdict(this, [*earlier, this], facts | {"is_unchanged": True})
         # From now on another run of that program.
         this = replace(this, record=this.record | {"program": best.record.get("program")})
-    effect = compute_effect(this, [*earlier, this], best, verdict)
-    this = replace(this, stats={"verdict": verdict, "effect": effect})
+    this = replace(this, stats={"verdict": verdict})
     entries = [*earlier, this]
     return plain({
         "record": this.record,
@@ -1841,32 +1840,16 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         "verdict": verdict | {"best_is_slower": best and compute_best_pace(this, best)},
         "crash": crash,
         "changes": changes,
-        "effect": effect,
+        "effect": compute_effects(entries).get(this.name),
+        "expected": read_subject(this)[1],
         "paired": paired,
         "gap": attempt(failed, "gap", compute_gap, run, best_runs),
         "cost": {"this": compute_costs([run]), "best": compute_costs(best_runs)},
         "layers": attempt(failed, "layers", compute_layers, run, best_run),
-        "prediction": "" if verdict["replicates"] else render_prediction(this, effect),
         "history": attempt(failed, "history", compute_history, entries),
         "calibration": render_calibration(entries),
         "failed": failed,
     })
-
-
-def compute_effect(this: Entry, entries: list[Entry], best: Entry | None, verdict: dict) -> dict | None:
-    """What an idea brought against the program that it was built on, that of the commit before.
-    Mostly this is the best; where agents share an archive, another may have found a better one
-    meanwhile. None for what is no idea."""
-    if best is None or verdict["kind"] not in TRIED:
-        return None
-    others = [e for e in comparable(entries, this) if e.is_valid and e.name != this.name]
-    built_on = None if verdict["replicates"] or this.record.get("modules") else this.record.get("built_on")
-    groups = [e.group for e in others if built_on and e.record.get("train_sha256") == built_on]
-    base, told = best, {key: verdict[key] for key in ("difference", "standard_error", "standard_errors")}
-    if groups and groups[-1] != best.group:
-        runs = compute_groups(others)[groups[-1]]
-        base, told = runs[0], compare_groups([this], runs, compute_noise(others))
-    return {"against": base.name, **told, "config": compute_changes(this, None, base, None)["config"]}
 
 
 FREE_LINES = 3  # a program that is longer by no more than these has not become more complex
@@ -1925,6 +1908,12 @@ KINDS = {
 }
 
 
+def render_table(rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table whose first row is the heading."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+
+
 def render_verdict(stats: dict) -> list[str]:
     """What it is, why, and in the last line what to do."""
     v = stats["verdict"]
@@ -1933,9 +1922,14 @@ def render_verdict(stats: dict) -> list[str]:
     lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
     lines += render_replicates(v)
     effect = stats.get("effect")
-    if effect and effect["against"] != v["best"]:
-        lines.append(f"Built on {effect['against']}: {show_effect(effect)} bpb against that one.")
-    lines += [line for line in (KINDS.get(v["kind"], "").format(**v), stats["prediction"]) if line]
+    if effect and effect["against"]:
+        came = render_difference(effect["difference"], effect["standard_error"])
+        lines.append(f"Built on {effect['against']}: {came} bpb against that one.")
+    if v["kind"] in KINDS:
+        lines.append(KINDS[v["kind"]].format(**v))
+    if effect and effect["standard_error"] and stats["expected"] is not None:
+        came = render_difference(effect["difference"], effect["standard_error"], ".4f")
+        lines.append(f"Expected {stats['expected']:+.4f}, came {came}.")
     lines += [f"Mind: {clip(remark, 220)}." for remark in find_remarks(stats)[:6]]
     is_known = v["kind"] not in ("baseline", "replicate") or not v["noise"].startswith("unknown")
     if v["kind"] not in ("crash", "stopped", "invalid", "hampered") and is_known:
@@ -2194,53 +2188,54 @@ def verdict_of(e: Entry) -> dict:
     return e.stats.get("verdict") or {}
 
 
-def effect_of(e: Entry) -> dict:
-    verdict, changes = verdict_of(e), e.stats.get("changes") or {}
-    return e.stats.get("effect") or {"against": verdict.get("best"), "config": changes.get("config"), **verdict}
+def compute_effects(entries: list[Entry]) -> dict[str, dict]:
+    """Name to what its idea brought, one run a program: gains first, then losses, then what the noise hides.
 
-
-def show_effect(effect: dict) -> str:
-    return f"{effect['difference']:+.5f} ± {show(effect['standard_error'], '.5f')}"
-
-
-def is_outside_noise(e: Entry) -> bool:
-    effect = effect_of(e)
-    return effect.get("is_outside", abs(effect.get("standard_errors") or 0.0) >= GAIN_ERRORS)
-
-
-def is_gain(e: Entry) -> bool:
-    return is_outside_noise(e) and effect_of(e)["difference"] < 0
-
-
-def compute_tried(entries: list[Entry]) -> list[Entry]:
-    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Each with its effect as
-    it is told by all runs that there are by now, of its program and of the one that it was built on."""
-    groups, noise, by_name = compute_groups(entries), compute_noise(entries), {e.name: e for e in entries}
-    spoken: dict[tuple, Entry] = {}
-    for e in entries:
-        base = by_name.get(effect_of(e)["against"])
-        is_idea = verdict_of(e).get("kind") in TRIED and e.is_valid and e.group not in spoken
-        if not is_idea or (base and not base.is_valid):
+    Measured by all runs there are by now, of its program and of the one it was built on. Mostly that was the best;
+    where agents share an archive, another may have found a better one meanwhile, and it is named in `against`."""
+    groups, noise, effects = compute_groups(entries), compute_noise(entries), {}
+    valid = {e.name: e for e in entries if e.is_valid}
+    for e in [group[0] for group in groups.values()]:
+        best = valid.get(verdict_of(e).get("best"))
+        base = find_parent(e, list(valid.values())) or best
+        if verdict_of(e).get("kind") not in TRIED or base is None:
             continue
-        if base:
-            told = compare_groups(groups[e.group], groups[base.group], noise)
-            told["is_outside"] = abs(told["standard_errors"] or 0.0) >= noise.claim_errors
-            e = replace(e, stats=e.stats | {"effect": effect_of(e) | told})
-        spoken[e.group] = e
-    return sorted(spoken.values(), key=lambda e: (not is_outside_noise(e), effect_of(e)["difference"]))
+        effect = compare_groups(groups[e.group], groups[base.group], noise)
+        effect["is_outside"] = abs(effect["standard_errors"] or 0.0) >= noise.claim_errors
+        effect["against"] = None if best and base.group == best.group else base.name
+        effect["config"] = compute_changes(e, None, base, None)["config"]
+        effects[e.name] = effect
+    return dict(sorted(effects.items(), key=lambda item: (not item[1]["is_outside"], item[1]["difference"])))
 
 
-def show_outcome(e: Entry) -> str:
+def find_parent(e: Entry, valid: list[Entry]) -> Entry | None:
+    """The first run of the program in the commit before. With modules train.py alone does not tell."""
+    built_on = None if e.record.get("modules") else e.record.get("built_on")
+    others = [x for x in comparable(valid, e) if built_on and x.group != e.group]
+    return next((x for x in others if x.record.get("train_sha256") == built_on), None)
+
+
+def render_difference(difference: float, error: float | None, form: str = ".5f") -> str:
+    return f"{difference:+{form}} ± {show(error, form)}"
+
+
+def render_effect(effect: dict) -> str:
+    told = "inside the noise"
+    if effect["is_outside"]:
+        told = "a gain" if effect["difference"] < 0 else "a loss"
+    if effect["against"]:
+        told += f", against {effect['against']}"
+    return f"{render_difference(effect['difference'], effect['standard_error'])} ({told})"
+
+
+def render_outcome(e: Entry, effects: dict[str, dict]) -> str:
     """The measured effect of an idea; of any other run what became of it."""
     v = verdict_of(e)
-    if v.get("kind") not in TRIED:
-        return e.record.get("crash") or v.get("kind") or ""
-    if v.get("replicates"):  # of another program than the best
+    if e.name in effects:
+        return render_effect(effects[e.name])
+    if v.get("kind") in TRIED and v.get("replicates"):  # of another program than the best
         return f"replicate of {v['replicates'][0]}"
-    effect = effect_of(e)
-    against = "" if effect["against"] == v.get("best") else f", against {effect['against']}"
-    otherwise = "a loss" if is_outside_noise(e) else "inside the noise"
-    return f"{show_effect(effect)} ({'a gain' if is_gain(e) else otherwise}{against})"
+    return e.record.get("crash") or v.get("kind") or ""
 
 
 def read_subject(e: Entry) -> tuple[str, float | None]:
@@ -2251,49 +2246,43 @@ def read_subject(e: Entry) -> tuple[str, float | None]:
     return e.description[: found.start()].rstrip(" :;,"), float(found[1].replace("\u2212", "-"))
 
 
-def changed_knobs(e: Entry) -> dict[str, str]:
-    """Knob to "before -> after". A run that changed none goes by its subject."""
-    config = effect_of(e)["config"] or {}
+def own_knobs(config: dict[str, list]) -> dict[str, list]:
+    """Of what changed in a configuration, what somebody set."""
     knobs = {k: pair for k, pair in config.items() if not DERIVED.fullmatch(k)}
     if knobs.get("num_kv_heads") == config.get("num_heads"):  # resolved: as many as there are heads
         knobs.pop("num_kv_heads", None)
-    if not knobs:
-        return {clip(read_subject(e)[0], 60): "code"}
-    rest = f", one of {len(knobs)} changes" if len(knobs) > 1 else ""
-    return {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
+    return knobs
 
 
 def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
-    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched."""
-    by_knob: dict[str, list[str]] = {}
-    for e in compute_tried(entries):
-        for knob, change in changed_knobs(e).items():
-            by_knob.setdefault(knob, []).append(f"{change} {show_outcome(e)} in {e.name}")
+    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched. A run
+    that changed no knob goes by its subject."""
+    by_name, by_knob = {e.name: e for e in entries}, {}
+    for name, effect in compute_effects(entries).items():
+        knobs = own_knobs(effect["config"])
+        rest = f", one of {len(knobs)} changes" * (len(knobs) > 1)
+        changes = {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
+        for knob, change in (changes or {clip(read_subject(by_name[name])[0], 60): "code"}).items():
+            by_knob.setdefault(knob, []).append(f"{change} {render_effect(effect)} in {name}")
     lines = [f"{knob}: {'; '.join(told)}" for knob, told in by_knob.items()]
-    touched = {knob for e in entries for knob in changed_knobs(e)}
+    touched = {knob for e in entries for knob in own_knobs((e.stats.get("changes") or {}).get("config") or {})}
     config = next((e.record["config"] for e in reversed(entries) if e.record.get("config")), {})
-    untouched = [k for k in config if k not in touched and not DERIVED.fullmatch(k)]
+    untouched = [k for k in config if k not in touched and k not in by_knob and not DERIVED.fullmatch(k)]
     return [*lines[:limit], f"never touched: {', '.join(untouched) or 'none'}"]
-
-
-def render_prediction(e: Entry, effect: dict | None) -> str:
-    """What the subject expected and what came, one line; empty without the one or the other."""
-    _, expected = read_subject(e)
-    if expected is None or not effect or not effect["standard_error"]:
-        return ""
-    return f"Expected {expected:+.4f}, came {effect['difference']:+.4f} ± {effect['standard_error']:.4f}."
 
 
 def render_calibration(entries: list[Entry]) -> str:
     """How well the subjects predict; empty before the first prediction that was measured."""
-    pairs = [(read_subject(e)[1], effect_of(e)["difference"]) for e in compute_tried(entries)]
+    effects = compute_effects(entries)
+    pairs = [(read_subject(e)[1], effects[e.name]["difference"]) for e in entries if e.name in effects]
     are_right = [expected * came > 0 for expected, came in pairs if expected is not None]
     return f"Predictions with the right sign: {sum(are_right)} of {len(are_right)}." if are_right else ""
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
     """Claims that cite runs which do not exist, or claim an effect on runs inside the noise alone."""
-    programs = {e.group for e in compute_tried(entries) if not is_outside_noise(e)}
+    effects = compute_effects(entries)
+    programs = {e.group for e in entries if e.name in effects and not effects[e.name]["is_outside"]}
     names, hidden = {e.name for e in entries}, {e.name for e in entries if e.group in programs}
     claims = re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", (text or "").partition("## Claims")[2], re.M)
     doubts = ((find_doubt(claim, names, hidden), claim) for claim in claims)
@@ -2346,19 +2335,22 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
 
 
 def render_kept(entries: list[Entry]) -> Iterator[str]:
-    kept = [e for e in compute_tried(entries) if e.status == "keep"]
-    for what, is_proven in (("What helped", True), ("Kept besides, and unproven one by one", False)):
-        some = [e for e in kept if is_gain(e) == is_proven]
-        if some:
-            yield f"{what}: {'; '.join(f'{read_subject(e)[0]}: {show_outcome(e)}' for e in some[:6])}."
+    effects, subjects = compute_effects(entries), {e.name: read_subject(e)[0] for e in entries if e.status == "keep"}
+    for what, is_gain in (("What helped", True), ("Kept besides, and unproven one by one", False)):
+        told = []
+        for name, effect in effects.items():
+            if name in subjects and is_gain == (effect["is_outside"] and effect["difference"] < 0):
+                told.append(f"{subjects[name]}: {render_effect(effect)}")
+        if told:
+            yield f"{what}: {'; '.join(told[:6])}."
 
 
-def render_tried(entries: list[Entry]) -> str:
+def render_tried(entries: list[Entry], effects: dict[str, dict]) -> str:
     """A table of these runs: what was decided, and what came of each."""
-    rows = [["run", "val_bpb", "decision", "outcome", "description"], ["---"] * 5]
+    rows = [["run", "val_bpb", "decision", "outcome", "description"]]
     for e in entries:
-        rows.append([e.name, show(e.val_bpb), mark_of(e), show_outcome(e), e.description])
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
+        rows.append([e.name, show(e.val_bpb), mark_of(e), render_outcome(e, effects), e.description])
+    return "\n".join(render_table(rows))
 
 
 def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -> str:
@@ -2373,7 +2365,7 @@ def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -
         "\n".join(f"- {line}" for line in render_effects(entries)),
         render_calibration(entries),
         "## Everything tried",
-        render_tried(entries),
+        render_tried(entries, compute_effects(entries)),
         *book.problems,
         "## Pictures of the best run" if pictures else "",
         *(f"![]({name})" for name in pictures),
@@ -2381,9 +2373,9 @@ def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
+def render_patch(kept: list[Entry], effects: dict[str, dict], base: Run, best: Run) -> str:
     """Baseline to best as one diff that `git apply` takes, below what was kept."""
-    table = render_tried(kept).replace("\n", "\n# ")
+    table = render_tried(kept, effects).replace("\n", "\n# ")
     lines = [f"# From {base.name} to {best.name}: git apply best.patch\n# {table}\n"]
     before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
     for name, text in after.items():
@@ -2826,7 +2818,7 @@ def write_morning(archive: Path, book: Book) -> None:
     if h["lineage"] and h["lineage"][0][0] != best.name:
         base, kept = (load_folder(archive / name, name) for name in (h["lineage"][0][0], best.name))
         chain = [book.entry(name) for name, _, _ in h["lineage"]]
-        write_atomic(archive / "best.patch", render_patch(chain, base, kept))
+        write_atomic(archive / "best.patch", render_patch(chain, compute_effects(book.entries), base, kept))
     write_atomic(archive / "report.md", render_report(book, h, archive, pictures))
 
 
