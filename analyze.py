@@ -365,16 +365,6 @@ class Run:
         steps_ms = self.series("perf/step_time_ms")
         return float(np.nanmedian(steps_ms)) if np.isfinite(steps_ms).any() else None
 
-    def records_with(self, key: str) -> list[dict]:
-        """The records of the steps at which this list was logged, as layer statistics are."""
-        return [r for r in self.records if isinstance(r.get(key), list)]
-
-    @property
-    def scalars(self) -> dict[str, list[list]]:
-        """Of residual scalars and the like, by name, the lists of values, one a step that logged it."""
-        keys = sorted({k for r in self.records for k in r if k.startswith("scalars/")})
-        return {k.removeprefix("scalars/"): [r[k] for r in some] for k in keys if (some := self.records_with(k))}
-
     @cached_property
     def curve(self) -> Curve | None:
         """Its loss by tokens, taken once for all that need it."""
@@ -1661,43 +1651,48 @@ GROWN, DEAD = 10.0, 0.02  # of an output's RMS between the two looks; share of a
 TRIFLE = 0.05  # of units or inputs: a share below it counts as none when two are compared
 
 
-def named_values(record: dict, names: str, key: str) -> dict[str, float]:
-    pairs = zip(record.get(names) or [], record.get(key) or [], strict=False)
-    return {str(name): v for name, value in pairs if (v := number(value)) is not None}
+LOOKS = {  # what a look at a run's layers and parameters finds: names, and their values
+    "dead units": ("layers/names", "layers/dead"),
+    "inputs near zero": ("layers/names", "layers/input_zeros"),
+    "output RMS": ("layers/names", "layers/rms"),
+    "gradient RMS": ("params/names", "params/grad_rms"),
+    "update RMS": ("params/names", "params/update_rms"),
+    "weight RMS": ("params/names", "params/weight_rms"),
+}
 
 
-def update_ratios(record: dict) -> dict[str, float]:
-    update, weight = (named_values(record, "params/names", f"params/{k}_rms") for k in ("update", "weight"))
-    return {n: update[n] / weight[n] for n in update if weight.get(n, 0) > 0 and update[n] > 0}
+def look_at(record: dict) -> dict[tuple[str, str], float]:
+    """(Kind, name) to what a step logged of layers, parameters and scalars; empty where it did not."""
+    found = {}
+    for kind, (names, key) in LOOKS.items():
+        if isinstance(record.get(names), list):
+            pairs = zip(record[names], record.get(key) or [], strict=False)
+            found |= {(kind, str(name)): v for name, value in pairs if (v := number(value)) is not None}
+    for name in [name for kind, name in found if kind == "update RMS"]:
+        update, weight = found.pop(("update RMS", name)), found.pop(("weight RMS", name), 0.0)
+        if update > 0 and weight > 0:
+            found["update/weight", name] = update / weight
+    for key in record:
+        if key.startswith("scalars/") and isinstance(record[key], list):
+            found["scalar RMS", key.removeprefix("scalars/")] = float(np.sqrt(np.mean(numbers(record[key]) ** 2)))
+    return found
+
+
+def looks_of(run: Run) -> list[dict[tuple[str, str], float]]:
+    return [look for record in run.records if (look := look_at(record))]
 
 
 def layer_table(run: Run, share: float) -> dict[tuple[str, str], float]:
-    """(Kind, name) to what was seen of layers, parameters and scalars at this share of the looks:
-    the median over a tenth of them around it, as one look is at one batch."""
-
-    def around(looks: list) -> list:
-        middle, half = int(share * (len(looks) - 1)), len(looks) // 20
-        return looks[max(middle - half, 0) : middle + half + 1]
-
+    """(Kind, name) to what was seen at this share of the looks: the median over a tenth of them
+    around it, as one look is at one batch."""
+    looks = looks_of(run)
+    middle, half = int(share * (len(looks) - 1)), len(looks) // 20
     found: dict[tuple[str, str], list[float]] = {}
-    for look in around(run.records_with("layers/names")) + around(run.records_with("params/names")):
-        for kind, values in look_at(look).items():
-            for name, value in values.items():
-                found.setdefault((kind, name), []).append(value)
-    for name, looks in run.scalars.items():
-        found["scalar RMS", name] = [float(np.sqrt(np.mean(numbers(look) ** 2))) for look in around(looks)]
-    table = {key: float(np.median(values)) for key, values in found.items() if values}
+    for look in looks[max(middle - half, 0) : middle + half + 1]:
+        for key, value in look.items():
+            found.setdefault(key, []).append(value)
+    table = {key: float(np.median(values)) for key, values in found.items()}
     return {key: value for key, value in table.items() if math.isfinite(value)}
-
-
-def look_at(record: dict) -> dict[str, dict[str, float]]:
-    return {
-        "dead units": named_values(record, "layers/names", "layers/dead"),
-        "inputs near zero": named_values(record, "layers/names", "layers/input_zeros"),
-        "output RMS": named_values(record, "layers/names", "layers/rms"),
-        "gradient RMS": named_values(record, "params/names", "params/grad_rms"),
-        "update/weight": update_ratios(record),
-    }
 
 
 def num_blocks(table: dict[tuple[str, str], float]) -> int:
@@ -1712,9 +1707,10 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
     theirs = layer_table(best, LATE) if best else {}
     if num_blocks(theirs) != num_blocks(late):  # block 2 of three is not block 2 of four
         theirs = {key: value for key, value in theirs.items() if not key[1].startswith("blocks.")}
-    for name in run.scalars:  # they start where the configuration says
+    for kind, name in late:
         start = number(run.summary.get(f"{name.removesuffix('s')}_init"))
-        early["scalar RMS", name] = early.get(("scalar RMS", name)) if start is None else start
+        if kind == "scalar RMS" and start is not None:  # it starts where the configuration says
+            early[kind, name] = start
     found, lines = [], []
     for key, value in late.items():
         grown, apart = (ratio_of(key[0], value, table.get(key)) for table in (early, theirs))
@@ -2447,39 +2443,37 @@ def png(figure: Figure) -> bytes:
 
 def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """x and y by run: every step of this run as a thin line, and means over hundredths of the steps."""
-    late = [np.array([])]
+    late: list[float] = []
     for name, (x, y) in curves.items():
         is_known = np.isfinite(x + y)
         x, y = x[is_known], y[is_known]
+        label, color = f"best: {name}", ORANGE
         if name == this:
+            label, color = f"this: {name}", BLUE
             axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, zorder=1, label="this, each step")
         size = max(len(x) // 100, 1)
         means = [values[len(x) % size :].reshape(-1, size).mean(axis=1) for values in (x, y)]
-        label, color = (f"this: {name}", BLUE) if name == this else (f"best: {name}", ORANGE)
         axes.plot(*means, color=color, lw=1.6, label=label)
-        late.append(y[x >= DWARFING * x.max(initial=0.0)])
-    # The start would flatten the rest, and so would single spikes; what is low is never cut off.
-    if (values := np.concatenate(late)).size:
-        low, high = values.min(), np.percentile(values, 99.5)
-        top = max(y[np.isfinite(y)].max(initial=-math.inf) for _, y in curves.values())
-        high = top if top < high + 0.5 * (high - low) else high
-        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+        late += y[x >= DWARFING * x.max(initial=0.0)].tolist()
+    if late:  # the start would flatten the rest, and so would single spikes; what is low is never cut off
+        low, high = min(late), np.percentile(late, 99.5)
+        room = 0.1 * (high - low) + 1e-3
+        axes.set_ylim(low - room, high + 2 * room)
     axes.set_title(title)
     axes.legend()
 
 
 def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
     """Training loss by tokens; below it the paired difference to the best, where there is one."""
-    curves = {r.name: r.curve for r in (best, run) if r}
-    if curves[run.name] is None:
+    curves = {r.name: (r.curve.tokens_m, r.curve.loss) for r in (best, run) if r and r.curve}
+    if run.name not in curves:
         return None
     figure = new_figure(f"{run.name}: training loss", run.start)
     heights = [5, 3] if windows else [1]
-    axes, *below = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights).flat
-    losses = {name: (c.tokens_m, c.loss) for name, c in curves.items() if c}
-    draw_runs(axes, "nats per token", run.name, losses)
-    for panel in below:
-        draw_paired(panel, windows)
+    panels = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights).flat
+    draw_runs(panels[0], "nats per token", run.name, curves)
+    if windows:
+        draw_paired(panels[1], windows)
     figure.supxlabel("tokens, millions")
     return figure
 
@@ -2488,12 +2482,10 @@ def draw_paired(axes: Axes, windows: list[dict]) -> None:
     """Difference to the best by windows; shaded where the text had been seen."""
     table = {key: numbers(w.get(key) for w in windows) for key in windows[0]}
     middles = (table["from_m"] + table["to_m"]) / 2
-    for what, key, error, color in (("tokens", "difference", "error", BLUE),
-                                    ("progress", "at_progress", "at_progress_error", VERMILION)):
-        bars = 2 * table[error]
-        axes.errorbar(middles, table[key], bars, fmt="o", color=color, label=f"at equal {what}")
-    repeats = [w["from_m"] for w in windows if w["is_repeat"]]
-    if repeats:
+    pairs = (("tokens", "difference", "error", BLUE), ("progress", "at_progress", "at_progress_error", VERMILION))
+    for what, key, error, color in pairs:
+        axes.errorbar(middles, table[key], 2 * table[error], fmt="o", color=color, label=f"at equal {what}")
+    if repeats := [w["from_m"] for w in windows if w["is_repeat"]]:
         axes.axvspan(repeats[0], windows[-1]["to_m"], color="0.93", label="text seen before: no measure of learning")
     axes.axhline(0, color="black", lw=0.8)
     axes.set_title("this minus best, bpb ± 2 standard errors; below zero is better")
@@ -2514,30 +2506,27 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
 
 def draw_layers(run: Run, best: Run | None) -> Figure | None:
     """Two heat maps, over the run and beside the best's late state. None without layers."""
-    looks = (
-        ("output RMS, log10", "layers/names", lambda record: named_values(record, "layers/names", "layers/rms")),
-        ("update / weight, log10", "params/names", update_ratios),
-    )
-    if not any(run.records_with(key) for _, key, _ in looks):
+    mine = looks_of(run)
+    if not mine:
         return None
+    theirs = looks_of(best) if best else []
     figure = new_figure(f"{run.name}: layers", run.start, height=10, left=0.14, wspace=0.45)
-    for axes, (title, key, look) in zip(figure.subplots(1, 2), looks, strict=True):
-        mine, theirs = ([look(record) for record in r.records_with(key)] if r else [] for r in (run, best))
-        axes.set_title(title + f"; right of the gap, the best at {LATE:.0%}" * bool(theirs))
+    for axes, kind in zip(figure.subplots(1, 2), ("output RMS", "update/weight"), strict=True):
+        axes.set_title(f"{kind}, log10" + f"; right of the gap, the best at {LATE:.0%}" * bool(theirs))
         late = int(LATE * (len(theirs) - 1))  # at the end no weight moves
-        draw_heat(axes, mine, theirs[late : late + 1], len(run.records))
+        draw_heat(axes, kind, mine, theirs[late : late + 1], len(run.records))
     figure.supxlabel("step; grey: zero or not finite")
     return figure
 
 
-def draw_heat(axes: Axes, mine: list[dict], theirs: list[dict], num_steps: int) -> None:
+def draw_heat(axes: Axes, kind: str, mine: list[dict], theirs: list[dict], num_steps: int) -> None:
     """Names down, time across, values as colours; then a gap and the best's late state."""
-    names = list(dict.fromkeys(name for look in mine for name in look))
+    names = list(dict.fromkeys(name for look in mine for k, name in look if k == kind))
     if not names:
         return
     width = 1 + len(mine) // 25
     columns = [*mine, *[{}] * width, *theirs * width] if theirs else mine
-    values = np.array([[look.get(name, math.nan) for look in columns] for name in names])
+    values = np.array([[look.get((kind, name), math.nan) for look in columns] for name in names])
     values = np.log10(np.where(values > 0, values, math.nan))
     low, high = np.nanpercentile(values, [1, 99])
     extent = (0, num_steps * len(columns) / len(mine), len(names) - 0.5, -0.5)
@@ -2563,37 +2552,33 @@ def mark_of(e: Entry) -> str:
 def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
     """Scores in the order of filing, what the best was at each time, and the largest steps."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries), right=0.74)
-    axes, valid = figure.subplots(), [e for e in entries if e.is_valid]
-    scores = [e.val_bpb for e in valid] or [1.0]
-    kept = [e.val_bpb for e in valid if e.status == "keep"]
-    low, high = min(scores), max([np.percentile(scores, 90), *kept])
-    room = max(high - low, 0.004 * high)  # neither a bad run nor a single one sets the scale
-
-    def height(e: Entry) -> float:
-        return e.val_bpb if e.is_valid and e.val_bpb <= high else high + 0.13 * room
-
-    axes.axhline(high + 0.06 * room, color=GREY, ls=":", label="above: off the scale, or no score")
+    axes, scores = figure.subplots(), {e.name: e.val_bpb for e in entries if e.is_valid}
+    kept = [scores[e.name] for e in entries if e.status == "keep" and e.name in scores]
+    low = min(scores.values(), default=1.0)
+    high = max([np.percentile([low, *scores.values()], 90), *kept])
+    top = high + max(0.1 * (high - low), 0.001 * low)  # neither a bad run nor a single one sets the scale
+    axes.axhline(top, color=GREY, ls=":", label="on it: off the scale, or no score")
     for label, (marker, color, inside) in MARKS.items():
-        points = [(i, height(e)) for i, e in enumerate(entries, 1) if mark_of(e) == label]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker, color=color, mfc=inside, zorder=3,
-                      label=f"{label} ({len(points)})")
-    margin = max(0.6, 0.02 * len(entries))
+        at = [i for i, e in enumerate(entries) if mark_of(e) == label]
+        if at:
+            heights = [min(scores.get(entries[i].name, top), top) for i in at]
+            label = f"{label} ({len(at)})"
+            axes.plot(np.add(at, 1), heights, marker, color=color, mfc=inside, zorder=3, label=label)
     if lineage:
-        draw_lineage(axes, entries, lineage, len(entries) + margin)
-    axes.set(xlim=(1 - margin, len(entries) + margin), ylim=(low - 0.1 * room, high + 0.2 * room), xlabel="experiment")
+        draw_lineage(axes, entries, lineage)
+    axes.set_xlabel("experiment")
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
-def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: float) -> None:
+def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list]) -> None:
     """Lines for the baseline and the best; the eight largest steps are told in the margin."""
     number_of = {e.name: i for i, e in enumerate(entries, 1)}
     x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
     axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
-    axes.step([*x, end], [*y, y[-1]], where="post", color=GREEN, lw=1.8, label=f"best, {y[-1]:.4f}")
+    axes.step([*x, len(entries)], [*y, y[-1]], where="post", color=GREEN, lw=1.8, label=f"best, {y[-1]:.4f}")
     gains, told = np.diff(y, prepend=y[0]), []
     for k, i in enumerate(sorted(i for i in np.argsort(gains)[:8] if gains[i] < 0), 1):
         axes.annotate(str(k), (x[i], y[i]), (4, 5), textcoords="offset points", weight="bold")
@@ -2610,14 +2595,12 @@ def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[lis
         "schedule_and_machine.png": lambda: draw_schedule_and_machine(run, best),
     }
     made, failed = [], {}
-
-    def save(name: str) -> None:
-        if figure := makers[name]():
-            write_atomic(run.path / name, png(figure))
+    for name, draw in makers.items():
+        figure = attempt(failed, name, draw)
+        picture = figure and attempt(failed, name, png, figure)
+        if picture:
+            write_atomic(run.path / name, picture)
             made.append(name)
-
-    for name in makers:
-        attempt(failed, name, save, name)
     return made, failed
 
 
