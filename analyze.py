@@ -365,16 +365,6 @@ class Run:
         steps_ms = self.series("perf/step_time_ms")
         return float(np.nanmedian(steps_ms)) if np.isfinite(steps_ms).any() else None
 
-    def records_with(self, key: str) -> list[dict]:
-        """The records of the steps at which this list was logged, as layer statistics are."""
-        return [r for r in self.records if isinstance(r.get(key), list)]
-
-    @property
-    def scalars(self) -> dict[str, list[list]]:
-        """Of residual scalars and the like, by name, the lists of values, one a step that logged it."""
-        keys = sorted({k for r in self.records for k in r if k.startswith("scalars/")})
-        return {k.removeprefix("scalars/"): [r[k] for r in some] for k in keys if (some := self.records_with(k))}
-
     @cached_property
     def curve(self) -> Curve | None:
         """Its loss by tokens, taken once for all that need it."""
@@ -1661,43 +1651,48 @@ GROWN, DEAD = 10.0, 0.02  # of an output's RMS between the two looks; share of a
 TRIFLE = 0.05  # of units or inputs: a share below it counts as none when two are compared
 
 
-def named_values(record: dict, names: str, key: str) -> dict[str, float]:
-    pairs = zip(record.get(names) or [], record.get(key) or [], strict=False)
-    return {str(name): v for name, value in pairs if (v := number(value)) is not None}
+LOOKS = {  # what a look at a run's layers and parameters finds: names, and their values
+    "dead units": ("layers/names", "layers/dead"),
+    "inputs near zero": ("layers/names", "layers/input_zeros"),
+    "output RMS": ("layers/names", "layers/rms"),
+    "gradient RMS": ("params/names", "params/grad_rms"),
+    "update RMS": ("params/names", "params/update_rms"),
+    "weight RMS": ("params/names", "params/weight_rms"),
+}
 
 
-def update_ratios(record: dict) -> dict[str, float]:
-    update, weight = (named_values(record, "params/names", f"params/{k}_rms") for k in ("update", "weight"))
-    return {n: update[n] / weight[n] for n in update if weight.get(n, 0) > 0 and update[n] > 0}
+def look_at(record: dict) -> dict[tuple[str, str], float]:
+    """(Kind, name) to what a step logged of layers, parameters and scalars; empty where it did not."""
+    found = {}
+    for kind, (names, key) in LOOKS.items():
+        if isinstance(record.get(names), list):
+            pairs = zip(record[names], record.get(key) or [], strict=False)
+            found |= {(kind, str(name)): v for name, value in pairs if (v := number(value)) is not None}
+    for name in [name for kind, name in found if kind == "update RMS"]:
+        update, weight = found.pop(("update RMS", name)), found.pop(("weight RMS", name), 0.0)
+        if update > 0 and weight > 0:
+            found["update/weight", name] = update / weight
+    for key in record:
+        if key.startswith("scalars/") and isinstance(record[key], list):
+            found["scalar RMS", key.removeprefix("scalars/")] = float(np.sqrt(np.mean(numbers(record[key]) ** 2)))
+    return found
+
+
+def looks_of(run: Run) -> list[dict[tuple[str, str], float]]:
+    return [look for record in run.records if (look := look_at(record))]
 
 
 def layer_table(run: Run, share: float) -> dict[tuple[str, str], float]:
-    """(Kind, name) to what was seen of layers, parameters and scalars at this share of the looks:
-    the median over a tenth of them around it, as one look is at one batch."""
-
-    def around(looks: list) -> list:
-        middle, half = int(share * (len(looks) - 1)), len(looks) // 20
-        return looks[max(middle - half, 0) : middle + half + 1]
-
+    """(Kind, name) to what was seen at this share of the looks: the median over a tenth of them
+    around it, as one look is at one batch."""
+    looks = looks_of(run)
+    middle, half = int(share * (len(looks) - 1)), len(looks) // 20
     found: dict[tuple[str, str], list[float]] = {}
-    for look in around(run.records_with("layers/names")) + around(run.records_with("params/names")):
-        for kind, values in look_at(look).items():
-            for name, value in values.items():
-                found.setdefault((kind, name), []).append(value)
-    for name, looks in run.scalars.items():
-        found["scalar RMS", name] = [float(np.sqrt(np.mean(numbers(look) ** 2))) for look in around(looks)]
-    table = {key: float(np.median(values)) for key, values in found.items() if values}
+    for look in looks[max(middle - half, 0) : middle + half + 1]:
+        for key, value in look.items():
+            found.setdefault(key, []).append(value)
+    table = {key: float(np.median(values)) for key, values in found.items()}
     return {key: value for key, value in table.items() if math.isfinite(value)}
-
-
-def look_at(record: dict) -> dict[str, dict[str, float]]:
-    return {
-        "dead units": named_values(record, "layers/names", "layers/dead"),
-        "inputs near zero": named_values(record, "layers/names", "layers/input_zeros"),
-        "output RMS": named_values(record, "layers/names", "layers/rms"),
-        "gradient RMS": named_values(record, "params/names", "params/grad_rms"),
-        "update/weight": update_ratios(record),
-    }
 
 
 def num_blocks(table: dict[tuple[str, str], float]) -> int:
@@ -1712,9 +1707,10 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
     theirs = layer_table(best, LATE) if best else {}
     if num_blocks(theirs) != num_blocks(late):  # block 2 of three is not block 2 of four
         theirs = {key: value for key, value in theirs.items() if not key[1].startswith("blocks.")}
-    for name in run.scalars:  # they start where the configuration says
+    for kind, name in late:
         start = number(run.summary.get(f"{name.removesuffix('s')}_init"))
-        early["scalar RMS", name] = early.get(("scalar RMS", name)) if start is None else start
+        if kind == "scalar RMS" and start is not None:  # it starts where the configuration says
+            early[kind, name] = start
     found, lines = [], []
     for key, value in late.items():
         grown, apart = (ratio_of(key[0], value, table.get(key)) for table in (early, theirs))
@@ -1832,8 +1828,7 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         verdict = compute_verdict(this, [*earlier, this], facts | {"is_unchanged": True})
         # From now on another run of that program.
         this = replace(this, record=this.record | {"program": best.record.get("program")})
-    effect = compute_effect(this, [*earlier, this], best, verdict)
-    this = replace(this, stats={"verdict": verdict, "effect": effect})
+    this = replace(this, stats={"verdict": verdict})
     entries = [*earlier, this]
     return plain({
         "record": this.record,
@@ -1841,32 +1836,16 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         "verdict": verdict | {"best_is_slower": best and compute_best_pace(this, best)},
         "crash": crash,
         "changes": changes,
-        "effect": effect,
+        "effect": compute_effects(entries).get(this.name),
+        "expected": read_subject(this)[1],
         "paired": paired,
         "gap": attempt(failed, "gap", compute_gap, run, best_runs),
         "cost": {"this": compute_costs([run]), "best": compute_costs(best_runs)},
         "layers": attempt(failed, "layers", compute_layers, run, best_run),
-        "prediction": "" if verdict["replicates"] else render_prediction(this, effect),
         "history": attempt(failed, "history", compute_history, entries),
         "calibration": render_calibration(entries),
         "failed": failed,
     })
-
-
-def compute_effect(this: Entry, entries: list[Entry], best: Entry | None, verdict: dict) -> dict | None:
-    """What an idea brought against the program that it was built on, that of the commit before.
-    Mostly this is the best; where agents share an archive, another may have found a better one
-    meanwhile. None for what is no idea."""
-    if best is None or verdict["kind"] not in TRIED:
-        return None
-    others = [e for e in comparable(entries, this) if e.is_valid and e.name != this.name]
-    built_on = None if verdict["replicates"] or this.record.get("modules") else this.record.get("built_on")
-    groups = [e.group for e in others if built_on and e.record.get("train_sha256") == built_on]
-    base, told = best, {key: verdict[key] for key in ("difference", "standard_error", "standard_errors")}
-    if groups and groups[-1] != best.group:
-        runs = compute_groups(others)[groups[-1]]
-        base, told = runs[0], compare_groups([this], runs, compute_noise(others))
-    return {"against": base.name, **told, "config": compute_changes(this, None, base, None)["config"]}
 
 
 FREE_LINES = 3  # a program that is longer by no more than these has not become more complex
@@ -1925,6 +1904,12 @@ KINDS = {
 }
 
 
+def render_table(rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table whose first row is the heading."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+
+
 def render_verdict(stats: dict) -> list[str]:
     """What it is, why, and in the last line what to do."""
     v = stats["verdict"]
@@ -1933,9 +1918,14 @@ def render_verdict(stats: dict) -> list[str]:
     lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
     lines += render_replicates(v)
     effect = stats.get("effect")
-    if effect and effect["against"] != v["best"]:
-        lines.append(f"Built on {effect['against']}: {show_effect(effect)} bpb against that one.")
-    lines += [line for line in (KINDS.get(v["kind"], "").format(**v), stats["prediction"]) if line]
+    if effect and effect["against"]:
+        came = render_difference(effect["difference"], effect["standard_error"])
+        lines.append(f"Built on {effect['against']}: {came} bpb against that one.")
+    if v["kind"] in KINDS:
+        lines.append(KINDS[v["kind"]].format(**v))
+    if effect and effect["standard_error"] and stats["expected"] is not None:
+        came = render_difference(effect["difference"], effect["standard_error"], ".4f")
+        lines.append(f"Expected {stats['expected']:+.4f}, came {came}.")
     lines += [f"Mind: {clip(remark, 220)}." for remark in find_remarks(stats)[:6]]
     is_known = v["kind"] not in ("baseline", "replicate") or not v["noise"].startswith("unknown")
     if v["kind"] not in ("crash", "stopped", "invalid", "hampered") and is_known:
@@ -2194,53 +2184,54 @@ def verdict_of(e: Entry) -> dict:
     return e.stats.get("verdict") or {}
 
 
-def effect_of(e: Entry) -> dict:
-    verdict, changes = verdict_of(e), e.stats.get("changes") or {}
-    return e.stats.get("effect") or {"against": verdict.get("best"), "config": changes.get("config"), **verdict}
+def compute_effects(entries: list[Entry]) -> dict[str, dict]:
+    """Name to what its idea brought, one run a program: gains first, then losses, then what the noise hides.
 
-
-def show_effect(effect: dict) -> str:
-    return f"{effect['difference']:+.5f} ± {show(effect['standard_error'], '.5f')}"
-
-
-def is_outside_noise(e: Entry) -> bool:
-    effect = effect_of(e)
-    return effect.get("is_outside", abs(effect.get("standard_errors") or 0.0) >= GAIN_ERRORS)
-
-
-def is_gain(e: Entry) -> bool:
-    return is_outside_noise(e) and effect_of(e)["difference"] < 0
-
-
-def compute_tried(entries: list[Entry]) -> list[Entry]:
-    """The runs of ideas, one a program: gains first, then losses, then what the noise hides. Each with its effect as
-    it is told by all runs that there are by now, of its program and of the one that it was built on."""
-    groups, noise, by_name = compute_groups(entries), compute_noise(entries), {e.name: e for e in entries}
-    spoken: dict[tuple, Entry] = {}
-    for e in entries:
-        base = by_name.get(effect_of(e)["against"])
-        is_idea = verdict_of(e).get("kind") in TRIED and e.is_valid and e.group not in spoken
-        if not is_idea or (base and not base.is_valid):
+    Measured by all runs there are by now, of its program and of the one it was built on. Mostly that was the best;
+    where agents share an archive, another may have found a better one meanwhile, and it is named in `against`."""
+    groups, noise, effects = compute_groups(entries), compute_noise(entries), {}
+    valid = {e.name: e for e in entries if e.is_valid}
+    for e in [group[0] for group in groups.values()]:
+        best = valid.get(verdict_of(e).get("best"))
+        base = find_parent(e, list(valid.values())) or best
+        if verdict_of(e).get("kind") not in TRIED or base is None:
             continue
-        if base:
-            told = compare_groups(groups[e.group], groups[base.group], noise)
-            told["is_outside"] = abs(told["standard_errors"] or 0.0) >= noise.claim_errors
-            e = replace(e, stats=e.stats | {"effect": effect_of(e) | told})
-        spoken[e.group] = e
-    return sorted(spoken.values(), key=lambda e: (not is_outside_noise(e), effect_of(e)["difference"]))
+        effect = compare_groups(groups[e.group], groups[base.group], noise)
+        effect["is_outside"] = abs(effect["standard_errors"] or 0.0) >= noise.claim_errors
+        effect["against"] = None if best and base.group == best.group else base.name
+        effect["config"] = compute_changes(e, None, base, None)["config"]
+        effects[e.name] = effect
+    return dict(sorted(effects.items(), key=lambda item: (not item[1]["is_outside"], item[1]["difference"])))
 
 
-def show_outcome(e: Entry) -> str:
+def find_parent(e: Entry, valid: list[Entry]) -> Entry | None:
+    """The first run of the program in the commit before. With modules train.py alone does not tell."""
+    built_on = None if e.record.get("modules") else e.record.get("built_on")
+    others = [x for x in comparable(valid, e) if built_on and x.group != e.group]
+    return next((x for x in others if x.record.get("train_sha256") == built_on), None)
+
+
+def render_difference(difference: float, error: float | None, form: str = ".5f") -> str:
+    return f"{difference:+{form}} ± {show(error, form)}"
+
+
+def render_effect(effect: dict) -> str:
+    told = "inside the noise"
+    if effect["is_outside"]:
+        told = "a gain" if effect["difference"] < 0 else "a loss"
+    if effect["against"]:
+        told += f", against {effect['against']}"
+    return f"{render_difference(effect['difference'], effect['standard_error'])} ({told})"
+
+
+def render_outcome(e: Entry, effects: dict[str, dict]) -> str:
     """The measured effect of an idea; of any other run what became of it."""
     v = verdict_of(e)
-    if v.get("kind") not in TRIED:
-        return e.record.get("crash") or v.get("kind") or ""
-    if v.get("replicates"):  # of another program than the best
+    if e.name in effects:
+        return render_effect(effects[e.name])
+    if v.get("kind") in TRIED and v.get("replicates"):  # of another program than the best
         return f"replicate of {v['replicates'][0]}"
-    effect = effect_of(e)
-    against = "" if effect["against"] == v.get("best") else f", against {effect['against']}"
-    otherwise = "a loss" if is_outside_noise(e) else "inside the noise"
-    return f"{show_effect(effect)} ({'a gain' if is_gain(e) else otherwise}{against})"
+    return e.record.get("crash") or v.get("kind") or ""
 
 
 def read_subject(e: Entry) -> tuple[str, float | None]:
@@ -2251,49 +2242,43 @@ def read_subject(e: Entry) -> tuple[str, float | None]:
     return e.description[: found.start()].rstrip(" :;,"), float(found[1].replace("\u2212", "-"))
 
 
-def changed_knobs(e: Entry) -> dict[str, str]:
-    """Knob to "before -> after". A run that changed none goes by its subject."""
-    config = effect_of(e)["config"] or {}
+def own_knobs(config: dict[str, list]) -> dict[str, list]:
+    """Of what changed in a configuration, what somebody set."""
     knobs = {k: pair for k, pair in config.items() if not DERIVED.fullmatch(k)}
     if knobs.get("num_kv_heads") == config.get("num_heads"):  # resolved: as many as there are heads
         knobs.pop("num_kv_heads", None)
-    if not knobs:
-        return {clip(read_subject(e)[0], 60): "code"}
-    rest = f", one of {len(knobs)} changes" if len(knobs) > 1 else ""
-    return {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
+    return knobs
 
 
 def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
-    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched."""
-    by_knob: dict[str, list[str]] = {}
-    for e in compute_tried(entries):
-        for knob, change in changed_knobs(e).items():
-            by_knob.setdefault(knob, []).append(f"{change} {show_outcome(e)} in {e.name}")
+    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched. A run
+    that changed no knob goes by its subject."""
+    by_name, by_knob = {e.name: e for e in entries}, {}
+    for name, effect in compute_effects(entries).items():
+        knobs = own_knobs(effect["config"])
+        rest = f", one of {len(knobs)} changes" * (len(knobs) > 1)
+        changes = {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
+        for knob, change in (changes or {clip(read_subject(by_name[name])[0], 60): "code"}).items():
+            by_knob.setdefault(knob, []).append(f"{change} {render_effect(effect)} in {name}")
     lines = [f"{knob}: {'; '.join(told)}" for knob, told in by_knob.items()]
-    touched = {knob for e in entries for knob in changed_knobs(e)}
+    touched = {knob for e in entries for knob in own_knobs((e.stats.get("changes") or {}).get("config") or {})}
     config = next((e.record["config"] for e in reversed(entries) if e.record.get("config")), {})
-    untouched = [k for k in config if k not in touched and not DERIVED.fullmatch(k)]
+    untouched = [k for k in config if k not in touched and k not in by_knob and not DERIVED.fullmatch(k)]
     return [*lines[:limit], f"never touched: {', '.join(untouched) or 'none'}"]
-
-
-def render_prediction(e: Entry, effect: dict | None) -> str:
-    """What the subject expected and what came, one line; empty without the one or the other."""
-    _, expected = read_subject(e)
-    if expected is None or not effect or not effect["standard_error"]:
-        return ""
-    return f"Expected {expected:+.4f}, came {effect['difference']:+.4f} ± {effect['standard_error']:.4f}."
 
 
 def render_calibration(entries: list[Entry]) -> str:
     """How well the subjects predict; empty before the first prediction that was measured."""
-    pairs = [(read_subject(e)[1], effect_of(e)["difference"]) for e in compute_tried(entries)]
+    effects = compute_effects(entries)
+    pairs = [(read_subject(e)[1], effects[e.name]["difference"]) for e in entries if e.name in effects]
     are_right = [expected * came > 0 for expected, came in pairs if expected is not None]
     return f"Predictions with the right sign: {sum(are_right)} of {len(are_right)}." if are_right else ""
 
 
 def check_insights(text: str | None, entries: list[Entry]) -> list[str]:
     """Claims that cite runs which do not exist, or claim an effect on runs inside the noise alone."""
-    programs = {e.group for e in compute_tried(entries) if not is_outside_noise(e)}
+    effects = compute_effects(entries)
+    programs = {e.group for e in entries if e.name in effects and not effects[e.name]["is_outside"]}
     names, hidden = {e.name for e in entries}, {e.name for e in entries if e.group in programs}
     claims = re.findall(r"^[-*+] +(.+(?:\n[ \t]+\S.*)*)", (text or "").partition("## Claims")[2], re.M)
     doubts = ((find_doubt(claim, names, hidden), claim) for claim in claims)
@@ -2346,19 +2331,22 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
 
 
 def render_kept(entries: list[Entry]) -> Iterator[str]:
-    kept = [e for e in compute_tried(entries) if e.status == "keep"]
-    for what, is_proven in (("What helped", True), ("Kept besides, and unproven one by one", False)):
-        some = [e for e in kept if is_gain(e) == is_proven]
-        if some:
-            yield f"{what}: {'; '.join(f'{read_subject(e)[0]}: {show_outcome(e)}' for e in some[:6])}."
+    effects, subjects = compute_effects(entries), {e.name: read_subject(e)[0] for e in entries if e.status == "keep"}
+    for what, is_gain in (("What helped", True), ("Kept besides, and unproven one by one", False)):
+        told = []
+        for name, effect in effects.items():
+            if name in subjects and is_gain == (effect["is_outside"] and effect["difference"] < 0):
+                told.append(f"{subjects[name]}: {render_effect(effect)}")
+        if told:
+            yield f"{what}: {'; '.join(told[:6])}."
 
 
-def render_tried(entries: list[Entry]) -> str:
+def render_tried(entries: list[Entry], effects: dict[str, dict]) -> str:
     """A table of these runs: what was decided, and what came of each."""
-    rows = [["run", "val_bpb", "decision", "outcome", "description"], ["---"] * 5]
+    rows = [["run", "val_bpb", "decision", "outcome", "description"]]
     for e in entries:
-        rows.append([e.name, show(e.val_bpb), mark_of(e), show_outcome(e), e.description])
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
+        rows.append([e.name, show(e.val_bpb), mark_of(e), render_outcome(e, effects), e.description])
+    return "\n".join(render_table(rows))
 
 
 def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -> str:
@@ -2373,7 +2361,7 @@ def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -
         "\n".join(f"- {line}" for line in render_effects(entries)),
         render_calibration(entries),
         "## Everything tried",
-        render_tried(entries),
+        render_tried(entries, compute_effects(entries)),
         *book.problems,
         "## Pictures of the best run" if pictures else "",
         *(f"![]({name})" for name in pictures),
@@ -2381,9 +2369,9 @@ def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def render_patch(kept: list[Entry], base: Run, best: Run) -> str:
+def render_patch(kept: list[Entry], effects: dict[str, dict], base: Run, best: Run) -> str:
     """Baseline to best as one diff that `git apply` takes, below what was kept."""
-    table = render_tried(kept).replace("\n", "\n# ")
+    table = render_tried(kept, effects).replace("\n", "\n# ")
     lines = [f"# From {base.name} to {best.name}: git apply best.patch\n# {table}\n"]
     before, after = ({"train.py": r.train_py or ""} | (r.start.get("modules") or {}) for r in (base, best))
     for name, text in after.items():
@@ -2455,39 +2443,37 @@ def png(figure: Figure) -> bytes:
 
 def draw_runs(axes: Axes, title: str, this: str, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """x and y by run: every step of this run as a thin line, and means over hundredths of the steps."""
-    late = [np.array([])]
+    late: list[float] = []
     for name, (x, y) in curves.items():
         is_known = np.isfinite(x + y)
         x, y = x[is_known], y[is_known]
+        label, color = f"best: {name}", ORANGE
         if name == this:
+            label, color = f"this: {name}", BLUE
             axes.plot(x, y, color=SKY, lw=0.6, alpha=0.6, zorder=1, label="this, each step")
         size = max(len(x) // 100, 1)
         means = [values[len(x) % size :].reshape(-1, size).mean(axis=1) for values in (x, y)]
-        label, color = (f"this: {name}", BLUE) if name == this else (f"best: {name}", ORANGE)
         axes.plot(*means, color=color, lw=1.6, label=label)
-        late.append(y[x >= DWARFING * x.max(initial=0.0)])
-    # The start would flatten the rest, and so would single spikes; what is low is never cut off.
-    if (values := np.concatenate(late)).size:
-        low, high = values.min(), np.percentile(values, 99.5)
-        top = max(y[np.isfinite(y)].max(initial=-math.inf) for _, y in curves.values())
-        high = top if top < high + 0.5 * (high - low) else high
-        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+        late += y[x >= DWARFING * x.max(initial=0.0)].tolist()
+    if late:  # the start would flatten the rest, and so would single spikes; what is low is never cut off
+        low, high = min(late), np.percentile(late, 99.5)
+        room = 0.1 * (high - low) + 1e-3
+        axes.set_ylim(low - room, high + 2 * room)
     axes.set_title(title)
     axes.legend()
 
 
 def draw_loss(run: Run, best: Run | None, windows: list[dict]) -> Figure | None:
     """Training loss by tokens; below it the paired difference to the best, where there is one."""
-    curves = {r.name: r.curve for r in (best, run) if r}
-    if curves[run.name] is None:
+    curves = {r.name: (r.curve.tokens_m, r.curve.loss) for r in (best, run) if r and r.curve}
+    if run.name not in curves:
         return None
     figure = new_figure(f"{run.name}: training loss", run.start)
     heights = [5, 3] if windows else [1]
-    axes, *below = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights).flat
-    losses = {name: (c.tokens_m, c.loss) for name, c in curves.items() if c}
-    draw_runs(axes, "nats per token", run.name, losses)
-    for panel in below:
-        draw_paired(panel, windows)
+    panels = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights).flat
+    draw_runs(panels[0], "nats per token", run.name, curves)
+    if windows:
+        draw_paired(panels[1], windows)
     figure.supxlabel("tokens, millions")
     return figure
 
@@ -2496,12 +2482,10 @@ def draw_paired(axes: Axes, windows: list[dict]) -> None:
     """Difference to the best by windows; shaded where the text had been seen."""
     table = {key: numbers(w.get(key) for w in windows) for key in windows[0]}
     middles = (table["from_m"] + table["to_m"]) / 2
-    for what, key, error, color in (("tokens", "difference", "error", BLUE),
-                                    ("progress", "at_progress", "at_progress_error", VERMILION)):
-        bars = 2 * table[error]
-        axes.errorbar(middles, table[key], bars, fmt="o", color=color, label=f"at equal {what}")
-    repeats = [w["from_m"] for w in windows if w["is_repeat"]]
-    if repeats:
+    pairs = (("tokens", "difference", "error", BLUE), ("progress", "at_progress", "at_progress_error", VERMILION))
+    for what, key, error, color in pairs:
+        axes.errorbar(middles, table[key], 2 * table[error], fmt="o", color=color, label=f"at equal {what}")
+    if repeats := [w["from_m"] for w in windows if w["is_repeat"]]:
         axes.axvspan(repeats[0], windows[-1]["to_m"], color="0.93", label="text seen before: no measure of learning")
     axes.axhline(0, color="black", lw=0.8)
     axes.set_title("this minus best, bpb ± 2 standard errors; below zero is better")
@@ -2522,30 +2506,27 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
 
 def draw_layers(run: Run, best: Run | None) -> Figure | None:
     """Two heat maps, over the run and beside the best's late state. None without layers."""
-    looks = (
-        ("output RMS, log10", "layers/names", lambda record: named_values(record, "layers/names", "layers/rms")),
-        ("update / weight, log10", "params/names", update_ratios),
-    )
-    if not any(run.records_with(key) for _, key, _ in looks):
+    mine = looks_of(run)
+    if not mine:
         return None
+    theirs = looks_of(best) if best else []
     figure = new_figure(f"{run.name}: layers", run.start, height=10, left=0.14, wspace=0.45)
-    for axes, (title, key, look) in zip(figure.subplots(1, 2), looks, strict=True):
-        mine, theirs = ([look(record) for record in r.records_with(key)] if r else [] for r in (run, best))
-        axes.set_title(title + f"; right of the gap, the best at {LATE:.0%}" * bool(theirs))
+    for axes, kind in zip(figure.subplots(1, 2), ("output RMS", "update/weight"), strict=True):
+        axes.set_title(f"{kind}, log10" + f"; right of the gap, the best at {LATE:.0%}" * bool(theirs))
         late = int(LATE * (len(theirs) - 1))  # at the end no weight moves
-        draw_heat(axes, mine, theirs[late : late + 1], len(run.records))
+        draw_heat(axes, kind, mine, theirs[late : late + 1], len(run.records))
     figure.supxlabel("step; grey: zero or not finite")
     return figure
 
 
-def draw_heat(axes: Axes, mine: list[dict], theirs: list[dict], num_steps: int) -> None:
+def draw_heat(axes: Axes, kind: str, mine: list[dict], theirs: list[dict], num_steps: int) -> None:
     """Names down, time across, values as colours; then a gap and the best's late state."""
-    names = list(dict.fromkeys(name for look in mine for name in look))
+    names = list(dict.fromkeys(name for look in mine for k, name in look if k == kind))
     if not names:
         return
     width = 1 + len(mine) // 25
     columns = [*mine, *[{}] * width, *theirs * width] if theirs else mine
-    values = np.array([[look.get(name, math.nan) for look in columns] for name in names])
+    values = np.array([[look.get((kind, name), math.nan) for look in columns] for name in names])
     values = np.log10(np.where(values > 0, values, math.nan))
     low, high = np.nanpercentile(values, [1, 99])
     extent = (0, num_steps * len(columns) / len(mine), len(names) - 0.5, -0.5)
@@ -2571,37 +2552,33 @@ def mark_of(e: Entry) -> str:
 def draw_progress(entries: list[Entry], lineage: list[list]) -> Figure:
     """Scores in the order of filing, what the best was at each time, and the largest steps."""
     figure = new_figure("val_bpb over experiments, lower is better", *(e.record for e in entries), right=0.74)
-    axes, valid = figure.subplots(), [e for e in entries if e.is_valid]
-    scores = [e.val_bpb for e in valid] or [1.0]
-    kept = [e.val_bpb for e in valid if e.status == "keep"]
-    low, high = min(scores), max([np.percentile(scores, 90), *kept])
-    room = max(high - low, 0.004 * high)  # neither a bad run nor a single one sets the scale
-
-    def height(e: Entry) -> float:
-        return e.val_bpb if e.is_valid and e.val_bpb <= high else high + 0.13 * room
-
-    axes.axhline(high + 0.06 * room, color=GREY, ls=":", label="above: off the scale, or no score")
+    axes, scores = figure.subplots(), {e.name: e.val_bpb for e in entries if e.is_valid}
+    kept = [scores[e.name] for e in entries if e.status == "keep" and e.name in scores]
+    low = min(scores.values(), default=1.0)
+    high = max([np.percentile([low, *scores.values()], 90), *kept])
+    top = high + max(0.1 * (high - low), 0.001 * low)  # neither a bad run nor a single one sets the scale
+    axes.axhline(top, color=GREY, ls=":", label="on it: off the scale, or no score")
     for label, (marker, color, inside) in MARKS.items():
-        points = [(i, height(e)) for i, e in enumerate(entries, 1) if mark_of(e) == label]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker, color=color, mfc=inside, zorder=3,
-                      label=f"{label} ({len(points)})")
-    margin = max(0.6, 0.02 * len(entries))
+        at = [i for i, e in enumerate(entries) if mark_of(e) == label]
+        if at:
+            heights = [min(scores.get(entries[i].name, top), top) for i in at]
+            label = f"{label} ({len(at)})"
+            axes.plot(np.add(at, 1), heights, marker, color=color, mfc=inside, zorder=3, label=label)
     if lineage:
-        draw_lineage(axes, entries, lineage, len(entries) + margin)
-    axes.set(xlim=(1 - margin, len(entries) + margin), ylim=(low - 0.1 * room, high + 0.2 * room), xlabel="experiment")
+        draw_lineage(axes, entries, lineage)
+    axes.set_xlabel("experiment")
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
-def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list], end: float) -> None:
+def draw_lineage(axes: Axes, entries: list[Entry], lineage: list[list]) -> None:
     """Lines for the baseline and the best; the eight largest steps are told in the margin."""
     number_of = {e.name: i for i, e in enumerate(entries, 1)}
     x, y = [number_of[name] for name, _, _ in lineage], np.minimum.accumulate([mean for _, mean, _ in lineage])
     axes.axhline(y[0], color="black", lw=0.8, ls="--", label=f"baseline, {y[0]:.4f}")
-    axes.step([*x, end], [*y, y[-1]], where="post", color=GREEN, lw=1.8, label=f"best, {y[-1]:.4f}")
+    axes.step([*x, len(entries)], [*y, y[-1]], where="post", color=GREEN, lw=1.8, label=f"best, {y[-1]:.4f}")
     gains, told = np.diff(y, prepend=y[0]), []
     for k, i in enumerate(sorted(i for i in np.argsort(gains)[:8] if gains[i] < 0), 1):
         axes.annotate(str(k), (x[i], y[i]), (4, 5), textcoords="offset points", weight="bold")
@@ -2618,14 +2595,12 @@ def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[lis
         "schedule_and_machine.png": lambda: draw_schedule_and_machine(run, best),
     }
     made, failed = [], {}
-
-    def save(name: str) -> None:
-        if figure := makers[name]():
-            write_atomic(run.path / name, png(figure))
+    for name, draw in makers.items():
+        figure = attempt(failed, name, draw)
+        picture = figure and attempt(failed, name, png, figure)
+        if picture:
+            write_atomic(run.path / name, picture)
             made.append(name)
-
-    for name in makers:
-        attempt(failed, name, save, name)
     return made, failed
 
 
@@ -2826,7 +2801,7 @@ def write_morning(archive: Path, book: Book) -> None:
     if h["lineage"] and h["lineage"][0][0] != best.name:
         base, kept = (load_folder(archive / name, name) for name in (h["lineage"][0][0], best.name))
         chain = [book.entry(name) for name, _, _ in h["lineage"]]
-        write_atomic(archive / "best.patch", render_patch(chain, base, kept))
+        write_atomic(archive / "best.patch", render_patch(chain, compute_effects(book.entries), base, kept))
     write_atomic(archive / "report.md", render_report(book, h, archive, pictures))
 
 

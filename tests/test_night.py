@@ -50,7 +50,7 @@ def test_seeds_of_one_program_are_one_group_and_tell_the_noise(book):
     seeds = ["bcf323f", "cfebc35", "cfebc35.2", "e12c35f"]
     assert len({groups[name] for name in seeds}) == 1
     assert len(set(groups.values())) == 17
-    assert [analyze.show_outcome(book.entry(name)) for name in seeds[1:]] == ["replicate of bcf323f"] * 3
+    assert [analyze.render_outcome(book.entry(name), {}) for name in seeds[1:]] == ["replicate of bcf323f"] * 3
     scores = [e.val_bpb for e in book.entries if e.name in seeds]
     assert np.std(scores, ddof=1) == pytest.approx(0.000467, abs=1e-6)
     noise = analyze.compute_noise(book.entries)
@@ -109,8 +109,8 @@ def test_over_fitting_is_seen_in_every_run_and_how_much_text_an_epoch_is(night, 
 def test_an_idea_is_measured_on_what_it_was_built_on_not_on_a_siblings_find(book):
     warmdown = next(e for e in book.entries if e.name == "2232a9f")
     assert warmdown.stats["verdict"]["kind"] == "not better"
-    tried = {e.name: analyze.show_outcome(e) for e in analyze.compute_tried(book.entries)}
-    assert tried["2232a9f"] == "-0.00661 ± 0.00084 (a gain, against bcf323f)"
+    tried = analyze.compute_effects(book.entries)
+    assert analyze.render_effect(tried["2232a9f"]) == "-0.00661 ± 0.00084 (a gain, against bcf323f)"
     effects = analyze.render_effects(book.entries)
     assert any(line.startswith("dropout: null -> 0.1 -0.00735 ± 0.00084 (a gain, against bcf323f)") for line in effects)
 

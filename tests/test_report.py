@@ -43,15 +43,11 @@ def labels_of(axes):
     return axes.get_legend_handles_labels()[1]
 
 
-def entry(name, val, status="keep", description="an idea", kind="new best", difference=None, error=0.001, config=None,
-          best=None, **record):
-    """A run in the books. `config`: what it changed, knob to (before, after)."""
-    now = CONFIG | {knob: after for knob, (_, after) in (config or {}).items()}
-    facts = {"val_bpb": val, "program": name, "config": now, "total_s": 360.0, "folder": "/night"}
+def entry(name, val, status="keep", description="an idea", kind="new best", config=None, best=None, **record):
+    """A run in the books. `config`: what it has unlike CONFIG."""
+    facts = {"val_bpb": val, "program": name, "config": CONFIG | (config or {}), "total_s": 360.0, "folder": "/night"}
     facts |= {"time_budget": 300.0} | record
-    verdict = {"kind": kind, "difference": difference, "standard_error": error, "best": best}
-    verdict["standard_errors"] = difference / error if difference and error else None
-    return Entry(name, status, description, facts, {"verdict": verdict, "changes": {"config": config or {}}})
+    return Entry(name, status, description, facts, {"verdict": {"kind": kind, "best": best}})
 
 
 def lineage_of(entries):
@@ -78,12 +74,12 @@ def night():
     """Six runs: a baseline, a proven gain, an unproven one, a loss, a crash, and a hampered run that is pending."""
     entries = [
         entry("a000000", 0.998, description="baseline", kind="baseline"),
-        entry("b000000", 0.990, description="matrix_lr 0.04 -> 0.05, expect -0.0060", difference=-0.008,
-              config={"matrix_lr": (0.04, 0.05)}),
-        entry("c000000", 0.989, description="rewrite | of the MLP", kind="unproven", difference=-0.001,
-              config={"num_params_M": (50.3, 51.0)}),
-        entry("d000000", 0.995, "discard", "deeper, expect -0.0010", "not better", 0.006,
-              config={"depth": (8, 9), "num_params_M": (50.3, 60.0)}),
+        entry("b000000", 0.990, description="matrix_lr 0.04 -> 0.05, expect -0.0060", best="a000000",
+              config={"matrix_lr": 0.05}),
+        entry("c000000", 0.989, description="rewrite | of the MLP", kind="unproven", best="b000000",
+              config={"matrix_lr": 0.05, "num_params_M": 51.0}),
+        entry("d000000", 0.995, "discard", "deeper, expect -0.0010", "not better", best="c000000",
+              config={"matrix_lr": 0.05, "depth": 9, "num_params_M": 60.0}),
         entry("e000000", None, "crash", "wider", "crash", crash="out of memory"),
         entry("f000000", 1.2, "pending", "slow machine", "hampered"),
     ]
@@ -142,9 +138,9 @@ def test_every_row_of_a_heat_map_is_named_or_none(num_rows, num_names):
 def test_a_cell_without_a_value_is_grey_and_the_bests_late_state_stands_behind_a_gap_in_the_same_colours():
     figure = analyze.draw_layers(make_run(), make_run("f00ba12", num_steps=100))
     by_title = {axes.get_title(loc="left").split(";")[0]: axes for axes in figure.axes}
-    update = by_title["update / weight, log10"].images[0].get_array()
+    update = by_title["update/weight, log10"].images[0].get_array()
     assert update.mask.tolist() == [[True] + [False] * 9 + [True, False]]
-    assert by_title["update / weight, log10"].get_facecolor()[:3] == (0.85, 0.85, 0.85)
+    assert by_title["update/weight, log10"].get_facecolor()[:3] == (0.85, 0.85, 0.85)
     assert figure.get_supxlabel() == "step; grey: zero or not finite"
     output = by_title["output RMS, log10"].images[0]
     assert output.get_array()[:, -1].tolist() == pytest.approx([math.log10(61)] * 2)  # of five looks the fourth
@@ -167,7 +163,7 @@ def test_schedules_gradient_and_step_time_are_one_picture_and_a_stall_does_not_f
     assert titles == ["learning rate, share of its peak", "weight decay", "gradient norm", "step time, ms"]
     for axes in figure.axes:
         assert labels_of(axes) == ["best: f00ba12", "this, each step", "this: a1b2c3d"]
-    assert figure.axes[3].get_ylim() == pytest.approx((290.9 - 0.05 * 9.1 - 1e-3, 300.0 + 0.1 * 9.1 + 1e-3))
+    assert figure.axes[3].get_ylim() == pytest.approx((290.9 - 0.91 - 1e-3, 300.0 + 2 * (0.91 + 1e-3)))
 
 
 def test_a_program_that_logs_little_gets_the_pictures_that_it_can(tmp_path):
@@ -204,13 +200,13 @@ def test_the_axis_of_the_nights_picture_fits_the_number_of_runs(num_runs):
 def test_the_baseline_has_a_line_and_each_kind_of_run_its_own_mark():
     (axes,) = draw_progress(night()).axes
     lines = dict(zip(labels_of(axes), axes.get_legend_handles_labels()[0], strict=True))
-    assert list(lines) == ["above: off the scale, or no score", "keep (2)", "keep, unproven (1)", "discard (1)",
+    assert list(lines) == ["on it: off the scale, or no score", "keep (2)", "keep, unproven (1)", "discard (1)",
                            "hampered (1)", "crash (1)", "baseline, 0.9980", "best, 0.9890"]
     assert set(lines["baseline, 0.9980"].get_ydata()) == {0.998}
     assert lines["keep, unproven (1)"].get_markerfacecolor() == "white"
     assert lines["keep, unproven (1)"].get_xydata().tolist() == [[3, 0.989]]
-    above = lines["above: off the scale, or no score"].get_ydata()[0]
-    assert lines["hampered (1)"].get_ydata()[0] > above > lines["keep (2)"].get_ydata().max()
+    top = lines["on it: off the scale, or no score"].get_ydata()[0]
+    assert lines["hampered (1)"].get_ydata()[0] == top > lines["keep (2)"].get_ydata().max()
 
 
 @pytest.mark.parametrize(("status", "kind", "mark"), [
@@ -252,21 +248,21 @@ def test_a_night_without_a_score_has_a_picture_too():
 
 def test_effects_tell_what_each_knob_brought_and_which_nobody_touched():
     assert analyze.render_effects(night(), 10) == [
-        "matrix_lr: 0.04 -> 0.05 -0.00800 ± 0.00100 (a gain) in b000000",
-        "depth: 8 -> 9 +0.00600 ± 0.00100 (a loss) in d000000",
-        "rewrite | of the MLP: code -0.00100 ± 0.00100 (inside the noise) in c000000",
+        "matrix_lr: 0.04 -> 0.05 -0.00800 ± 0.00141 (a gain) in b000000",
+        "depth: 8 -> 9 +0.00600 ± 0.00141 (a loss) in d000000",
+        "rewrite | of the MLP: code -0.00100 ± 0.00141 (inside the noise) in c000000",
         "never touched: mlp_ratio",
     ]
     assert analyze.render_effects(night(), 1) == [
-        "matrix_lr: 0.04 -> 0.05 -0.00800 ± 0.00100 (a gain) in b000000",
+        "matrix_lr: 0.04 -> 0.05 -0.00800 ± 0.00141 (a gain) in b000000",
         "never touched: mlp_ratio",
     ]
 
 
 def test_an_effect_is_told_by_all_runs_of_the_program_and_two_knobs_at_once_say_so():
-    both = {"depth": (8, 9), "mlp_ratio": (4, 3), "num_heads": (4, 5), "num_kv_heads": (4, 5)}
-    base = entry("a000000", 1.0, kind="baseline")
-    first = entry("b000000", 0.99, difference=-0.01, config=both, program="p", best="a000000")
+    both = {"depth": 9, "mlp_ratio": 3, "num_heads": 5, "num_kv_heads": 5}
+    base = entry("a000000", 1.0, kind="baseline", config={"num_heads": 4, "num_kv_heads": 4})
+    first = entry("b000000", 0.99, config=both, program="p", best="a000000")
     again = entry("c000000", 0.994, kind="replicate", config=both, program="p", seed=43, best="b000000")
     assert analyze.render_effects([base, first, again], 10) == [  # means 1.0 and 0.992; sigma^2 = (8e-6 + 2e-6) / 3
         "depth: 8 -> 9, one of 2 changes -0.00800 ± 0.00224 (a gain) in b000000",
@@ -275,27 +271,46 @@ def test_an_effect_is_told_by_all_runs_of_the_program_and_two_knobs_at_once_say_
     ]
 
 
+def outcomes(*entries):
+    return {name: analyze.render_effect(effect) for name, effect in analyze.compute_effects(entries).items()}
+
+
 def test_what_is_said_of_an_effect_is_true_of_all_runs_there_are_by_now():
     base = entry("a000000", 1.0, kind="baseline")
-    lucky = entry("b000000", 0.99, difference=-0.01, program="p", best="a000000")
+    lucky = entry("b000000", 0.99, program="p", best="a000000")
     unlucky = entry("c000000", 1.012, kind="replicate", program="p", seed=43, best="b000000")
-    assert analyze.show_outcome(*analyze.compute_tried([base, lucky])) == "-0.01000 ± 0.00141 (a gain)"
-    told = analyze.show_outcome(*analyze.compute_tried([base, lucky, unlucky]))
-    assert told == "+0.00100 ± 0.01105 (inside the noise)"  # sigma^2 = (2.42e-4 + 2e-6) / 3
+    assert outcomes(base, lucky) == {"b000000": "-0.01000 ± 0.00141 (a gain)"}
+    told = outcomes(base, lucky, unlucky)  # sigma^2 = (2.42e-4 + 2e-6) / 3
+    assert told == {"b000000": "+0.00100 ± 0.01105 (inside the noise)"}
+
+
+def test_a_run_has_one_figure_in_all_places_and_a_knob_tried_in_a_crash_was_touched(tmp_path):
+    unlucky = entry("g000000", 0.996, kind="replicate", program="b000000", seed=43, best="b000000")
+    crash = entry("h000000", None, "crash", kind="crash", crash="out of memory")
+    crash.stats["changes"] = {"config": {"mlp_ratio": [4, 3]}}
+    report = render_report(book([*night(), unlucky, crash]), tmp_path, [])
+    figure = re.search(r"matrix_lr: 0.04 -> 0.05 (\S+ ± \S+ \(.*?\)) in b000000", report)[1]
+    assert f"| b000000 | 0.990000 | keep | {figure} |" in report
+    assert f"matrix_lr 0.04 -> 0.05: {figure}" in report.split("![]")[0]
+    assert "never touched: none" in report
 
 
 def test_a_run_called_invalid_by_hand_is_no_effect_and_no_base_of_one():
     base = entry("a000000", 1.0, kind="baseline")
-    idea = entry("b000000", 0.5, "invalid", difference=-0.5, best="a000000")
-    after = entry("c000000", 0.99, difference=0.49, best="b000000")
-    assert analyze.compute_tried([base, idea]) == []
-    assert analyze.compute_tried([base, idea, after]) == []
+    idea = entry("b000000", 0.5, "invalid", best="a000000")
+    after = entry("c000000", 0.99, best="b000000")
+    assert outcomes(base, idea) == outcomes(base, idea, after) == {}
 
 
 def test_an_effect_of_unknown_noise_counts_as_inside_it():
-    effect = entry("b000000", 0.9, kind="not better", difference=0.5, error=None)
-    assert analyze.show_outcome(effect) == "+0.50000 ± unknown (inside the noise)"
-    assert not analyze.is_outside_noise(effect)
+    base, idea = entry("a000000", 1.0, demo=True), entry("b000000", 0.5, best="a000000", demo=True)
+    assert outcomes(base, idea) == {"b000000": "-0.50000 ± unknown (inside the noise)"}
+
+
+def test_a_commit_that_left_the_program_as_it_was_is_measured_on_the_best():
+    best = entry("a000000", 1.0, kind="baseline", train_sha256="A")
+    again = entry("b000000", 0.99, best="a000000", train_sha256="B", built_on="B")  # its first run was stopped
+    assert outcomes(best, again) == {"b000000": "-0.01000 ± 0.00141 (a gain)"}
 
 
 @pytest.mark.parametrize(("subject", "expected"), [
@@ -319,28 +334,21 @@ def test_a_prediction_is_read_in_several_spellings_but_not_without_its_sign(subj
 
 def test_where_the_best_was_another_agents_an_idea_is_measured_on_what_it_was_built_on():
     base, sibling = entry("a000000", 0.998, kind="baseline", train_sha256="A"), entry("b000000", 0.980)
-    config = CONFIG | {"depth": 9}
-    idea = entry("c000000", 0.990, "pending", "depth 9, expect -0.0100", built_on="A")
-    idea.record["config"] = config
+    idea = entry("c000000", 0.990, "pending", "depth 9, expect -0.0100", config={"depth": 9}, built_on="A")
     verdict = analyze.compute_verdict(idea, [base, sibling, idea])
     assert (verdict["kind"], verdict["best"]) == ("not better", "b000000")
-    effect = analyze.compute_effect(idea, [base, sibling, idea], sibling, verdict)
-    assert effect == {"against": "a000000", "difference": pytest.approx(-0.008), "config": {"depth": [8, 9]},
-                      "standard_error": pytest.approx(0.001 * math.sqrt(2)),
-                      "standard_errors": pytest.approx(-5.657, abs=1e-3)}
-    idea = dataclasses.replace(idea, stats={"verdict": verdict, "effect": effect})
+    entries = [base, sibling, dataclasses.replace(idea, stats={"verdict": verdict})]
     told = "depth: 8 -> 9 -0.00800 ± 0.00141 (a gain, against a000000) in c000000"
-    assert analyze.render_effects([idea], 1)[0] == told
-    assert analyze.render_prediction(idea, effect) == "Expected -0.0100, came -0.0080 ± 0.0014."
-    assert analyze.render_calibration([idea]) == "Predictions with the right sign: 1 of 1."
-
-
-def test_a_page_says_what_was_expected_and_what_came():
-    effect = {"against": "a000000", "difference": -0.0004, "standard_error": 0.0009}
-    assert analyze.render_prediction(night()[1], effect) == "Expected -0.0060, came -0.0004 ± 0.0009."
-    assert analyze.render_prediction(night()[1], effect | {"standard_error": None}) == ""
-    assert analyze.render_prediction(night()[1], None) == ""
-    assert analyze.render_prediction(night()[0], effect) == ""
+    assert analyze.render_effects(entries, 1)[0] == told
+    assert analyze.render_calibration(entries) == "Predictions with the right sign: 1 of 1."
+    effect = analyze.compute_effects(entries)["c000000"]
+    stats = {"verdict": verdict, "record": idea.record, "effect": effect, "expected": -0.01}
+    assert analyze.render_verdict(stats)[1:3] == [
+        "Built on a000000: -0.00800 ± 0.00141 bpb against that one.",
+        "Expected -0.0100, came -0.0080 ± 0.0014.",
+    ]
+    for untold in ({"expected": None}, {"effect": None}, {"effect": effect | {"standard_error": None}}):
+        assert not any(line.startswith("Expected") for line in analyze.render_verdict(stats | untold))
 
 
 def test_the_history_says_how_well_the_author_predicts():
@@ -387,9 +395,9 @@ def test_the_report_of_a_night_word_for_word(tmp_path):
     assert rest == """\
 ## Effects
 
-- matrix_lr: 0.04 -> 0.05 -0.00800 ± 0.00100 (a gain) in b000000
-- depth: 8 -> 9 +0.00600 ± 0.00100 (a loss) in d000000
-- rewrite | of the MLP: code -0.00100 ± 0.00100 (inside the noise) in c000000
+- matrix_lr: 0.04 -> 0.05 -0.00800 ± 0.00141 (a gain) in b000000
+- depth: 8 -> 9 +0.00600 ± 0.00141 (a loss) in d000000
+- rewrite | of the MLP: code -0.00100 ± 0.00141 (inside the noise) in c000000
 - never touched: mlp_ratio
 
 Predictions with the right sign: 1 of 2.
@@ -399,9 +407,9 @@ Predictions with the right sign: 1 of 2.
 | run | val_bpb | decision | outcome | description |
 | --- | --- | --- | --- | --- |
 | a000000 | 0.998000 | keep | baseline | baseline |
-| b000000 | 0.990000 | keep | -0.00800 ± 0.00100 (a gain) | matrix_lr 0.04 -> 0.05, expect -0.0060 |
-| c000000 | 0.989000 | keep, unproven | -0.00100 ± 0.00100 (inside the noise) | rewrite / of the MLP |
-| d000000 | 0.995000 | discard | +0.00600 ± 0.00100 (a loss) | deeper, expect -0.0010 |
+| b000000 | 0.990000 | keep | -0.00800 ± 0.00141 (a gain) | matrix_lr 0.04 -> 0.05, expect -0.0060 |
+| c000000 | 0.989000 | keep, unproven | -0.00100 ± 0.00141 (inside the noise) | rewrite / of the MLP |
+| d000000 | 0.995000 | discard | +0.00600 ± 0.00141 (a loss) | deeper, expect -0.0010 |
 | e000000 | unknown | crash | out of memory | wider |
 | f000000 | 1.200000 | hampered | hampered | slow machine |
 
@@ -417,18 +425,18 @@ results.tsv line 3: no files of a run 'g000000' in the archive
         "the GPU at work 92% of the time. ")
     assert opening.endswith(
         "On validation text that no score used the gain is 0.007500: the search may have fitted 0.001500 to the text "
-        "of the score. What helped: matrix_lr 0.04 -> 0.05: -0.00800 ± 0.00100 (a gain). Kept besides, and unproven "
-        "one by one: rewrite | of the MLP: -0.00100 ± 0.00100 (inside the noise).")
+        "of the score. What helped: matrix_lr 0.04 -> 0.05: -0.00800 ± 0.00141 (a gain). Kept besides, and unproven "
+        "one by one: rewrite | of the MLP: -0.00100 ± 0.00141 (inside the noise).")
     assert ("Chosen among equals, the best reads about " in opening) == bool(luck)
     assert gain is not None
 
 
 def test_the_report_names_what_helped_most_first(tmp_path):
-    gains = (0.001, 0.008, 0.002, 0.004, 0.003, 0.006, 0.005)
+    gains = (0.004, 0.010, 0.005, 0.007, 0.006, 0.009, 0.008)
     entries = [entry("a000000", 0.998, description="baseline", kind="baseline")]
     for i, gain in enumerate(gains):
         val = entries[-1].val_bpb - gain
-        entries.append(entry(f"b00000{i}", val, description=f"idea {i}", difference=-gain, error=0.0003))
+        entries.append(entry(f"b00000{i}", val, description=f"idea {i}", best=entries[-1].name))
     told = render_gain(tmp_path, entries).partition("What helped: ")[2]
     assert re.findall(r"idea (\d)", told) == ["1", "5", "6", "3", "4", "2"]
 
@@ -461,14 +469,14 @@ def test_best_patch_applies_in_a_real_repository_and_brings_the_bests_files(tmp_
     base, best = make_run("a000000", modules={"old.py": "x = 1\n"}), make_run("c000000")
     base = Run("a000000", None, base.start, {}, None, [], None, before)
     best = Run("c000000", None, {"modules": {"old.py": "x = 2\n", "new.py": "y = 1"}}, {}, None, [], None, after)
-    patch = analyze.render_patch(night()[:3], base, best)
+    patch = analyze.render_patch(night()[:3], analyze.compute_effects(night()), base, best)
     assert patch.startswith("""\
 # From a000000 to c000000: git apply best.patch
 # | run | val_bpb | decision | outcome | description |
 # | --- | --- | --- | --- | --- |
 # | a000000 | 0.998000 | keep | baseline | baseline |
-# | b000000 | 0.990000 | keep | -0.00800 ± 0.00100 (a gain) | matrix_lr 0.04 -> 0.05, expect -0.0060 |
-# | c000000 | 0.989000 | keep, unproven | -0.00100 ± 0.00100 (inside the noise) | rewrite / of the MLP |
+# | b000000 | 0.990000 | keep | -0.00800 ± 0.00141 (a gain) | matrix_lr 0.04 -> 0.05, expect -0.0060 |
+# | c000000 | 0.989000 | keep, unproven | -0.00100 ± 0.00141 (inside the noise) | rewrite / of the MLP |
 diff --git a/train.py b/train.py
 """)
     (folder / "best.patch").write_bytes(patch.encode())

@@ -218,7 +218,7 @@ def test_a_stopped_run_is_stopped_and_a_killed_one_is_trained_again():
 def test_an_invalid_run_gives_its_reasons_and_is_never_said_to_be_counted():
     leaking = entry("b", 0.2, "p", "invalid", invalid=["the causality test failed"])
     verdict = verdict_of(leaking, entry("a", 1.0, "p"))
-    assert analyze.render_verdict({"verdict": verdict, "record": leaking.record, "prediction": ""}) == [
+    assert analyze.render_verdict({"verdict": verdict, "record": leaking.record, "expected": None}) == [
         "**INVALID**: val_bpb 0.200000, best so far 1.000000 (a).",
         "- the causality test failed",
         "Decision: discard (`uv run analyze.py discard`)",
@@ -243,7 +243,7 @@ def test_an_invalid_run_gives_its_reasons_and_is_never_said_to_be_counted():
 )
 def test_the_last_line_of_the_verdict_is_the_decision_with_its_command(this, facts, decision):
     verdict = verdict_of(this, entry("a", 1.0, "p"), **facts)
-    stats = {"verdict": verdict, "record": this.record | {"name": this.name}, "prediction": "", "crash": None}
+    stats = {"verdict": verdict, "record": this.record | {"name": this.name}, "expected": None, "crash": None}
     assert analyze.render_verdict(stats)[-1] == f"Decision: {decision}"
 
 
