@@ -108,10 +108,11 @@ COMPARABLE = {
 # Fields used as they are. One of another type is damage: named, and taken for missing. Numbers go through number().
 FIELD_TYPES = {
     **dict.fromkeys(("run_id", "git_commit", "train_py", "measurement_sha256", "data_fingerprint", "ended"), str),
-    **dict.fromkeys(("host", "finding", *MACHINE_KEYS), str),
+    **dict.fromkeys(("host", "finding", "folder", "description", "crash", "stopped", *MACHINE_KEYS), str),
     **dict.fromkeys(("demo", "git_dirty", "causal"), bool),
-    "modules": dict,
-    "faults": list,
+    **dict.fromkeys(("started_unix", "ended_unix"), int | float),
+    **dict.fromkeys(("modules", "config", "pace", "record", "verdict", "changes"), dict),
+    **dict.fromkeys(("faults", "invalid", "hampered", "damage"), list),
 }
 
 # Failures of the machine or its set-up: reported, and not filed as an experiment.
@@ -226,10 +227,17 @@ def read_json(path: Path | None, damage: list[str] | None = None) -> dict:
     if not isinstance(value, dict):
         damage.append(f"{path} is no valid JSON object")
         return {}
+    drop_misfits(value, path, damage)
+    return value
+
+
+def drop_misfits(value: dict, path: Path, damage: list[str]) -> None:
+    """Take out fields that are not of their FIELD_TYPES; a record's own too."""
     for key, kind in FIELD_TYPES.items():
         if not isinstance(value.get(key), kind | None):
             damage.append(f"{path.name}: {key} is {clip(repr(value.pop(key)), 40)}, taken for missing")
-    return value
+    if "record" in value:
+        drop_misfits(value["record"], path, damage)
 
 
 def printable(text: str) -> str:
@@ -322,9 +330,10 @@ def locked(archive: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         print(f"process {os.getpid()} on {os.uname().nodename}: {sys.argv[1:]}", file=lock, flush=True)
-        for path in [*archive.glob(".tmp-*"), *archive.glob("*/.tmp-*")]:  # of a process that was killed
+        # Of a process that was killed; only this lock's holder writes programs into the working folder.
+        for path in [*archive.glob(".tmp-*"), *archive.glob("*/.tmp-*"), *Path().glob(".tmp-*.py")]:
             if path.parent.name not in ("unfiled", "demo"):  # where others write without this lock
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         if not (archive / ".gitignore").exists():
             write_atomic(archive / ".gitignore", "*\n")
         yield
@@ -430,6 +439,9 @@ def load_folder(
     damage = [*damage]
     own = {file: folder / file for file in files if (folder / file).exists()}
     start, summary, evaluation = (read_json(own.get(file), damage) for file in (START, SUMMARY, EVAL))
+    if None not in (ids := (start.get("run_id"), evaluation.get("run_id"))) and ids[0] != ids[1]:
+        damage.append(f"{EVAL} is of run {ids[1]}, not of {ids[0]}: left out")
+        evaluation, _ = {}, own.pop(EVAL)
     log = read_log(own.get(LOG))
     if not summary and (summary := parse_closing_block(log)):  # a program that writes none, or one that was lost
         damage.append(f"{SUMMARY} is missing: the closing block of {LOG} stands in")
@@ -450,6 +462,8 @@ def load_run(name: str, archive: Path | None = None) -> Run:
 
 
 def resolve_name(wanted: str, names: list[str]) -> str:
+    if re.fullmatch("[0-9a-f]{8,40}", wanted):  # a whole commit
+        wanted = wanted[:7]
     fits = [wanted] if wanted in names else [name for name in names if name.startswith(wanted)]
     if len(fits) != 1:
         listed = ", ".join(fits[:6]) or f"{RESULTS} lists all"
@@ -565,9 +579,14 @@ def read_rows(archive: Path, runs: dict[str, Entry], problems: list[str]) -> dic
         name, *cells = [cell.strip() for cell in line.split("\t", 4)]
         if name.strip("\0") in ("", "commit"):
             continue
-        if len(cells) < 4 or name not in runs or name in found or cells[2] not in STATUSES:
-            problems.append(f"{RESULTS} line {i} is not the one row of an archived run, with five "
-                            f"columns and a status of {', '.join(STATUSES)}: not counted")
+        faults = {
+            f"{1 + len(cells)} columns where five are due": len(cells) < 4,
+            f"no archived run {name}": name not in runs,
+            f"a second row of {name}": name in found,
+            f"a status that is none of {', '.join(STATUSES)}": len(cells) == 4 and cells[2] not in STATUSES,
+        }
+        if fault := next((what for what, is_so in faults.items() if is_so), None):
+            problems.append(f"{RESULTS} line {i}: {clip(fault, 100)}: not counted")
             continue
         e = replace(runs[name], status=cells[2], description=one_line(cells[3]), cell=cells[3])
         if e.val_bpb is not None and cells[0] != f"{e.val_bpb:.6f}":
@@ -902,7 +921,8 @@ def compute_idle(entries: list[Entry]) -> dict[str, float]:
 def compute_gpu_share(entries: list[Entry]) -> float | None:
     """Share of the nights in which runs were under way, None before there are two runs."""
     idle = compute_idle(entries)
-    busy_s = sum(e.record["ended_unix"] - e.record["started_unix"] for e in entries if e.record.get("ended_unix"))
+    times = [[e.record.get(key) for key in ("started_unix", "ended_unix")] for e in entries]
+    busy_s = sum(ended - started for started, ended in times if started is not None and ended is not None)
     return busy_s / (busy_s + sum(idle.values())) if idle and busy_s > 0 else None
 
 
@@ -2611,7 +2631,7 @@ def write_pictures(run: Run, best: Run | None, paired: dict | None) -> tuple[lis
 # What the log of a program shows that died before it could write its start file. Without one of
 # these the log is of a program that has only just been started, or of something else.
 ENDED = re.compile(
-    r"crash:|Error\b|error:|Exception|Traceback|Interrupt|Killed|Terminated|not found|core dumped|No such file"
+    r"crash:|Error:|error:|Exception|Traceback|Interrupt|Killed|Terminated|not found|core dumped|No such file"
 )
 STARTING_S = 120.0  # importing torch from a cold disk takes a minute
 
@@ -2735,6 +2755,9 @@ def note_facts(archive: Path, book: Book, record: dict) -> None:
 def mend_table(archive: Path) -> Book:
     """The books, and results.tsv as they have it."""
     book = load_book(archive)
+    for e in book.entries:
+        if e.stats and e.status != filing_status(e.record):  # edited by hand: should the table be lost, it stays so
+            write_json(archive / e.name / STATS, e.stats | {"record": e.record | {"status": e.status}})
     save_table(archive, book.entries)
     return book
 
@@ -2745,7 +2768,7 @@ def find_unfiled(archive: Path, told: list[str]) -> list[Run]:
     for path in (archive / "unfiled").glob("[!.]*"):
         lost = ["the next run was started before this one was analyzed: its log is lost"]
         run = load_folder(path, damage=lost * (not (path / LOG).exists()))
-        if run.start and not path.is_symlink():
+        if (run.start or run.summary) and not path.is_symlink():
             found.append(run)
         else:
             told.append(f"unfiled/{path.name} is no readable run: left there")
@@ -3078,9 +3101,7 @@ def command_file(names: list[str], archive: Path, folder: Path) -> str:
             name, said = file_if_new(run, archive, folder)
             if run.path != folder:
                 told.append(f"unfiled run {run.path.name} {said}")
-                if name is None:
-                    shutil.copytree(run.path, archive / "failed" / run.path.name, dirs_exist_ok=True)
-                shutil.rmtree(run.path)
+                put_away(run.path, archive, is_filed=name is not None)
         write_pages(archive)
     if here and name:
         page = archive / name / ANALYSIS
@@ -3094,6 +3115,18 @@ def command_file(names: list[str], archive: Path, folder: Path) -> str:
     if not told:
         raise ValueError(f"no run's outputs in {folder}: run `{TRAIN}` there first")
     return ""
+
+
+def put_away(path: Path, archive: Path, is_filed: bool) -> None:
+    """Take a run's folder out of unfiled/ at once: what is filed goes, the rest is kept in failed/."""
+    target = archive / f".tmp-{os.getpid()}-{path.name}"
+    if not is_filed:
+        failed = archive / "failed"
+        failed.mkdir(exist_ok=True)
+        target = failed / first_free(path.name, lambda name: (failed / name).exists())
+    os.rename(path, target)
+    if is_filed:
+        shutil.rmtree(target)
 
 
 def file_if_new(run: Run, archive: Path, folder: Path) -> tuple[str | None, str]:
@@ -3120,13 +3153,14 @@ def decided_run(names: list[str], folder: Path, book: Book) -> Entry:
     pending = [e for e in book.entries if e.status == "pending"]
     found = [e for e in pending if e.record.get("folder") == str(folder)]
     if runs := find_outputs(folder):
-        found = [book.find(runs[-1])]
-    if len(found) == 1 and found[0]:
+        found = [e for e in [book.find(runs[-1])] if e]
+        if not found:
+            raise ValueError(f"the run in {folder} is not filed yet: `{FILE}`")
+    if len(found) == 1:
         return found[0]
     listed = ", ".join(f"{e.name} (trained in {e.record.get('folder')})" for e in pending[-5:])
     raise ValueError(
-        f"which run? There is no filed one in {folder} to decide on (`{FILE}` files); pending: "
-        f"{listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`"
+        f"which run? There is none in {folder} to decide on; pending: {listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`"
     )
 
 
@@ -3178,7 +3212,8 @@ def program_files(archive: Path, name: str) -> dict[str, str]:
     if run.train_py is None:
         raise ValueError(f"the archive has no train.py of {name}: restore it by hand")
     modules = run.start.get("modules") or {}
-    return {"train.py": run.train_py} | {file: str(text) for file, text in modules.items()}
+    inside = {file: str(text) for file, text in modules.items() if (Path("/f") / file).resolve().is_relative_to("/f")}
+    return {"train.py": run.train_py} | inside
 
 
 def check_nothing_is_lost(folder: Path, book: Book, files: Iterable[str]) -> None:
@@ -3201,15 +3236,20 @@ def bring_back(files: dict[str, str], folder: Path, message: str, name: str) -> 
     new = [f for f in files if has_git and normal(git(folder, "show", f"HEAD:./{f}")) != normal(files[f])]
     for file, text in files.items():
         if normal(read_text(folder / file)) != normal(text):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / file, text)
     if new:
         who = []
         if git(folder, "var", "GIT_COMMITTER_IDENT") is None:  # as in a container without a home
             who = ["-c", "user.name=auto-log-research", "-c", "user.email=auto-log-research@localhost"]
         options = ["--quiet", "--no-verify", "--no-gpg-sign"]  # nobody is there to answer a prompt
-        git(folder, "add", "--", *new, is_needed=True)
-        git(folder, *who, "commit", *options, "-m", message, "--", *new, is_needed=True)
-    return f"train.py is back to that of the best, {name}" + ", and committed" * bool(new)
+        try:
+            git(folder, "add", "--", *new, is_needed=True)
+            git(folder, *who, "commit", *options, "-m", message, "--", *new, is_needed=True)
+        except ValueError as e:
+            raise ValueError(f"train.py is back to that of {name}, but not committed: commit it yourself. {e}") from e
+    committed = ", and committed" if new else ", not committed (no git here)" * (not has_git)
+    return f"train.py is back to that of the best, {name}{committed}"
 
 
 def command_compare(names: list[str], archive: Path, folder: Path) -> str:
@@ -3269,8 +3309,10 @@ def command_stop(names: list[str], archive: Path, folder: Path) -> str:
 
 def command_new_archive(names: list[str], archive: Path, folder: Path) -> str:
     """Put the archive aside, whole. Its runs are not compared with those to come."""
-    if not archive.is_dir() or is_running(folder):
-        raise ValueError(f"no archive at {archive}, or a run is in progress: wait for its end, or stop it")
+    if is_running(folder):
+        raise ValueError(f"a run is in progress in {folder}: wait for its end (`{WAIT}`), or `{FILE} stop`")
+    if not archive.is_dir():
+        raise ValueError(f"there is no archive at {archive}: the first run begins one")
     with locked(archive):
         book = load_book(archive)
         for run in find_outputs(folder):

@@ -36,6 +36,7 @@ What train.py imports, for B rows of T tokens:
 import argparse
 import ast
 import base64
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -222,7 +223,7 @@ def fetch_part(session, part: Path, tag_path: Path) -> None:
         r.raise_for_status()
         with open(part, "ab" if r.status_code == 206 else "wb") as f:
             tag_path.write_text(new_tag)  # only once nothing of another file is left
-            for chunk in r.raw.stream(1 << 16):  # a dying connection loses less than one of these
+            for chunk in r.raw.stream(1 << 16, decode_content=True):  # a dying connection loses less than one
                 f.write(chunk)
 
 
@@ -244,7 +245,8 @@ def download_shard(name: str, folder: Path) -> None:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would announce every attempt
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-    for attempt in itertools.count(1):
+    attempt, most = 0, 0  # in a row without more bytes than there have been before
+    while True:
         try:
             fetch_part(session, part, tag_path)
             check_parquet(part)
@@ -253,6 +255,9 @@ def download_shard(name: str, folder: Path) -> None:
         except (SetupError, urllib3.exceptions.HTTPError) as e:  # another file, or a connection that broke off
             if isinstance(e, SetupError):
                 part.unlink()
+            size = part.stat().st_size if part.exists() else 0
+            attempt = 1 if size > most else attempt + 1
+            most = max(most, size)
             if attempt == DOWNLOAD_ATTEMPTS:
                 raise
         time.sleep(DOWNLOAD_PAUSE_S * 2 ** (attempt - 1))
@@ -346,6 +351,15 @@ def read_jsonl(path: Path, lines: Iterable[bytes], bad: list[str], text_key: str
             yield record[text_key].encode("utf-8", "replace").decode()  # lone surrogates become "?"
 
 
+def read_txt(stream: io.BufferedReader) -> str:
+    """UTF-8, or UTF-16 with its mark. Raises UnicodeError for anything else."""
+    is_utf16 = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = io.TextIOWrapper(stream, "utf-16" if is_utf16 else "utf-8-sig").read()
+    if "\0" in text:
+        raise UnicodeError(f"a NUL in line {text[: text.index(chr(0))].count(chr(10)) + 1}")
+    return text
+
+
 def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Iterator[list[str]]:
     """Row groups of documents in file order. What cannot be used is described in `bad`; damage is a SetupError."""
     import pyarrow as pa
@@ -364,11 +378,11 @@ def read_row_groups(path: Path, bad: list[str], text_key: str = "text") -> Itera
         with io.BufferedReader(pa.input_stream(str(path), compression), 1 << 20) as stream:
             documents = read_jsonl(path, stream, bad, text_key)
             if name.endswith(TXT_SUFFIXES):
-                documents = iter(split_text(io.TextIOWrapper(stream, "utf-8-sig").read(), 4 * MAX_SEQ_LEN))
+                documents = iter(split_text(read_txt(stream), 4 * MAX_SEQ_LEN))
             while group := list(itertools.islice(documents, 1024)):
                 yield group
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as e:
-        remedy = "replace it, convert it (`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16), or remove it"
+    except (OSError, pa.ArrowException, UnicodeError) as e:
+        remedy = "replace it, convert it (`iconv -f LATIN1 -t UTF-8 OLD > NEW`, or -f UTF-16LE), or remove it"
         raise SetupError(f"{path} is damaged or no UTF-8 ({e}): {remedy}") from e
 
 
@@ -1333,6 +1347,7 @@ class Run:
     def end_training(self, model: torch.nn.Module) -> dict:
         """Save a checkpoint: a failed evaluation must not cost the run. Returns the summary so far."""
         self.training_seconds, step_ms = self.clock.seconds, float(np.median(self.step_ms))
+        self._write_start(self.start)  # with what was imported meanwhile
         summary = {key: value for key, value in self.start.items() if key not in START_ONLY} | self.facts
         summary |= {
             "training_seconds": self.training_seconds,

@@ -1007,7 +1007,7 @@ def test_hand_edits_of_the_table_hold_and_a_removed_row_comes_back(lab):
     header, *lines = table.read_text().splitlines()
     edited = lines[1].replace("pending\tdepth 9", "keep\tmy own words")
     table.write_text("\n".join([header, edited, "what is this?", lines[0]]))  # the third is removed
-    assert "problem: results.tsv line 3 is not the one row of an archived run, with five" in lab.analyze("status")[1]
+    assert "problem: results.tsv line 3: 1 columns where five are due: not counted" in lab.analyze("status")[1]
     said = lab.analyze()[1]
     assert f"{third} had no row in results.tsv: added, as pending\n" in said
     assert table.read_text().splitlines() == [header, edited, lines[0], lines[2]]
@@ -1621,7 +1621,7 @@ def test_a_run_filed_earlier_from_this_folder_is_decided_without_its_outputs(lab
         lab.analyze("discard")[1] == f"{name} discarded; train.py is back to that of the best, {base}, and committed\n"
     )
     assert lab.analyze("keep") == (1, "", (
-        f"error: which run? There is no filed one in {lab.folder} to decide on (`uv run analyze.py` files); "
+        f"error: which run? There is none in {lab.folder} to decide on; "
         "pending: none; name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
 
 
@@ -1633,7 +1633,7 @@ def test_a_run_pending_in_another_folder_is_decided_there_or_by_name(lab, monkey
     monkeypatch.chdir(other.folder)
     for command in ("keep", "discard"):
         assert other.analyze(command) == (1, "", (
-            f"error: which run? There is no filed one in {other.folder} to decide on (`uv run analyze.py` files); "
+            f"error: which run? There is none in {other.folder} to decide on; "
             f"pending: {base} (trained in {lab.folder}); "
             "name the run you mean: `uv run analyze.py keep RUN` or `discard RUN`\n"))
     assert [row[3] for row in lab.rows()] == ["pending"]

@@ -247,7 +247,6 @@ def test_a_byte_order_mark_of_utf8_is_dropped(tmp_path):
 
 NO_TEXTS = {
     "latin-1": ("one\nnaïve".encode("latin-1"), "position 6"),
-    "utf-16": ("one".encode("utf-16"), "position 0"),
     "random bytes": (random.Random(0).randbytes(10_000), r"position \d+"),
 }
 
@@ -260,6 +259,16 @@ def test_what_is_no_utf8_is_refused_with_its_place_and_how_to_convert_it(tmp_pat
     message = rf"a{suffix} is damaged or no UTF-8 \('utf-8' .* in {place}: .*iconv -f LATIN1 -t UTF-8"
     with pytest.raises(prepare.SetupError, match=message):
         read(path)
+
+
+def test_utf16_is_read_by_its_mark_and_what_holds_nuls_is_no_text(tmp_path):
+    for mark, encoding in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+        (tmp_path / "a.txt").write_bytes(mark + "naïve 日本\r\nend".encode(encoding))
+        assert read(tmp_path / "a.txt") == (["naïve 日本\nend"], [])
+    for data, line in (("one".encode("utf-16-le"), 1), (b"text\n" + bytes(1000), 2)):
+        (tmp_path / "a.txt").write_bytes(data)
+        with pytest.raises(prepare.SetupError, match=rf"damaged or no UTF-8 \(a NUL in line {line}\): .*iconv"):
+            read(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "a.jsonl.zst"])
@@ -844,6 +853,12 @@ def test_shards_are_downloaded_from_the_mirror_that_HF_ENDPOINT_names(server, do
     server.files = {A: shard(1), B: shard(2)}
     assert download(A, B) == server.files
     assert sorted(server.requests) == [("GET", A, None), ("GET", B, None)]
+
+
+def test_a_connection_that_is_cut_again_and_again_but_brings_bytes_is_not_given_up(server, download):
+    server.files = {A: shard(1)}
+    server.acts = {A: [serve(65_536)] * 3}  # as often as attempts that bring nothing may fail
+    assert download(A) == server.files
 
 
 def test_a_connection_cut_in_mid_body_is_continued_where_it_ended(server, download):
