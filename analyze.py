@@ -1292,14 +1292,11 @@ def compute_curve(run: Run) -> Curve | None:
 
 
 def compute_progress(run: Run) -> np.ndarray:
-    """Share of the budget used up at the end of each step, by the clock; where that was not logged,
-    by the shares at the beginnings; else steps are taken to be of equal length."""
-    begun, clock_s, budget_s = run.series("train/progress"), run.series("time/training_s"), run.first_of("time_budget")
-    if number(budget_s) and np.isfinite(clock_s).all():
+    """Share of the budget used up at the end of each step; without a clock, steps count as equally long."""
+    clock_s, budget_s = run.series("time/training_s"), number(run.first_of("time_budget"))
+    if budget_s and np.isfinite(clock_s).all():
         return np.maximum.accumulate(clock_s / budget_s)
-    if not np.isfinite(begun).all():
-        return np.linspace(0, 1, len(begun) + 1)[1:]
-    return np.maximum.accumulate(np.append(begun[1:], 2 * begun[-1] - begun[-2]))
+    return np.linspace(0, 1, len(clock_s) + 1)[1:]
 
 
 def compute_tokens(run: Run) -> np.ndarray:
@@ -1332,8 +1329,8 @@ def compute_data_agreement(this: Run, other: Run) -> tuple[float, str | None]:
     Sums of token ids that agree at a token count mean the same rows up to there. Where they are not
     logged, the same data and context length must do, and it is said that this is assumed."""
     mine, theirs = this.curve, other.curve
+    counts = [np.round(1e6 * curve.tokens_m) for curve in (mine, theirs)]
     end = 1e6 * min(mine.tokens_m[-1], theirs.tokens_m[-1])
-    counts = (np.round(1e6 * c.tokens_m) for c in (mine, theirs))
     tokens, i, k = np.intersect1d(*counts, return_indices=True)
     apart = mine.data_sum[i] - theirs.data_sum[k]
     tokens, apart = tokens[np.isfinite(apart)], apart[np.isfinite(apart)]
@@ -1580,16 +1577,20 @@ def compute_machine(this: Entry, earlier: list[Entry]) -> list[str]:
 
     Where a second run of the very same program is as slow, with no witness against the machine, it
     is the program."""
-    record, found = this.record, []
+    record = this.record
     if not is_timed(record) or not record.get("is_finished"):
         return []
+    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
+    return find_stalls(record) + find_slowness(this, timed)
+
+
+def find_stalls(record: dict) -> list[str]:
     pace, trained_s = record.get("pace") or {}, record.get("training_s") or 0.0
     share = STALLED_SHARE if record.get("gpu_name") else STALLED_SHARE_CPU
-    if pace.get("stalled_s", 0.0) > share * trained_s:
-        found.append(f"{pace['stalls']} step(s) took more than twice the median: "
-                     f"{pace['stalled_s']:.1f} of {trained_s:.0f} s lost")
-    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
-    return found + find_slowness(this, timed)
+    if pace.get("stalled_s", 0.0) <= share * trained_s:
+        return []
+    lost = f"{pace['stalled_s']:.1f} of {trained_s:.0f} s lost"
+    return [f"{pace['stalls']} step(s) took more than twice the median: {lost}"]
 
 
 def find_slowness(this: Entry, timed: list[Entry]) -> list[str]:
@@ -1600,12 +1601,12 @@ def find_slowness(this: Entry, timed: list[Entry]) -> list[str]:
     same = [e for e in timed if e.group == this.group]
     known = [e for e in same if e.is_valid]
     slower = step_ms / float(np.median([e.record["step_ms"] for e in known or peers]))
-    witnesses = compute_witnesses(this.record.get("pace") or {}, peers)
+    witnesses = find_witnesses(this.record.get("pace") or {}, peers)
     bar = SLOWER_ALIKE if witnesses else SLOWER_ALONE
-    if slower - 1 <= (SLOWER_SAME if known and this.record.get("gpu_name") else bar):  # a processor is never as steady
-        return []
+    if known and this.record.get("gpu_name"):  # a processor is never as steady
+        bar = SLOWER_SAME
     is_confirmed = any(abs(e.record["step_ms"] / step_ms - 1) < SLOWER_SAME for e in same)
-    if is_confirmed and not witnesses:
+    if slower - 1 <= bar or (is_confirmed and not witnesses):
         return []
     return ["; ".join([f"steps of {step_ms:.1f} ms, {slower:.2f} times what the same work took before", *witnesses])]
 
@@ -1615,29 +1616,30 @@ def is_timed(record: dict) -> bool:
     return bool(record.get("step_ms")) and (record.get("num_steps") or math.inf) >= 20
 
 
-def compute_witnesses(own: dict, peers: list[Entry]) -> list[str]:
+def find_witnesses(own: dict, peers: list[Entry]) -> list[str]:
     """What else than the step time speaks against the machine."""
-    found, usual = [], {}
+    usual = {}
     for key in ("startup_s", "load"):
         known = numbers((e.record.get("pace") or {}).get(key) for e in peers)
         usual[key] = float(np.nanmedian(known)) if np.isfinite(known).any() else math.inf
-    if (own.get("other_gpu_mb") or 0.0) > OTHER_GPU_MB:
-        found.append(f"another process held {own['other_gpu_mb']:.0f} MB of this GPU")
-    if (own.get("startup_s") or 0.0) > SLOW_START * usual["startup_s"]:
-        found.append(f"start-up took {own['startup_s']:.0f} s, usually {usual['startup_s']:.0f}")
-    if (own.get("load") or 0.0) > HIGH_LOAD + usual["load"]:
-        found.append(f"load {own['load']:.1f} a core, usually {usual['load']:.1f}")
+    other_mb, startup_s, load = (own.get(key) or 0.0 for key in ("other_gpu_mb", "startup_s", "load"))
+    found = []
+    if other_mb > OTHER_GPU_MB:
+        found.append(f"another process held {other_mb:.0f} MB of this GPU")
+    if startup_s > SLOW_START * usual["startup_s"]:
+        found.append(f"start-up took {startup_s:.0f} s, usually {usual['startup_s']:.0f}")
+    if load > HIGH_LOAD + usual["load"]:
+        found.append(f"load {load:.1f} a core, usually {usual['load']:.1f}")
     return found
 
 
 def compute_best_pace(this: Entry, best: Entry) -> float | None:
-    """By how much this run's steps are faster than the best's although the work is the same: then
-    it is the machine that has changed, and a gain is not the program's. None where they agree, or
-    do other work."""
+    """How many times as long the best's steps took for the same work: then it is the machine that has
+    changed, and a gain is not the program's. None where they agree, or do other work."""
     ours, theirs = this.record.get("step_ms"), best.record.get("step_ms")
     if not ours or not theirs or not does_same_work(this, best):
         return None
-    return theirs / ours - 1 if theirs / ours - 1 > SLOWER_ALIKE else None
+    return theirs / ours if theirs / ours - 1 > SLOWER_ALIKE else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1774,11 +1776,11 @@ def status_shown(e: Entry) -> str:
 
 def compute_lineage(entries: list[Entry], groups: dict[tuple, list[Entry]]) -> list[list]:
     """Name, mean and description of each program that was kept, in order."""
-    first: dict[tuple, Entry] = {}
+    lineage: dict[tuple, list] = {}
     for e in entries:
         if e.status == "keep" and e.is_valid:
-            first.setdefault(e.group, e)
-    return [[e.name, mean_bpb(groups[group]), e.description] for group, e in first.items()]
+            lineage.setdefault(e.group, [e.name, mean_bpb(groups[e.group]), e.description])
+    return list(lineage.values())
 
 
 def runs_since(entries: list[Entry], best: Best | None) -> int | None:
@@ -1869,20 +1871,19 @@ def is_unchanged(run: Run, best: Run, paired: dict, changes: dict, verdict: dict
     return max(differences) < max(GAIN_ERRORS * (verdict["standard_error"] or 0.0), ROUNDING)
 
 
-COSTS = {"total_tokens_M": "M tokens", "num_steps": "steps", "step_ms": "ms a step (median)", "peak_vram_mb": "MB",
-         "mfu_percent": "% MFU"}
+COSTS = {"M tokens": "total_tokens_M", "steps": "num_steps", "ms a step (median)": "step_ms", "MB": "peak_vram_mb",
+         "% MFU": "mfu_percent"}
 
 
 def compute_costs(runs: list[Run]) -> dict[str, float]:
-    """Unit to what these runs took in the mean; a profiled step by kind of kernel."""
-    costs: dict[str, list] = {}
+    """Unit to what these runs took in the mean, of what all of them say; a profiled step by kind of kernel."""
+    found = []
     for run in runs:
         s = run.summary | {"step_ms": run.step_ms}
-        values = {unit: s.get(key) for key, unit in COSTS.items()}
-        values |= {f"ms {kind}": ms for kind, ms in (s.get("profile") or {}).items() if kind != "step"}
-        for unit, value in values.items():
-            costs.setdefault(unit, []).append(number(value))
-    return {unit: float(np.mean(values)) for unit, values in costs.items() if None not in values}
+        profile = {f"ms {kind}": ms for kind, ms in (s.get("profile") or {}).items() if kind != "step"}
+        found.append({unit: s.get(key) for unit, key in COSTS.items()} | profile)
+    means = {unit: numbers(costs.get(unit) for costs in found).mean() for costs in found[:1] for unit in costs}
+    return {unit: float(mean) for unit, mean in means.items() if math.isfinite(mean)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1949,12 +1950,13 @@ def train_again(record: dict) -> str:
 def find_remarks(stats: dict) -> list[str]:
     v, record = stats["verdict"], stats["record"]
     remarks = [*record.get("damage", [])]
+    times = f"{v.get('best_is_slower') or 1.0:.2g} times as long"
     if v.get("best_is_slower") and v["kind"] == "replicate":
-        remarks.append(f"this program took {1 + v['best_is_slower']:.2g} times as long a step before: if that run was "
-                       f"held up, write `invalid` as the status of {v['best']} in {RESULTS}")
+        remarks.append(f"this program took {times} a step before: if that run was held up, write `invalid` as the "
+                       f"status of {v['best']} in {RESULTS}")
     elif v.get("best_is_slower"):
-        remarks.append(f"the best's steps, of the same sizes, took {1 + v['best_is_slower']:.2g} times as long: unless "
-                       f"this code is why, the machine is faster now; then `{RERUN}` before you believe a gain")
+        remarks.append(f"the best's steps, of the same sizes, took {times}: unless this code is why, the machine is "
+                       f"faster now; then `{RERUN}` before you believe a gain")
     if v["undecided"]:
         remarks.append(f"lower, and not decided yet: {', '.join(v['undecided'][:3])}")
     if v["best"] and not v["best_is_kept"]:
@@ -2016,16 +2018,21 @@ def render_paired(paired: dict) -> list[str]:
     names = ", ".join(paired["against"][:3])
     if not paired["windows"]:
         return [f"No pairing with {names}: {paired['note']}."]
-    lines = [f"This run minus {names}: training loss on the same text, bpb, ± one standard error of the text.",
-             "| budget | M tokens | at equal tokens | at equal progress |", "|---|---|---|---|"]
+    rows = [["budget", "M tokens", "at equal tokens", "at equal progress"]]
     for w in paired["windows"]:
         mark = " ‡" * (not w["from_m"]) + " *" * w["is_repeat"] + " †" * w["are_rates_apart"]
-        equal = f"{w['difference']:+.5f}" + (f" ± {w['error']:.5f}" if w["from_m"] else "")
-        moved = "-" if w["at_progress"] is None else f"{w['at_progress']:+.5f} ± {w['at_progress_error']:.5f}"
-        lines.append(f"| {w['progress']:.0%}{mark} | {w['to_m']:.4g} | {equal} | {moved} |")
+        equal, moved = f"{w['difference']:+.5f}", "-"  # of the start no error is known
+        if w["from_m"]:
+            equal = render_difference(w["difference"], w["error"])
+        if w["at_progress"] is not None:
+            moved = render_difference(w["at_progress"], w["at_progress_error"])
+        rows.append([f"{w['progress']:.0%}{mark}", f"{w['to_m']:.4g}", equal, moved])
+    lines = [f"This run minus {names}: training loss on the same text, bpb, ± one standard error of the text."]
+    lines += render_table(rows)
     if s := paired["summary"]:
-        lines.append(f"From {s['from_m']:.4g} M tokens on, at equal progress: **{s['at_progress']:+.5f} ± "
-                     f"{s['at_progress_error']:.5f} bpb**; the ± leaves out what another seed would change.")
+        told = render_difference(s["at_progress"], s["at_progress_error"])
+        lines.append(f"From {s['from_m']:.4g} M tokens on, at equal progress: **{told} bpb**; "
+                     "the ± leaves out what another seed would change.")
     return lines + explain_marks(paired)
 
 
@@ -2128,10 +2135,6 @@ def render_analysis(stats: dict, pictures: list[str]) -> str:
     for heading, told in sections:
         if told:
             lines += ["", f"## {heading}", *(clip(one_line(line), 400) for line in told if line)]
-    return fit_page(lines)
-
-
-def fit_page(lines: list[str]) -> str:
     shown = lines[: PAGE_LINES - 5]
     while len("\n".join(shown).encode()) > PAGE_BYTES - len(NOTES_HEADING) - 120:
         shown.pop()
@@ -2149,13 +2152,12 @@ def render_compare(runs: list[Run], entries: list[Entry]) -> str:
     """Scores and the settings that differ, and the paired curve of each run against the first."""
     scores = {e.name: show(e.val_bpb) for e in entries}
     configs = [configuration(run.summary) for run in runs]
-    table = [["", *(run.name for run in runs)], ["---"] * (1 + len(runs))]
-    table.append(["val_bpb", *(scores.get(run.name, "no row") for run in runs)])
+    table = [["", *(run.name for run in runs)], ["val_bpb", *(scores.get(run.name, "no row") for run in runs)]]
     for key in {key: None for config in configs for key in config}:
         values = [clip(json.dumps(config.get(key)), 40) for config in configs]
         if len(set(values)) > 1:
             table.append([f"`{key}`", *values])
-    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines = render_table(table)
     for run in runs[1:]:
         paired = render_paired(compute_paired(run, runs[:1]))
         lines += ["", f"## {run.name} against {runs[0].name}", *paired]
@@ -2317,16 +2319,15 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
         return f"{night}. No run is kept yet."
     if lineage[0][0] == best.name:
         return f"{night}. No gain over the first kept run."
-    first = next(e for e in entries if e.name == lineage[0][0])
-    base = compute_best(compute_groups(entries)[first.group])
-    won, sigma = base.mean - best.mean, compute_noise(entries).sigma
-    error = sigma and sigma * math.sqrt(1 / base.num_seeds + 1 / best.num_seeds)
-    told = [f"val_bpb went from {base.mean:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} "
-            f"± {show(error)} (standard error) over the first kept run, {base.name}: {night}."]
+    groups, first = compute_groups(entries), next(e for e in entries if e.name == lineage[0][0])
+    base = groups[first.group]
+    gain = compare_groups(base, groups[best.group], compute_noise(entries))
+    won = gain["difference"]
+    told = [f"val_bpb went from {mean_bpb(base):.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} "
+            f"± {show(gain['standard_error'])} (standard error) over the first kept run, {first.name}: {night}."]
     if h["optimism"]:
-        told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: "
-                    f"{h['gain']:.6f} remain.")
-    told.append(render_audit(archive, base.names, best.names, won))
+        told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: {h['gain']:.6f} remain.")
+    told.append(render_audit(archive, [e.name for e in base], best.names, won))
     return " ".join([*told, *render_kept(entries)])
 
 
