@@ -1222,8 +1222,7 @@ def diff_size(diff: list[str]) -> tuple[int, int]:
 #
 # Every run sees the same rows in the same order, so two runs' losses can be compared on the same
 # text: its difficulty, nine tenths of a curve's scatter, drops out of the difference. Windows are
-# cut at token counts at which all runs have a boundary (a step's end, or a micro-batch's), so that
-# all means are over exactly the same tokens.
+# cut at token counts at which all runs have a boundary (a step's end, or a micro-batch's).
 #
 # What is left scatters around a slow trend, and neighbouring steps' differences are alike, so the
 # error of a window's mean is s / sqrt(n) times the root of an inflation by autocorrelation. That is
@@ -1348,13 +1347,8 @@ def compute_data_agreement(this: Run, other: Run) -> tuple[float, str | None]:
 
 def compute_paired(this: Run, others: list[Run]) -> dict | None:
     """The difference in training loss on the same text, this run minus the mean of `others` (the
-    best and its replicates), in bpb, in NUM_WINDOWS windows and in one summary, the last
-    SUMMARY_WINDOWS as one. None where there is nothing to compare with.
-
-    `note` says why there is no pairing, or how far it goes. A window holds its end in millions of
-    tokens and in shares of the budget, the `difference` at equal tokens and `at_progress` at equal
-    progress, each with its standard error, and `is_repeat`: a later epoch, and so no loss on unseen
-    text."""
+    best and its replicates), in bpb: windows, and a summary of the last SUMMARY_WINDOWS. None
+    without others. `note` says why there is no pairing, or how far it goes."""
     if not others:
         return None
     paired = {"against": [run.name for run in others], "windows": [], "summary": None, "rates": []}
@@ -1392,7 +1386,8 @@ def common_blocks(curves: list[Curve], end: float) -> np.ndarray:
 
 
 def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa: float) -> list[dict]:
-    """NUM_WINDOWS windows of equally many tokens."""
+    """NUM_WINDOWS windows of equally many tokens, each with its end in tokens and in shares of the
+    budget, and the difference at equal tokens and at equal progress, with their standard errors."""
     spans, middles = np.diff(blocks), (blocks[1:] + blocks[:-1]) / 2
     losses = [np.diff(np.interp(blocks, c.bounds, c.nats)) / spans for c in (mine, *theirs)]
     differences = losses[0] - np.mean(losses[1:], axis=0)
@@ -1714,16 +1709,16 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
         if kind == "scalar RMS" and start is not None:  # it starts where the configuration says
             early[kind, name] = start
     found, lines = [], []
-    for key, value in late.items():
-        grown, apart = (ratio_of(key[0], value, table.get(key)) for table in (early, theirs))
-        alarm = name_alarm(key[0], value, grown)
+    for (kind, name), value in late.items():
+        before, best_value = early.get((kind, name)), theirs.get((kind, name))
+        grown, apart = ratio_of(kind, value, before), ratio_of(kind, value, best_value)
+        alarm = name_alarm(kind, value, grown)
         departure = max(apart, 1 / apart)
-        if key[0] == "scalar RMS" or alarm:
+        if kind == "scalar RMS" or alarm:
             departure = max(departure, grown, 1 / grown)
         if alarm or departure > APART:
-            others = f"early {show(early.get(key), '.3g')}, best {show(theirs.get(key), '.3g')}"
-            text = f"{key[0]} of {key[1]}: {value:.3g}{alarm} ({others})"
-            found.append((bool(alarm), departure, key[0], text))
+            others = f"early {show(before, '.3g')}, best {show(best_value, '.3g')}"
+            found.append((bool(alarm), departure, kind, f"{kind} of {name}: {value:.3g}{alarm} ({others})"))
     for _, _, kind, text in sorted(found, reverse=True):
         if sum(line.startswith(kind) for line in lines) < 2:
             lines.append(text)
@@ -2209,8 +2204,8 @@ def compute_effects(entries: list[Entry]) -> dict[str, dict]:
 def find_parent(e: Entry, valid: list[Entry]) -> Entry | None:
     """The first run of the program in the commit before. With modules train.py alone does not tell."""
     built_on = None if e.record.get("modules") else e.record.get("built_on")
-    others = [x for x in comparable(valid, e) if built_on and x.group != e.group]
-    return next((x for x in others if x.record.get("train_sha256") == built_on), None)
+    runs = [x for x in valid if built_on and x.record.get("train_sha256") == built_on]
+    return next((x for x in comparable(runs, e) if x.group != e.group), None)
 
 
 def render_difference(difference: float, error: float | None, form: str = ".5f") -> str:
@@ -2353,9 +2348,8 @@ def render_tried(entries: list[Entry], effects: dict[str, dict]) -> str:
 def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -> str:
     """The morning page for a person: what was gained, by what, and all that was tried."""
     entries = book.entries
-    is_demo_night = any(e.record.get("demo") for e in entries)
     blocks = [
-        "# Report on the demo" if is_demo_night else "# Report",
+        "# Report" + " on the demo" * any(e.record.get("demo") for e in entries),
         render_gain(archive, entries, h),
         "![](progress.png)",
         "## Effects",
