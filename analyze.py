@@ -1913,15 +1913,10 @@ def render_verdict(stats: dict) -> list[str]:
     lines = [f"**{v['kind'].upper()}**{what}: {render_comparison(stats)}."]
     lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
     lines += render_replicates(v)
-    effect = stats.get("effect")
-    if effect and effect["against"]:
-        came = render_difference(effect["difference"], effect["standard_error"])
-        lines.append(f"Built on {effect['against']}: {came} bpb against that one.")
     if v["kind"] in KINDS:
         lines.append(KINDS[v["kind"]].format(**v))
-    if effect and effect["standard_error"] and stats["expected"] is not None:
-        came = render_difference(effect["difference"], effect["standard_error"], ".4f")
-        lines.append(f"Expected {stats['expected']:+.4f}, came {came}.")
+    if stats.get("effect"):
+        lines += render_idea(stats["effect"], stats["expected"])
     lines += [f"Mind: {clip(remark, 220)}." for remark in find_remarks(stats)[:6]]
     is_known = v["kind"] not in ("baseline", "replicate") or not v["noise"].startswith("unknown")
     if v["kind"] not in ("crash", "stopped", "invalid", "hampered") and is_known:
@@ -1934,6 +1929,16 @@ def render_verdict(stats: dict) -> list[str]:
         decision += ", after a commit of this train.py" * ("-dirty" in stats["record"].get("name", ""))
         decision += f" (`{train_again(stats['record'])}`); after three such runs, discard"
     return [*lines, decision]
+
+
+def render_idea(effect: dict, expected: float | None) -> list[str]:
+    """What an idea brought against another program than the best, and what its subject expected."""
+    lines, measured = [], (effect["difference"], effect["standard_error"])
+    if effect["against"]:
+        lines.append(f"Built on {effect['against']}: {render_difference(*measured)} bpb against that one.")
+    if expected is not None and effect["standard_error"]:
+        lines.append(f"Expected {expected:+.4f}, came {render_difference(*measured, '.4f')}.")
+    return lines
 
 
 def train_again(record: dict) -> str:
@@ -2130,6 +2135,10 @@ def render_analysis(stats: dict, pictures: list[str]) -> str:
     for heading, told in sections:
         if told:
             lines += ["", f"## {heading}", *(clip(one_line(line), 400) for line in told if line)]
+    return fit_page(lines)
+
+
+def fit_page(lines: list[str]) -> str:
     shown = lines[: PAGE_LINES - 5]
     while len("\n".join(shown).encode()) > PAGE_BYTES - len(NOTES_HEADING) - 120:
         shown.pop()
@@ -2247,15 +2256,20 @@ def own_knobs(config: dict[str, list]) -> dict[str, list]:
     return knobs
 
 
+def changed_knobs(e: Entry, config: dict[str, list]) -> dict[str, str]:
+    """Knob to "before -> after". A run that changed none goes by its subject."""
+    knobs = own_knobs(config)
+    if not knobs:
+        return {clip(read_subject(e)[0], 60): "code"}
+    rest = f", one of {len(knobs)} changes" * (len(knobs) > 1)
+    return {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
+
+
 def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
-    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched. A run
-    that changed no knob goes by its subject."""
+    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched."""
     by_name, by_knob = {e.name: e for e in entries}, {}
     for name, effect in compute_effects(entries).items():
-        knobs = own_knobs(effect["config"])
-        rest = f", one of {len(knobs)} changes" * (len(knobs) > 1)
-        changes = {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
-        for knob, change in (changes or {clip(read_subject(by_name[name])[0], 60): "code"}).items():
+        for knob, change in changed_knobs(by_name[name], effect["config"]).items():
             by_knob.setdefault(knob, []).append(f"{change} {render_effect(effect)} in {name}")
     lines = [f"{knob}: {'; '.join(told)}" for knob, told in by_knob.items()]
     touched = {knob for e in entries for knob in own_knobs((e.stats.get("changes") or {}).get("config") or {})}
