@@ -1242,8 +1242,7 @@ def diff_size(diff: list[str]) -> tuple[int, int]:
 #
 # Every run sees the same rows in the same order, so two runs' losses can be compared on the same
 # text: its difficulty, nine tenths of a curve's scatter, drops out of the difference. Windows are
-# cut at token counts at which all runs have a boundary (a step's end, or a micro-batch's), so that
-# all means are over exactly the same tokens.
+# cut at token counts at which all runs have a boundary (a step's end, or a micro-batch's).
 #
 # What is left scatters around a slow trend, and neighbouring steps' differences are alike, so the
 # error of a window's mean is s / sqrt(n) times the root of an inflation by autocorrelation. That is
@@ -1312,14 +1311,11 @@ def compute_curve(run: Run) -> Curve | None:
 
 
 def compute_progress(run: Run) -> np.ndarray:
-    """Share of the budget used up at the end of each step, by the clock; where that was not logged,
-    by the shares at the beginnings; else steps are taken to be of equal length."""
-    begun, clock_s, budget_s = run.series("train/progress"), run.series("time/training_s"), run.first_of("time_budget")
-    if number(budget_s) and np.isfinite(clock_s).all():
+    """Share of the budget used up at the end of each step; without a clock, steps count as equally long."""
+    clock_s, budget_s = run.series("time/training_s"), number(run.first_of("time_budget"))
+    if budget_s and np.isfinite(clock_s).all():
         return np.maximum.accumulate(clock_s / budget_s)
-    if not np.isfinite(begun).all():
-        return np.linspace(0, 1, len(begun) + 1)[1:]
-    return np.maximum.accumulate(np.append(begun[1:], 2 * begun[-1] - begun[-2]))
+    return np.linspace(0, 1, len(clock_s) + 1)[1:]
 
 
 def compute_tokens(run: Run) -> np.ndarray:
@@ -1352,8 +1348,8 @@ def compute_data_agreement(this: Run, other: Run) -> tuple[float, str | None]:
     Sums of token ids that agree at a token count mean the same rows up to there. Where they are not
     logged, the same data and context length must do, and it is said that this is assumed."""
     mine, theirs = this.curve, other.curve
+    counts = [np.round(1e6 * curve.tokens_m) for curve in (mine, theirs)]
     end = 1e6 * min(mine.tokens_m[-1], theirs.tokens_m[-1])
-    counts = (np.round(1e6 * c.tokens_m) for c in (mine, theirs))
     tokens, i, k = np.intersect1d(*counts, return_indices=True)
     apart = mine.data_sum[i] - theirs.data_sum[k]
     tokens, apart = tokens[np.isfinite(apart)], apart[np.isfinite(apart)]
@@ -1371,13 +1367,8 @@ def compute_data_agreement(this: Run, other: Run) -> tuple[float, str | None]:
 
 def compute_paired(this: Run, others: list[Run]) -> dict | None:
     """The difference in training loss on the same text, this run minus the mean of `others` (the
-    best and its replicates), in bpb, in NUM_WINDOWS windows and in one summary, the last
-    SUMMARY_WINDOWS as one. None where there is nothing to compare with.
-
-    `note` says why there is no pairing, or how far it goes. A window holds its end in millions of
-    tokens and in shares of the budget, the `difference` at equal tokens and `at_progress` at equal
-    progress, each with its standard error, and `is_repeat`: a later epoch, and so no loss on unseen
-    text."""
+    best and its replicates), in bpb: windows, and a summary of the last SUMMARY_WINDOWS. None
+    without others. `note` says why there is no pairing, or how far it goes."""
     if not others:
         return None
     paired = {"against": [run.name for run in others], "windows": [], "summary": None, "rates": []}
@@ -1415,7 +1406,8 @@ def common_blocks(curves: list[Curve], end: float) -> np.ndarray:
 
 
 def compute_windows(mine: Curve, theirs: list[Curve], blocks: np.ndarray, kappa: float) -> list[dict]:
-    """NUM_WINDOWS windows of equally many tokens."""
+    """NUM_WINDOWS windows of equally many tokens, each with its end in tokens and in shares of the
+    budget, and the difference at equal tokens and at equal progress, with their standard errors."""
     spans, middles = np.diff(blocks), (blocks[1:] + blocks[:-1]) / 2
     losses = [np.diff(np.interp(blocks, c.bounds, c.nats)) / spans for c in (mine, *theirs)]
     differences = losses[0] - np.mean(losses[1:], axis=0)
@@ -1600,16 +1592,20 @@ def compute_machine(this: Entry, earlier: list[Entry]) -> list[str]:
 
     Where a second run of the very same program is as slow, with no witness against the machine, it
     is the program."""
-    record, found = this.record, []
+    record = this.record
     if not is_timed(record) or not record.get("is_finished"):
         return []
+    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
+    return find_stalls(record) + find_slowness(this, timed)
+
+
+def find_stalls(record: dict) -> list[str]:
     pace, trained_s = record.get("pace") or {}, record.get("training_s") or 0.0
     share = STALLED_SHARE if record.get("gpu_name") else STALLED_SHARE_CPU
-    if pace.get("stalled_s", 0.0) > share * trained_s:
-        found.append(f"{pace['stalls']} step(s) took more than twice the median: "
-                     f"{pace['stalled_s']:.1f} of {trained_s:.0f} s lost")
-    timed = [e for e in earlier if is_timed(e.record) and does_same_work(this, e)]
-    return found + find_slowness(this, timed)
+    if pace.get("stalled_s", 0.0) <= share * trained_s:
+        return []
+    lost = f"{pace['stalled_s']:.1f} of {trained_s:.0f} s lost"
+    return [f"{pace['stalls']} step(s) took more than twice the median: {lost}"]
 
 
 def find_slowness(this: Entry, timed: list[Entry]) -> list[str]:
@@ -1620,12 +1616,12 @@ def find_slowness(this: Entry, timed: list[Entry]) -> list[str]:
     same = [e for e in timed if e.group == this.group]
     known = [e for e in same if e.is_valid]
     slower = step_ms / float(np.median([e.record["step_ms"] for e in known or peers]))
-    witnesses = compute_witnesses(this.record.get("pace") or {}, peers)
+    witnesses = find_witnesses(this.record.get("pace") or {}, peers)
     bar = SLOWER_ALIKE if witnesses else SLOWER_ALONE
-    if slower - 1 <= (SLOWER_SAME if known and this.record.get("gpu_name") else bar):  # a processor is never as steady
-        return []
+    if known and this.record.get("gpu_name"):  # a processor is never as steady
+        bar = SLOWER_SAME
     is_confirmed = any(abs(e.record["step_ms"] / step_ms - 1) < SLOWER_SAME for e in same)
-    if is_confirmed and not witnesses:
+    if slower - 1 <= bar or (is_confirmed and not witnesses):
         return []
     return ["; ".join([f"steps of {step_ms:.1f} ms, {slower:.2f} times what the same work took before", *witnesses])]
 
@@ -1635,29 +1631,30 @@ def is_timed(record: dict) -> bool:
     return bool(record.get("step_ms")) and (record.get("num_steps") or math.inf) >= 20
 
 
-def compute_witnesses(own: dict, peers: list[Entry]) -> list[str]:
+def find_witnesses(own: dict, peers: list[Entry]) -> list[str]:
     """What else than the step time speaks against the machine."""
-    found, usual = [], {}
+    usual = {}
     for key in ("startup_s", "load"):
         known = numbers((e.record.get("pace") or {}).get(key) for e in peers)
         usual[key] = float(np.nanmedian(known)) if np.isfinite(known).any() else math.inf
-    if (own.get("other_gpu_mb") or 0.0) > OTHER_GPU_MB:
-        found.append(f"another process held {own['other_gpu_mb']:.0f} MB of this GPU")
-    if (own.get("startup_s") or 0.0) > SLOW_START * usual["startup_s"]:
-        found.append(f"start-up took {own['startup_s']:.0f} s, usually {usual['startup_s']:.0f}")
-    if (own.get("load") or 0.0) > HIGH_LOAD + usual["load"]:
-        found.append(f"load {own['load']:.1f} a core, usually {usual['load']:.1f}")
+    other_mb, startup_s, load = (own.get(key) or 0.0 for key in ("other_gpu_mb", "startup_s", "load"))
+    found = []
+    if other_mb > OTHER_GPU_MB:
+        found.append(f"another process held {other_mb:.0f} MB of this GPU")
+    if startup_s > SLOW_START * usual["startup_s"]:
+        found.append(f"start-up took {startup_s:.0f} s, usually {usual['startup_s']:.0f}")
+    if load > HIGH_LOAD + usual["load"]:
+        found.append(f"load {load:.1f} a core, usually {usual['load']:.1f}")
     return found
 
 
 def compute_best_pace(this: Entry, best: Entry) -> float | None:
-    """By how much this run's steps are faster than the best's although the work is the same: then
-    it is the machine that has changed, and a gain is not the program's. None where they agree, or
-    do other work."""
+    """How many times as long the best's steps took for the same work: then it is the machine that has
+    changed, and a gain is not the program's. None where they agree, or do other work."""
     ours, theirs = this.record.get("step_ms"), best.record.get("step_ms")
     if not ours or not theirs or not does_same_work(this, best):
         return None
-    return theirs / ours - 1 if theirs / ours - 1 > SLOWER_ALIKE else None
+    return theirs / ours if theirs / ours - 1 > SLOWER_ALIKE else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1732,16 +1729,16 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
         if kind == "scalar RMS" and start is not None:  # it starts where the configuration says
             early[kind, name] = start
     found, lines = [], []
-    for key, value in late.items():
-        grown, apart = (ratio_of(key[0], value, table.get(key)) for table in (early, theirs))
-        alarm = name_alarm(key[0], value, grown)
+    for (kind, name), value in late.items():
+        before, best_value = early.get((kind, name)), theirs.get((kind, name))
+        grown, apart = ratio_of(kind, value, before), ratio_of(kind, value, best_value)
+        alarm = name_alarm(kind, value, grown)
         departure = max(apart, 1 / apart)
-        if key[0] == "scalar RMS" or alarm:
+        if kind == "scalar RMS" or alarm:
             departure = max(departure, grown, 1 / grown)
         if alarm or departure > APART:
-            others = f"early {show(early.get(key), '.3g')}, best {show(theirs.get(key), '.3g')}"
-            text = f"{key[0]} of {key[1]}: {value:.3g}{alarm} ({others})"
-            found.append((bool(alarm), departure, key[0], text))
+            others = f"early {show(before, '.3g')}, best {show(best_value, '.3g')}"
+            found.append((bool(alarm), departure, kind, f"{kind} of {name}: {value:.3g}{alarm} ({others})"))
     for _, _, kind, text in sorted(found, reverse=True):
         if sum(line.startswith(kind) for line in lines) < 2:
             lines.append(text)
@@ -1794,11 +1791,11 @@ def status_shown(e: Entry) -> str:
 
 def compute_lineage(entries: list[Entry], groups: dict[tuple, list[Entry]]) -> list[list]:
     """Name, mean and description of each program that was kept, in order."""
-    first: dict[tuple, Entry] = {}
+    lineage: dict[tuple, list] = {}
     for e in entries:
         if e.status == "keep" and e.is_valid:
-            first.setdefault(e.group, e)
-    return [[e.name, mean_bpb(groups[group]), e.description] for group, e in first.items()]
+            lineage.setdefault(e.group, [e.name, mean_bpb(groups[e.group]), e.description])
+    return list(lineage.values())
 
 
 def runs_since(entries: list[Entry], best: Best | None) -> int | None:
@@ -1889,20 +1886,19 @@ def is_unchanged(run: Run, best: Run, paired: dict, changes: dict, verdict: dict
     return max(differences) < max(GAIN_ERRORS * (verdict["standard_error"] or 0.0), ROUNDING)
 
 
-COSTS = {"total_tokens_M": "M tokens", "num_steps": "steps", "step_ms": "ms a step (median)", "peak_vram_mb": "MB",
-         "mfu_percent": "% MFU"}
+COSTS = {"M tokens": "total_tokens_M", "steps": "num_steps", "ms a step (median)": "step_ms", "MB": "peak_vram_mb",
+         "% MFU": "mfu_percent"}
 
 
 def compute_costs(runs: list[Run]) -> dict[str, float]:
-    """Unit to what these runs took in the mean; a profiled step by kind of kernel."""
-    costs: dict[str, list] = {}
+    """Unit to what these runs took in the mean, of what all of them say; a profiled step by kind of kernel."""
+    found = []
     for run in runs:
         s = run.summary | {"step_ms": run.step_ms}
-        values = {unit: s.get(key) for key, unit in COSTS.items()}
-        values |= {f"ms {kind}": ms for kind, ms in (s.get("profile") or {}).items() if kind != "step"}
-        for unit, value in values.items():
-            costs.setdefault(unit, []).append(number(value))
-    return {unit: float(np.mean(values)) for unit, values in costs.items() if None not in values}
+        profile = {f"ms {kind}": ms for kind, ms in (s.get("profile") or {}).items() if kind != "step"}
+        found.append({unit: s.get(key) for unit, key in COSTS.items()} | profile)
+    means = {unit: numbers(costs.get(unit) for costs in found).mean() for costs in found[:1] for unit in costs}
+    return {unit: float(mean) for unit, mean in means.items() if math.isfinite(mean)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1937,15 +1933,10 @@ def render_verdict(stats: dict) -> list[str]:
     lines = [f"**{v['kind'].upper()}**{what}: {render_comparison(stats)}."]
     lines += [f"- {clip(reason, 220)}" for reason in v["reasons"][:5]]
     lines += render_replicates(v)
-    effect = stats.get("effect")
-    if effect and effect["against"]:
-        came = render_difference(effect["difference"], effect["standard_error"])
-        lines.append(f"Built on {effect['against']}: {came} bpb against that one.")
     if v["kind"] in KINDS:
         lines.append(KINDS[v["kind"]].format(**v))
-    if effect and effect["standard_error"] and stats["expected"] is not None:
-        came = render_difference(effect["difference"], effect["standard_error"], ".4f")
-        lines.append(f"Expected {stats['expected']:+.4f}, came {came}.")
+    if stats.get("effect"):
+        lines += render_idea(stats["effect"], stats["expected"])
     lines += [f"Mind: {clip(remark, 220)}." for remark in find_remarks(stats)[:6]]
     is_known = v["kind"] not in ("baseline", "replicate") or not v["noise"].startswith("unknown")
     if v["kind"] not in ("crash", "stopped", "invalid", "hampered") and is_known:
@@ -1960,6 +1951,16 @@ def render_verdict(stats: dict) -> list[str]:
     return [*lines, decision]
 
 
+def render_idea(effect: dict, expected: float | None) -> list[str]:
+    """What an idea brought against another program than the best, and what its subject expected."""
+    lines, measured = [], (effect["difference"], effect["standard_error"])
+    if effect["against"]:
+        lines.append(f"Built on {effect['against']}: {render_difference(*measured)} bpb against that one.")
+    if expected is not None and effect["standard_error"]:
+        lines.append(f"Expected {expected:+.4f}, came {render_difference(*measured, '.4f')}.")
+    return lines
+
+
 def train_again(record: dict) -> str:
     """The command that trains this run's program once more, with its seed."""
     offset = record.get("seed_offset")
@@ -1969,12 +1970,13 @@ def train_again(record: dict) -> str:
 def find_remarks(stats: dict) -> list[str]:
     v, record = stats["verdict"], stats["record"]
     remarks = [*record.get("damage", [])]
+    times = f"{v.get('best_is_slower') or 1.0:.2g} times as long"
     if v.get("best_is_slower") and v["kind"] == "replicate":
-        remarks.append(f"this program took {1 + v['best_is_slower']:.2g} times as long a step before: if that run was "
-                       f"held up, write `invalid` as the status of {v['best']} in {RESULTS}")
+        remarks.append(f"this program took {times} a step before: if that run was held up, write `invalid` as the "
+                       f"status of {v['best']} in {RESULTS}")
     elif v.get("best_is_slower"):
-        remarks.append(f"the best's steps, of the same sizes, took {1 + v['best_is_slower']:.2g} times as long: unless "
-                       f"this code is why, the machine is faster now; then `{RERUN}` before you believe a gain")
+        remarks.append(f"the best's steps, of the same sizes, took {times}: unless this code is why, the machine is "
+                       f"faster now; then `{RERUN}` before you believe a gain")
     if v["undecided"]:
         remarks.append(f"lower, and not decided yet: {', '.join(v['undecided'][:3])}")
     if v["best"] and not v["best_is_kept"]:
@@ -2036,16 +2038,21 @@ def render_paired(paired: dict) -> list[str]:
     names = ", ".join(paired["against"][:3])
     if not paired["windows"]:
         return [f"No pairing with {names}: {paired['note']}."]
-    lines = [f"This run minus {names}: training loss on the same text, bpb, ± one standard error of the text.",
-             "| budget | M tokens | at equal tokens | at equal progress |", "|---|---|---|---|"]
+    rows = [["budget", "M tokens", "at equal tokens", "at equal progress"]]
     for w in paired["windows"]:
         mark = " ‡" * (not w["from_m"]) + " *" * w["is_repeat"] + " †" * w["are_rates_apart"]
-        equal = f"{w['difference']:+.5f}" + (f" ± {w['error']:.5f}" if w["from_m"] else "")
-        moved = "-" if w["at_progress"] is None else f"{w['at_progress']:+.5f} ± {w['at_progress_error']:.5f}"
-        lines.append(f"| {w['progress']:.0%}{mark} | {w['to_m']:.4g} | {equal} | {moved} |")
+        equal, moved = f"{w['difference']:+.5f}", "-"  # of the start no error is known
+        if w["from_m"]:
+            equal = render_difference(w["difference"], w["error"])
+        if w["at_progress"] is not None:
+            moved = render_difference(w["at_progress"], w["at_progress_error"])
+        rows.append([f"{w['progress']:.0%}{mark}", f"{w['to_m']:.4g}", equal, moved])
+    lines = [f"This run minus {names}: training loss on the same text, bpb, ± one standard error of the text."]
+    lines += render_table(rows)
     if s := paired["summary"]:
-        lines.append(f"From {s['from_m']:.4g} M tokens on, at equal progress: **{s['at_progress']:+.5f} ± "
-                     f"{s['at_progress_error']:.5f} bpb**; the ± leaves out what another seed would change.")
+        told = render_difference(s["at_progress"], s["at_progress_error"])
+        lines.append(f"From {s['from_m']:.4g} M tokens on, at equal progress: **{told} bpb**; "
+                     "the ± leaves out what another seed would change.")
     return lines + explain_marks(paired)
 
 
@@ -2169,13 +2176,12 @@ def render_compare(runs: list[Run], entries: list[Entry]) -> str:
     """Scores and the settings that differ, and the paired curve of each run against the first."""
     scores = {e.name: show(e.val_bpb) for e in entries}
     configs = [configuration(run.summary) for run in runs]
-    table = [["", *(run.name for run in runs)], ["---"] * (1 + len(runs))]
-    table.append(["val_bpb", *(scores.get(run.name, "no row") for run in runs)])
+    table = [["", *(run.name for run in runs)], ["val_bpb", *(scores.get(run.name, "no row") for run in runs)]]
     for key in {key: None for config in configs for key in config}:
         values = [clip(json.dumps(config.get(key)), 40) for config in configs]
         if len(set(values)) > 1:
             table.append([f"`{key}`", *values])
-    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines = render_table(table)
     for run in runs[1:]:
         paired = render_paired(compute_paired(run, runs[:1]))
         lines += ["", f"## {run.name} against {runs[0].name}", *paired]
@@ -2227,8 +2233,8 @@ def compute_effects(entries: list[Entry]) -> dict[str, dict]:
 def find_parent(e: Entry, valid: list[Entry]) -> Entry | None:
     """The first run of the program in the commit before. With modules train.py alone does not tell."""
     built_on = None if e.record.get("modules") else e.record.get("built_on")
-    others = [x for x in comparable(valid, e) if built_on and x.group != e.group]
-    return next((x for x in others if x.record.get("train_sha256") == built_on), None)
+    runs = [x for x in valid if built_on and x.record.get("train_sha256") == built_on]
+    return next((x for x in comparable(runs, e) if x.group != e.group), None)
 
 
 def render_difference(difference: float, error: float | None, form: str = ".5f") -> str:
@@ -2270,15 +2276,20 @@ def own_knobs(config: dict[str, list]) -> dict[str, list]:
     return knobs
 
 
+def changed_knobs(e: Entry, config: dict[str, list]) -> dict[str, str]:
+    """Knob to "before -> after". A run that changed none goes by its subject."""
+    knobs = own_knobs(config)
+    if not knobs:
+        return {clip(read_subject(e)[0], 60): "code"}
+    rest = f", one of {len(knobs)} changes" * (len(knobs) > 1)
+    return {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
+
+
 def render_effects(entries: list[Entry], limit: int | None = None) -> list[str]:
-    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched. A run
-    that changed no knob goes by its subject."""
+    """A line a knob, at most `limit`, those that matter most first; then the knobs untouched."""
     by_name, by_knob = {e.name: e for e in entries}, {}
     for name, effect in compute_effects(entries).items():
-        knobs = own_knobs(effect["config"])
-        rest = f", one of {len(knobs)} changes" * (len(knobs) > 1)
-        changes = {k: f"{json.dumps(old)} -> {json.dumps(new)}{rest}" for k, (old, new) in knobs.items()}
-        for knob, change in (changes or {clip(read_subject(by_name[name])[0], 60): "code"}).items():
+        for knob, change in changed_knobs(by_name[name], effect["config"]).items():
             by_knob.setdefault(knob, []).append(f"{change} {render_effect(effect)} in {name}")
     lines = [f"{knob}: {'; '.join(told)}" for knob, told in by_knob.items()]
     touched = {knob for e in entries for knob in own_knobs((e.stats.get("changes") or {}).get("config") or {})}
@@ -2337,16 +2348,15 @@ def render_gain(archive: Path, entries: list[Entry], h: dict) -> str:
         return f"{night}. No run is kept yet."
     if lineage[0][0] == best.name:
         return f"{night}. No gain over the first kept run."
-    first = next(e for e in entries if e.name == lineage[0][0])
-    base = compute_best(compute_groups(entries)[first.group])
-    won, sigma = base.mean - best.mean, compute_noise(entries).sigma
-    error = sigma and sigma * math.sqrt(1 / base.num_seeds + 1 / best.num_seeds)
-    told = [f"val_bpb went from {base.mean:.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} "
-            f"± {show(error)} (standard error) over the first kept run, {base.name}: {night}."]
+    groups, first = compute_groups(entries), next(e for e in entries if e.name == lineage[0][0])
+    base = groups[first.group]
+    gain = compare_groups(base, groups[best.group], compute_noise(entries))
+    won = gain["difference"]
+    told = [f"val_bpb went from {mean_bpb(base):.6f} to {best.mean:.6f} ({best.name}), a gain of {won:.6f} "
+            f"± {show(gain['standard_error'])} (standard error) over the first kept run, {first.name}: {night}."]
     if h["optimism"]:
-        told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: "
-                    f"{h['gain']:.6f} remain.")
-    told.append(render_audit(archive, base.names, best.names, won))
+        told.append(f"Chosen among equals, the best reads about {h['optimism']:.6f} too low: {h['gain']:.6f} remain.")
+    told.append(render_audit(archive, [e.name for e in base], best.names, won))
     return " ".join([*told, *render_kept(entries)])
 
 
@@ -2372,9 +2382,8 @@ def render_tried(entries: list[Entry], effects: dict[str, dict]) -> str:
 def render_report(book: Book, h: dict, archive: Path, pictures: Iterable[str]) -> str:
     """The morning page for a person: what was gained, by what, and all that was tried."""
     entries = book.entries
-    is_demo_night = any(e.record.get("demo") for e in entries)
     blocks = [
-        "# Report on the demo" if is_demo_night else "# Report",
+        "# Report" + " on the demo" * any(e.record.get("demo") for e in entries),
         render_gain(archive, entries, h),
         "![](progress.png)",
         "## Effects",
