@@ -1841,7 +1841,8 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         "adds_code": changes["lines_added"] > changes["lines_removed"] + FREE_LINES,
     }
     verdict = compute_verdict(this, [*earlier, this], facts)
-    if paired and is_unchanged(run, best_run, paired, changes, verdict):
+    twin = next((r for r in best_runs if r.summary.get("seed") == run.summary.get("seed")), None)
+    if twin and attempt(failed, "unchanged", is_unchanged, run, twin, changes, verdict):
         verdict = compute_verdict(this, [*earlier, this], facts | {"is_unchanged": True})
         # From now on another run of that program.
         this = replace(this, record=this.record | {"program": best.record.get("program")})
@@ -1871,10 +1872,11 @@ FREE_LINES = 3  # a program that is longer by no more than these has not become 
 ROUNDING = 1e-3
 
 
-def is_unchanged(run: Run, best: Run, paired: dict, changes: dict, verdict: dict) -> bool:
-    """Whether the edit changed nothing that can be seen: the same configuration, rates and first
-    ten losses but for rounding, and no difference beyond the noise in any window nor in the score
-    (averaged weights would show only there)."""
+def is_unchanged(run: Run, best: Run, changes: dict, verdict: dict) -> bool:
+    """Whether the edit changed nothing that can be seen, beside the best's run of the same seed: the
+    same configuration, rates and first ten losses but for rounding, and no difference beyond the
+    noise in any window nor in the score (averaged weights would show only there)."""
+    paired = compute_paired(run, [best])
     is_same = changes["is_config_known"] and not changes["config"] and paired["windows"]
     if not is_same or verdict.get("difference") is None or verdict["kind"] == "replicate":
         return False

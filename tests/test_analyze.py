@@ -1102,6 +1102,65 @@ def test_an_evaluation_that_failed_over_its_environment_and_is_scored_later_is_f
     assert load_run(name).summary["val_bpb"] == 0.97
 
 
+def test_two_failed_starts_of_one_id_are_both_kept(lab):
+    lab.baseline()
+    for content in ("one", "two"):
+        path = lab.archive / "unfiled" / "r1"
+        path.mkdir(parents=True)
+        (path / "run_start.json").write_text('{"run_id": "r1", "ended": "error: No space left on device"}')
+        (path / "checkpoint.pt").write_text(content)
+        assert "unfiled run r1 the environment failed" in lab.analyze()[1]
+    assert {p.parent.name: p.read_text() for p in (lab.archive / "failed").glob("*/checkpoint.pt")} == {
+        "r1": "one", "r1-2": "two"
+    }
+
+
+def test_an_evaluation_record_of_another_run_is_no_score(lab):
+    lab.baseline()
+    record = json.loads((lab.folder / "eval_record.json").read_text())
+    lab.commit("depth 9", variant(depth=9))
+    lab.crash("crash: RuntimeError: out of luck\n", make_records(300))
+    (lab.folder / "eval_record.json").write_text(json.dumps(record | {"run_id": "an older one"}))
+    (lab.folder / "run.log").unlink()
+    lab.analyze()
+    assert list(lab.rows()[1][1:4]) == ["0.000000", "0.0", "crash"]
+
+
+def test_a_status_edited_by_hand_outlives_the_table(lab):
+    name = lab.baseline()
+    table = lab.archive / "results.tsv"
+    table.write_text(table.read_text().replace("\tkeep\t", "\tinvalid\t"))
+    lab.analyze()
+    table.write_text("")
+    lab.analyze()
+    assert [(row[0], row[3]) for row in lab.rows()] == [(name, "invalid")]
+
+
+def test_a_whole_commit_names_its_run(lab):
+    name = lab.baseline()
+    whole = lab.git("rev-parse", "HEAD").strip()
+    assert load_run(whole).name == load_run(whole[:10]).name == name
+
+
+def test_what_a_kill_left_in_the_working_folder_goes(lab):
+    lab.baseline()
+    (lab.folder / ".tmp-123-train.py").write_text("half of it")
+    lab.analyze()
+    assert not (lab.folder / ".tmp-123-train.py").exists()
+
+
+@pytest.mark.parametrize("key", ["record", "verdict", "changes"])
+@pytest.mark.parametrize("value", ["x", 5, [1], True])
+def test_a_part_of_the_statistics_of_another_type_is_made_again(lab, key, value):
+    name = lab.baseline()
+    path = lab.archive / name / "stats.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert lab.analyze("status")[0] == 0
+    lab.analyze()
+    assert isinstance(json.loads(path.read_text())["verdict"], dict)
+    assert [tuple(row[:2]) for row in lab.rows()] == [(name, "0.998000")]
+
+
 def test_what_is_on_its_way_into_unfiled_is_left_alone(lab):
     lab.baseline()
     unfiled = lab.archive / "unfiled"

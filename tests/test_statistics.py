@@ -461,18 +461,21 @@ def test_over_fitting_is_called_that_when_the_text_repeats_and_the_gap_opens():
 
 def test_an_edit_that_changed_nothing_is_said_to_have_changed_nothing():
     this, best = make_run(), make_run("best")
-    changes, paired = {"config": {}, "is_config_known": True}, analyze.compute_paired(this, [best])
+    changes = {"config": {}, "is_config_known": True}
     verdict = {"kind": "not better", "difference": 0.0001, "standard_error": 0.001}
-    assert analyze.is_unchanged(this, best, paired, changes, verdict)
+    assert analyze.is_unchanged(this, best, changes, verdict)
     averaged = verdict | {"difference": -0.01}  # only the score differs, as with averaged weights
-    assert not analyze.is_unchanged(this, best, paired, changes, averaged)
-    assert not analyze.is_unchanged(this, best, paired, changes | {"config": {"depth": [8, 9]}}, verdict)
+    assert not analyze.is_unchanged(this, best, changes, averaged)
+    assert not analyze.is_unchanged(this, best, changes | {"config": {"depth": [8, 9]}}, verdict)
     rates = 0.05 + 0.95 * best.series("train/lr_multiplier")  # a schedule changed in the code
     warmer = make_run(**{"train/lr_multiplier": rates.tolist()})
-    assert not analyze.is_unchanged(warmer, best, paired, changes, verdict)
+    assert not analyze.is_unchanged(warmer, best, changes, verdict)
     entries = [entry("best", 0.99, "p", config={"depth": 8}), entry("this", 0.99, "q", "pending", config={"depth": 8})]
     stats = analyze.compute_stats(this, entries[1], entries, [best])
     assert stats["verdict"]["kind"] == "unchanged"
+    other = make_run("other", shift=0.03)
+    other.summary["seed"] = 43
+    assert analyze.compute_stats(this, entries[1], entries, [best, other])["verdict"]["kind"] == "unchanged"
     assert stats["record"]["program"] == "p"  # a replicate from now on
     assert analyze.compute_history([entries[0], analyze.Entry("this", "discard", "", stats["record"])])["lineage"] == [
         ["best", 0.99, ""]
