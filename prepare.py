@@ -988,7 +988,7 @@ def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> 
     stats, rows = {"params/names": []}, []
     for name, p in model.named_parameters():
         grad = torch.full_like(p, math.nan) if p.grad is None else p.grad
-        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (grad, p, p - before[name])]
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (grad, p, p - before.get(name, p))]
         rows.append(torch.stack(norms).double() / p.numel() ** 0.5)
         stats["params/names"].append(name.removeprefix("_orig_mod."))
         if p.dim() < 2 and p.numel() <= 64:
