@@ -3171,7 +3171,8 @@ def decided_run(names: list[str], folder: Path, book: Book) -> Entry:
         return found[0]
     listed = ", ".join(f"{e.name} (trained in {e.record.get('folder')})" for e in pending[-5:])
     raise ValueError(
-        f"which run? There is none in {folder} to decide on; pending: {listed or 'none'}; name the run you mean: `{FILE} keep RUN` or `discard RUN`"
+        f"which run? There is none in {folder} to decide on; pending: {listed or 'none'}; "
+        f"name the run you mean: `{FILE} keep RUN` or `discard RUN`"
     )
 
 

@@ -1365,8 +1365,11 @@ class Run:
         if profile := summary.get("profile"):
             profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
         # Not synced: that takes seconds, and the score is to come.
-        with open_atomic(Path(CHECKPOINT_FILE), is_synced=False) as file:
-            torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, file)
+        try:
+            with open_atomic(Path(CHECKPOINT_FILE), is_synced=False) as file:
+                torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, file)
+        except RuntimeError as e:  # torch's word for a full disk
+            raise SetupError(f"{CHECKPOINT_FILE} could not be written ({str(e)[:100]}): make room") from e
         return summary
 
     def load_checkpoint(self, model: torch.nn.Module) -> dict:
