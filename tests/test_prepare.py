@@ -799,7 +799,7 @@ def test_a_full_disk_while_the_checkpoint_is_written_leaves_no_half_of_it(work, 
     run.start_training(torch.device("cpu"), {})
     run.step_ms, run.clock.seconds = [1.0], 1.0
     monkeypatch.setattr(torch, "save", lambda *_: exec("raise RuntimeError('unexpected pos 64 vs 0')"))
-    with pytest.raises(RuntimeError, match="unexpected pos"):  # analyze.py knows it as the machine's fault
+    with pytest.raises(prepare.SetupError, match=r"could not be written \(unexpected pos 64 vs 0\): make room"):
         run.end_training(nn.Linear(2, 2))
     assert not list(work.glob("*checkpoint*"))
 
