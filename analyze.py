@@ -233,10 +233,10 @@ def read_json(path: Path | None, damage: list[str] | None = None) -> dict:
 
 def drop_misfits(value: dict, path: Path, damage: list[str]) -> None:
     """Take out fields that are not of their FIELD_TYPES; a record's own too."""
-    for key, kind in FIELD_TYPES.items():
-        if not isinstance(value.get(key), kind | None):
+    for key in [key for key in value if key in FIELD_TYPES]:
+        if value[key] is not None and not isinstance(value[key], FIELD_TYPES[key]):
             damage.append(f"{path.name}: {key} is {clip(repr(value.pop(key)), 40)}, taken for missing")
-    if "record" in value:
+    if value.get("record"):
         drop_misfits(value["record"], path, damage)
 
 
@@ -379,6 +379,11 @@ class Run:
         """Its loss by tokens, taken once for all that need it."""
         return compute_curve(self)
 
+    @cached_property
+    def looks(self) -> list[dict[tuple[str, str], float]]:
+        """What was seen of its layers and parameters, one a step that looked, taken once as well."""
+        return [look for record in self.records if (look := look_at(record))]
+
     def series(self, key: str) -> np.ndarray:
         """One metric over the steps, float, NaN where a step lacks it."""
         return numbers(r.get(key) for r in self.records)
@@ -439,9 +444,11 @@ def load_folder(
     damage = [*damage]
     own = {file: folder / file for file in files if (folder / file).exists()}
     start, summary, evaluation = (read_json(own.get(file), damage) for file in (START, SUMMARY, EVAL))
-    if None not in (ids := (start.get("run_id"), evaluation.get("run_id"))) and ids[0] != ids[1]:
-        damage.append(f"{EVAL} is of run {ids[1]}, not of {ids[0]}: left out")
-        evaluation, _ = {}, own.pop(EVAL)
+    run_id, scored_id = start.get("run_id"), evaluation.get("run_id")
+    if run_id is not None and scored_id is not None and run_id != scored_id:
+        damage.append(f"{EVAL} is of run {scored_id}, not of {run_id}: left out")
+        evaluation = {}
+        del own[EVAL]
     log = read_log(own.get(LOG))
     if not summary and (summary := parse_closing_block(log)):  # a program that writes none, or one that was lost
         damage.append(f"{SUMMARY} is missing: the closing block of {LOG} stands in")
@@ -579,13 +586,7 @@ def read_rows(archive: Path, runs: dict[str, Entry], problems: list[str]) -> dic
         name, *cells = [cell.strip() for cell in line.split("\t", 4)]
         if name.strip("\0") in ("", "commit"):
             continue
-        faults = {
-            f"{1 + len(cells)} columns where five are due": len(cells) < 4,
-            f"no archived run {name}": name not in runs,
-            f"a second row of {name}": name in found,
-            f"a status that is none of {', '.join(STATUSES)}": len(cells) == 4 and cells[2] not in STATUSES,
-        }
-        if fault := next((what for what, is_so in faults.items() if is_so), None):
+        if fault := row_fault(name, cells, runs, found):
             problems.append(f"{RESULTS} line {i}: {clip(fault, 100)}: not counted")
             continue
         e = replace(runs[name], status=cells[2], description=one_line(cells[3]), cell=cells[3])
@@ -593,6 +594,17 @@ def read_rows(archive: Path, runs: dict[str, Entry], problems: list[str]) -> dic
             problems.append(f"{RESULTS} line {i}: {cells[0]} is not what {name} scored: {e.val_bpb:.6f} counts")
         found[name] = e
     return found
+
+
+def row_fault(name: str, cells: list[str], runs: dict[str, Entry], found: dict[str, Entry]) -> str | None:
+    """Why a line is not the one row of an archived run."""
+    if len(cells) < 4:
+        return f"{1 + len(cells)} columns where five are due"
+    if name not in runs:
+        return f"no archived run {name}"
+    if name in found:
+        return f"a second row of {name}"
+    return None if cells[2] in STATUSES else f"a status that is none of {', '.join(STATUSES)}"
 
 
 def load_book(archive: Path) -> Book:
@@ -1695,17 +1707,12 @@ def look_at(record: dict) -> dict[tuple[str, str], float]:
     return found
 
 
-def looks_of(run: Run) -> list[dict[tuple[str, str], float]]:
-    return [look for record in run.records if (look := look_at(record))]
-
-
 def layer_table(run: Run, share: float) -> dict[tuple[str, str], float]:
     """(Kind, name) to what was seen at this share of the looks: the median over a tenth of them
     around it, as one look is at one batch."""
-    looks = looks_of(run)
-    middle, half = int(share * (len(looks) - 1)), len(looks) // 20
+    middle, half = int(share * (len(run.looks) - 1)), len(run.looks) // 20
     found: dict[tuple[str, str], list[float]] = {}
-    for look in looks[max(middle - half, 0) : middle + half + 1]:
+    for look in run.looks[max(middle - half, 0) : middle + half + 1]:
         for key, value in look.items():
             found.setdefault(key, []).append(value)
     table = {key: float(np.median(values)) for key, values in found.items()}
@@ -1876,16 +1883,16 @@ def is_unchanged(run: Run, best: Run, changes: dict, verdict: dict) -> bool:
     """Whether the edit changed nothing that can be seen, beside the best's run of the same seed: the
     same configuration, rates and first ten losses but for rounding, and no difference beyond the
     noise in any window nor in the score (averaged weights would show only there)."""
-    paired = compute_paired(run, [best])
-    is_same = changes["is_config_known"] and not changes["config"] and paired["windows"]
+    is_same = changes["is_config_known"] and not changes["config"]
     if not is_same or verdict.get("difference") is None or verdict["kind"] == "replicate":
         return False
     losses = [r.series("train/loss")[:10] for r in (run, best)]
     rates = [r.series("train/lr_multiplier").mean() for r in (run, best)]  # a schedule changed in the code
     if not np.allclose(*losses, rtol=ROUNDING, atol=0.0) or not np.allclose(*rates, rtol=0.005, atol=0.0):
         return False
-    differences = [abs(w["difference"]) for w in paired["windows"]] + [abs(verdict["difference"])]
-    return max(differences) < max(GAIN_ERRORS * (verdict["standard_error"] or 0.0), ROUNDING)
+    windows = compute_paired(run, [best])["windows"]
+    differences = [abs(w["difference"]) for w in windows] + [abs(verdict["difference"])]
+    return bool(windows) and max(differences) < max(GAIN_ERRORS * (verdict["standard_error"] or 0.0), ROUNDING)
 
 
 COSTS = {"M tokens": "total_tokens_M", "steps": "num_steps", "ms a step (median)": "step_ms", "MB": "peak_vram_mb",
@@ -2219,9 +2226,12 @@ def compute_effects(entries: list[Entry]) -> dict[str, dict]:
     where agents share an archive, another may have found a better one meanwhile, and it is named in `against`."""
     groups, noise, effects = compute_groups(entries), compute_noise(entries), {}
     valid = {e.name: e for e in entries if e.is_valid}
+    by_program: dict[str | None, list[Entry]] = {}
+    for e in valid.values():
+        by_program.setdefault(e.record.get("train_sha256"), []).append(e)
     for e in [group[0] for group in groups.values()]:
         best = valid.get(verdict_of(e).get("best"))
-        base = find_parent(e, list(valid.values())) or best
+        base = find_parent(e, by_program) or best
         if verdict_of(e).get("kind") not in TRIED or base is None:
             continue
         effect = compare_groups(groups[e.group], groups[base.group], noise)
@@ -2232,10 +2242,10 @@ def compute_effects(entries: list[Entry]) -> dict[str, dict]:
     return dict(sorted(effects.items(), key=lambda item: (not item[1]["is_outside"], item[1]["difference"])))
 
 
-def find_parent(e: Entry, valid: list[Entry]) -> Entry | None:
+def find_parent(e: Entry, by_program: dict[str | None, list[Entry]]) -> Entry | None:
     """The first run of the program in the commit before. With modules train.py alone does not tell."""
     built_on = None if e.record.get("modules") else e.record.get("built_on")
-    runs = [x for x in valid if built_on and x.record.get("train_sha256") == built_on]
+    runs = by_program.get(built_on, []) if built_on else []
     return next((x for x in comparable(runs, e) if x.group != e.group), None)
 
 
@@ -2537,10 +2547,9 @@ def draw_schedule_and_machine(run: Run, best: Run | None) -> Figure | None:
 
 def draw_layers(run: Run, best: Run | None) -> Figure | None:
     """Two heat maps, over the run and beside the best's late state. None without layers."""
-    mine = looks_of(run)
-    if not mine:
+    if not run.looks:
         return None
-    theirs = looks_of(best) if best else []
+    mine, theirs = run.looks, best.looks if best else []
     figure = new_figure(f"{run.name}: layers", run.start, height=10, left=0.14, wspace=0.45)
     for axes, kind in zip(figure.subplots(1, 2), ("output RMS", "update/weight"), strict=True):
         axes.set_title(f"{kind}, log10" + f"; right of the gap, the best at {LATE:.0%}" * bool(theirs))
@@ -2767,10 +2776,16 @@ def mend_table(archive: Path) -> Book:
     """The books, and results.tsv as they have it."""
     book = load_book(archive)
     for e in book.entries:
-        if e.stats and e.status != filing_status(e.record):  # edited by hand: should the table be lost, it stays so
-            write_json(archive / e.name / STATS, e.stats | {"record": e.record | {"status": e.status}})
+        if e.status != filing_status(e.record):  # edited by hand
+            remember_status(archive, e, e.status)
     save_table(archive, book.entries)
     return book
+
+
+def remember_status(archive: Path, e: Entry, status: str) -> None:
+    """In the run's folder, from which a lost row is made again."""
+    if e.stats:
+        write_json(archive / e.name / STATS, e.stats | {"record": e.stats["record"] | {"status": status}})
 
 
 def find_unfiled(archive: Path, told: list[str]) -> list[Run]:
@@ -3161,12 +3176,12 @@ def decided_run(names: list[str], folder: Path, book: Book) -> Entry:
     has yet to decide."""
     if names:
         return book.entry(resolve_name(names[0], [e.name for e in book.entries]))
+    if runs := find_outputs(folder):
+        if filed := book.find(runs[-1]):
+            return filed
+        raise ValueError(f"the run in {folder} is not filed yet: `{FILE}`")
     pending = [e for e in book.entries if e.status == "pending"]
     found = [e for e in pending if e.record.get("folder") == str(folder)]
-    if runs := find_outputs(folder):
-        found = [e for e in [book.find(runs[-1])] if e]
-        if not found:
-            raise ValueError(f"the run in {folder} is not filed yet: `{FILE}`")
     if len(found) == 1:
         return found[0]
     listed = ", ".join(f"{e.name} (trained in {e.record.get('folder')})" for e in pending[-5:])
@@ -3178,8 +3193,7 @@ def decided_run(names: list[str], folder: Path, book: Book) -> Entry:
 
 def set_status(archive: Path, book: Book, this: Entry, status: str) -> None:
     """In the run's folder, from which a lost row is made again, and in its row."""
-    if this.stats:
-        write_json(archive / this.name / STATS, this.stats | {"record": this.stats["record"] | {"status": status}})
+    remember_status(archive, this, status)
     save_table(archive, [replace(e, status=status) if e is this else e for e in book.entries])
     write_pages(archive)
 

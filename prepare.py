@@ -356,7 +356,8 @@ def read_txt(stream: io.BufferedReader) -> str:
     is_utf16 = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     text = io.TextIOWrapper(stream, "utf-16" if is_utf16 else "utf-8-sig").read()
     if "\0" in text:
-        raise UnicodeError(f"a NUL in line {text[: text.index(chr(0))].count(chr(10)) + 1}")
+        line = text.partition("\0")[0].count("\n") + 1
+        raise UnicodeError(f"a NUL in line {line}")
     return text
 
 
@@ -987,7 +988,7 @@ def parameter_stats(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> 
     before it. Short vectors are also given whole, as `scalars/NAME`."""
     stats, rows = {"params/names": []}, []
     for name, p in model.named_parameters():
-        grad = torch.full_like(p, math.nan) if p.grad is None else p.grad
+        grad = p.new_full((), math.nan) if p.grad is None else p.grad
         norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (grad, p, p - before.get(name, p))]
         rows.append(torch.stack(norms).double() / p.numel() ** 0.5)
         stats["params/names"].append(name.removeprefix("_orig_mod."))
@@ -1368,7 +1369,9 @@ class Run:
         try:
             with open_atomic(Path(CHECKPOINT_FILE), is_synced=False) as file:
                 torch.save({"model": model.state_dict(), "summary": finite_json(summary)}, file)
-        except RuntimeError as e:  # torch's word for a full disk
+        except RuntimeError as e:
+            if "unexpected pos" not in str(e):  # torch's word for a full disk
+                raise
             raise SetupError(f"{CHECKPOINT_FILE} could not be written ({str(e)[:100]}): make room") from e
         return summary
 
@@ -1889,6 +1892,21 @@ def prepare(source: Path | None, num_shards: int, download_workers: int, text_ke
     return encode_source(CLIMBMIX, {path.name: path for path in sorted(DATA_DIR.glob("shard_*.parquet"))})
 
 
+def print_warnings(manifest: dict) -> None:
+    """What was left out of the text, and how often the score repeats itself."""
+    shards, val = manifest["shards"].values(), num_tokens(manifest, "val")
+    if num_bad := sum(shard["bad"] for shard in shards):
+        num_lines = num_bad + sum(shard[split]["documents"] for shard in shards for split in SPLITS)
+        first = next(line for shard in shards for line in shard["first_bad"])
+        print(f"warning: {num_bad:,} of {num_lines:,} lines were left out; the first: {first}", file=sys.stderr)
+    if (times := EVAL_TOKENS / val) > 1:
+        there = f"{EVAL_TOKENS:,} validation tokens are scored, and there are {val:,}"
+        effect = f"each counts about {times:.0f} times, and small differences mean little"
+        mb = sum(shard["size"] for shard in shards) / 1e6
+        wanted = f"{times:.0f} times as much text (now {mb:.3g} MB)"
+        print(f"warning: {there}: {effect}. Wanted: {wanted}", file=sys.stderr)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch or bring text, train the tokenizer, encode every token once.")
     parser.add_argument("--source", type=Path, help=f"your own text: a file or folder of {', '.join(SOURCE_SUFFIXES)}")
@@ -1912,18 +1930,9 @@ def main() -> int:
         sys.stdout.flush()
         print("\nerror: interrupted; call again to go on from here", file=sys.stderr, flush=True)
         os._exit(130)  # an ordinary exit would wait for download threads
-    shards, train, val = manifest["shards"].values(), num_tokens(manifest, "train"), num_tokens(manifest, "val")
-    if num_bad := sum(shard["bad"] for shard in shards):
-        num_lines = num_bad + sum(shard[split]["documents"] for shard in shards for split in SPLITS)
-        first = next(line for shard in shards for line in shard["first_bad"])
-        print(f"warning: {num_bad:,} of {num_lines:,} lines were left out; the first: {first}", file=sys.stderr)
-    if (times := EVAL_TOKENS / val) > 1:
-        there = f"{EVAL_TOKENS:,} validation tokens are scored, and there are {val:,}"
-        effect = f"each counts about {times:.0f} times, and small differences mean little"
-        mb = sum(shard["size"] for shard in shards) / 1e6
-        wanted = f"{times:.0f} times as much text (now {mb:.3g} MB)"
-        print(f"warning: {there}: {effect}. Wanted: {wanted}", file=sys.stderr)
+    print_warnings(manifest)
     print(f"ready: {CACHE_DIR} holds {manifest['source']}, fingerprint {manifest['fingerprint']}")
+    train, val = (num_tokens(manifest, split) for split in SPLITS)
     print(f"       {train:,} training tokens, {val:,} validation tokens")
     return 0
 
