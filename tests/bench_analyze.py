@@ -124,12 +124,13 @@ def make_archive(folder: Path, num_runs: int, num_steps: int) -> str:
             (run_folder / "run_summary.json").unlink()
             (run_folder / "run.log").write_text("crash: the loss is NaN at step 999, loss nan\n")
         origin = analyze.Origin(name, description="baseline" if i == 0 else idea)
-        record = analyze.compute_record(analyze.load_folder(run_folder, name), {}, origin) | {"folder": str(folder)}
+        status = "crash" if is_crash else "keep" if gain or i == 0 else "discard"
+        record = analyze.compute_record(analyze.load_folder(run_folder, name), {}, origin)
+        record |= {"folder": str(folder), "status": status}  # as a decision leaves it there
         # As large as a real one: what grows with the archive is the reading of these.
         filler = {"filler": [{"step": k, "value": k / 7} for k in range(150)]}
         (run_folder / "analysis.md").write_text(f"# {name}\n\n{analyze.NOTES_HEADING}\n")
         (run_folder / "stats.json").write_text(json.dumps(analyze.plain({"record": record, "verdict": {}} | filler)))
-        status = "crash" if is_crash else "keep" if gain or i == 0 else "discard"
         rows.append(analyze.format_row(analyze.Entry(name, status, record["description"], record)))
     (archive / "results.tsv").write_text(analyze.HEADER + "\n" + "".join(rows))
     return commit.strip()
