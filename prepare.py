@@ -74,7 +74,16 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # a torch without CUDA: the kernels below cannot be called, and are not
     triton, tl = None, SimpleNamespace(constexpr=None)
+try:  # experimental: another Triton does without
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+except ImportError:
+    gluon, gl = None, SimpleNamespace(constexpr=None)
 jit = triton.jit if triton else lambda function: function
+gluon_jit = gluon.jit if gluon else jit
 
 # pyarrow, requests and rustbpe are imported where they are used: every run imports this file.
 
@@ -1457,7 +1466,9 @@ def describe_error(error: BaseException) -> str:
 #
 # The MLP is relu(h)^2 W_out^T with h = x W_in^T. The square is taken while a tile of h is in
 # registers, and so is its derivative, 2 relu(h) = 2 sqrt(post): that saves five passes over the
-# largest activation.
+# largest activation. Up to a width of 512 each multiprocessor keeps 128 rows of the weights in its
+# shared memory, one warp loads rows of x, and two groups of four take turns, one multiplying while the
+# other squares and stores.
 #
 # The loss is the cross-entropy of z = c tanh(h / c), h = x W^T. With s = (1 - tanh(h / c)) / 2,
 # z - c = -2 c s lies in [-2c, 0], so that the sum of exponentials needs no maximum, and
@@ -1467,6 +1478,7 @@ def describe_error(error: BaseException) -> str:
 
 Tensor = torch.Tensor
 ATTENTION_TILE, MLP_TILE, MLP_TILE_K = 64, 128, 64
+STRIP_TILE, MAX_STRIP_WIDTH = (64, 128, 64), 512  # that much of b, with a's ring, fills the shared memory
 LOG2_E = 1.4426950408889634
 MAX_FUSED_VOCAB = 2**15  # a row of logits has to fit into registers
 MAX_FUSED_CAP = 40.0  # exp(-2 cap), the least that a logit can add to the sum, has to be a number in fp32
@@ -1494,13 +1506,16 @@ def _can_fuse(x: Tensor, *linears: torch.nn.Module) -> bool:
     return x.numel() > 0 and _is_bf16_on_gpu(x) and are_linear and not have_hooks
 
 
-def _tiles(t: Tensor, rows: int, cols: int) -> object:
+def _tiles(t: Tensor, rows: int, cols: int, is_gluon: bool = False) -> object:
     """A matrix, or (B, T, heads, D) as (B T, heads D), in tiles for Hopper's copy engine; copied
     where the engine cannot read it as it lies. What sticks out at the edges is zero."""
     matrix = t if t.dim() == 2 else t.flatten(2).flatten(0, 1)
     is_apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.size(1)
     if not is_apart or (matrix.stride(0) * matrix.element_size()) % 16 or matrix.data_ptr() % 16:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
+    if is_gluon:
+        layout = gl.NVMMASharedLayout.get_default_for([rows, cols], gl.bfloat16)
+        return GluonDescriptor.from_tensor(matrix, [rows, cols], layout)
     return TensorDescriptor.from_tensor(matrix, [rows, cols])
 
 
@@ -1694,10 +1709,122 @@ def _relu2_product(
     out_tiles.store([m, n], product.to(tl.bfloat16))
 
 
+@gluon_jit
+def _barriers(num: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [num, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(num):
+        mbarrier.init(barriers.index(i), count=1)
+    return barriers
+
+
+@gluon_jit
+def _load_strip(a, b, post, shared, barriers, where, IS_BACKWARD: gl.constexpr):
+    """One warp: the strip of b, then a's tiles in turn, chunk by chunk, and after each the post that goes with it."""
+    a_ring, strip, outs = shared
+    n, first, step, num = where
+    loaded, used, has_post, stored, has_strip = barriers
+    STAGES: gl.constexpr = a_ring.shape[0]
+    CHUNKS: gl.constexpr = strip.shape[0]
+    WIDTH: gl.constexpr = a_ring.shape[2]
+    mbarrier.expect(has_strip.index(0), CHUNKS * strip.shape[1] * WIDTH * 2)
+    for k in range(CHUNKS):
+        tma.async_copy_global_to_shared(b, [n, k * WIDTH], has_strip.index(0), strip.index(k))
+    for t in range(num):
+        m, side = (first + t * step) * a_ring.shape[1], t % 2
+        for k in range(CHUNKS):
+            i = t * CHUNKS + k
+            stage = i % STAGES
+            mbarrier.wait(used.index(stage), i // STAGES & 1 ^ 1)
+            mbarrier.expect(loaded.index(stage), a_ring.shape[1] * WIDTH * 2)
+            tma.async_copy_global_to_shared(a, [m, k * WIDTH], loaded.index(stage), a_ring.index(stage))
+        if IS_BACKWARD:
+            mbarrier.wait(stored.index(side), t // 2 & 1 ^ 1)
+            mbarrier.expect(has_post.index(side), outs.shape[1] * outs.shape[2] * 2)
+            tma.async_copy_global_to_shared(post, [m, n], has_post.index(side), outs.index(side))
+
+
+@gluon_jit
+def _multiply_strip(SIDE: gl.constexpr, out, turns, shared, barriers, where, IS_BACKWARD: gl.constexpr):
+    """Four warps, every second tile: they multiply while the other four finish and store theirs."""
+    a_ring, strip, outs = shared
+    n, first, step, num = where
+    loaded, used, has_post, stored, has_strip = barriers
+    STAGES: gl.constexpr = a_ring.shape[0]
+    CHUNKS: gl.constexpr = strip.shape[0]
+    ROWS: gl.constexpr = outs.shape[1]
+    COLS: gl.constexpr = outs.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    out_tile = outs.index(SIDE)
+    mbarrier.wait(has_strip.index(0), 0)
+    for t in range(SIDE, num, 2):
+        product = gl.zeros((ROWS, COLS), gl.float32, layout)
+        mbarrier.wait(turns.index(SIDE), t // 2 & 1 ^ 1 - SIDE)
+        for i in range(t * CHUNKS, (t + 1) * CHUNKS):
+            mbarrier.wait(loaded.index(i % STAGES), i // STAGES & 1)
+            chunk = strip.index(i % CHUNKS).permute((1, 0))
+            product = hopper.warpgroup_mma(a_ring.index(i % STAGES), chunk, product, is_async=True)
+            product = hopper.warpgroup_mma_wait(1, deps=(product,))
+            mbarrier.arrive(used.index((i - 1) % STAGES), pred=i > t * CHUNKS)
+        mbarrier.arrive(turns.index(1 - SIDE))
+        product = hopper.warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(used.index(((t + 1) * CHUNKS - 1) % STAGES))
+        product = product.to(gl.bfloat16).to(gl.float32)
+        if IS_BACKWARD:
+            mbarrier.wait(has_post.index(SIDE), t // 2 & 1)
+            product *= 2 * gl.sqrt(out_tile.load(layout).to(gl.float32))
+        else:
+            product = gl.maximum(product, 0.0)
+            product *= product
+            tma.store_wait(0)
+        out_tile.store(product.to(gl.bfloat16))
+        hopper.fence_async_shared()
+        tma.async_copy_shared_to_global(out, [(first + t * step) * ROWS, n], out_tile)
+        if IS_BACKWARD:
+            tma.store_wait(0)
+            mbarrier.arrive(stored.index(SIDE))
+    tma.store_wait(0)
+
+
+@gluon_jit
+def _relu2_strip(
+    a, b, out, post, num_tiles, step, IS_BACKWARD: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """What `_relu2_product` computes, for a strip of out's columns and every `step`-th tile of its rows."""
+    a_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, a.block_shape[0], a.block_shape[1]], a.layout)
+    strip = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, b.block_shape[0], b.block_shape[1]], b.layout)
+    outs = gl.allocate_shared_memory(gl.bfloat16, [2, out.block_shape[0], out.block_shape[1]], out.layout)
+    barriers = (_barriers(STAGES), _barriers(STAGES), _barriers(2), _barriers(2), _barriers(1))
+    first, n = gl.program_id(0) % step, gl.program_id(0) // step * out.block_shape[1]
+    num = (num_tiles - first + step - 1) // step
+    turns = _barriers(2)
+    hopper.fence_async_shared()
+    shared = (a_ring, strip, outs)
+    where = (n, first, step, num)
+    gl.warp_specialize(
+        [
+            (_multiply_strip, (0, out, turns, shared, barriers, where, IS_BACKWARD)),
+            (_multiply_strip, (1, out, turns, shared, barriers, where, IS_BACKWARD)),
+            (_load_strip, (a, b, post, shared, barriers, where, IS_BACKWARD)),
+        ],
+        [4, 1],
+        [200, 40],
+    )
+
+
 @torch.library.custom_op("auto_log_research::relu2_product", mutates_args=())
 def _multiply_relu2(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     (M, K), N = a.shape, b.size(0)
     out = a.new_empty(M, N)
+    if K <= MAX_STRIP_WIDTH and gluon and a.is_cuda:
+        rows, cols, width = STRIP_TILE
+        num_tiles, num_strips = triton.cdiv(M, rows), triton.cdiv(N, cols)
+        num_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
+        step = max(1, min(num_sms // num_strips, num_tiles))
+        shaped = ((a, rows, width), (b, cols, width), (out, rows, cols), (out if post is None else post, rows, cols))
+        tiles = [_tiles(*t, is_gluon=True) for t in shaped]
+        sizes = [num_tiles, step, post is not None, triton.cdiv(K, width), 8]
+        _relu2_strip[(num_strips * step,)](*tiles, *sizes, num_warps=4)
+        return out
     a_tiles, b_tiles = (_tiles(t, MLP_TILE, MLP_TILE_K) for t in (a, b))
     out_tiles, post_tiles = (_tiles(t, MLP_TILE, MLP_TILE) for t in (out, out if post is None else post))
     grid = (triton.cdiv(N, MLP_TILE), triton.cdiv(M, MLP_TILE))

@@ -137,6 +137,7 @@ def bench_parts() -> None:
     parts = {
         "a mask for the windows": [(prepare, "can_attend_window", lambda *sizes: False)],
         "plain MLP": [(train, "relu2_mlp", lambda x, c_in, c_out: c_out(c_in(x).relu().square()))],
+        "the MLP's product in tiles": [(prepare, "MAX_STRIP_WIDTH", 0)],
         "plain soft cap and loss": [(prepare, "MAX_FUSED_VOCAB", 0)],
         "norm and rotation apart from attention": [(prepare, "window_attention", turn_apart)],
         "queries and keys by two products": [(train, "project", project_apart)],

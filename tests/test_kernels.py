@@ -171,9 +171,12 @@ def plain_mlp(x, w_in, w_out):
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize(
-    ("rows", "width", "hidden", "out"), [(512, 128, 512, 128), (300, 72, 200, 72), (1, 8, 8, 8), (64, 64, 128, 32)]
+    ("rows", "width", "hidden", "out"),
+    [(512, 128, 512, 128), (300, 72, 200, 72), (1, 8, 8, 8), (64, 64, 128, 32), (20_000, 512, 2048, 512)],
 )
-def test_the_mlp_kernel_is_the_plain_mlp(rows, width, hidden, out):
+@pytest.mark.parametrize("strip_width", [512, 0])
+def test_the_mlp_kernels_are_the_plain_mlp(monkeypatch, rows, width, hidden, out, strip_width):
+    monkeypatch.setattr(prepare, "MAX_STRIP_WIDTH", strip_width)  # wider rows go to the other kernel
     c_in, c_out = linear(hidden, width, 1), linear(out, hidden, 2)
     prepare.kernels_used.clear()
     errors = relative_errors(
