@@ -8,7 +8,8 @@ Called again, it goes on where it was interrupted, adds what is new, makes anew 
 Settings: AUTORESEARCH_CACHE (default ~/.cache/autoresearch; the demo uses its folder demo/),
 HF_ENDPOINT (a mirror), AUTORESEARCH_TIME_BUDGET (demo only). In the cache: data/ (shards),
 tokenizer/tokenizer.json, manifest.json (what is complete, with checksums), and
-tokens/{train,val}/NAME.bin (uint16) and .npz (where documents begin).
+tokens/{train,val}/NAME.bin (uint16) and .npz (where documents begin); bytecode/, if Python may
+not keep what it compiles where it belongs.
 
 What train.py imports, for B rows of T tokens:
 
@@ -42,6 +43,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -62,6 +64,22 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, TextIO
+
+CACHE_DIR = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+
+
+def keep_bytecode() -> None:
+    """Let Python keep in the cache what it makes of the sources it imports, where it may not keep
+    that beside them. To compile torch's anew takes several seconds of each start."""
+    folder = Path(importlib.util.find_spec("torch").origin).parent
+    is_kept = Path(importlib.util.cache_from_source(str(folder / "__init__.py"))).exists()
+    if not is_kept and (sys.dont_write_bytecode or not os.access(folder, os.W_OK)):
+        sys.dont_write_bytecode, sys.pycache_prefix = False, str(CACHE_DIR.absolute() / "bytecode")
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix  # for the compiler's processes
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+keep_bytecode()
 
 import numpy as np
 import tiktoken
@@ -139,7 +157,6 @@ VAL_FILENAME = f"shard_{MAX_SHARD:05d}.parquet"
 HELD_OUT_SHARE = 0.05  # of the documents of a source that brings no validation shard
 SPLITS = ("train", "val")
 
-CACHE_DIR = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 CACHE_DIR = CACHE_DIR / "demo" if DEMO else CACHE_DIR
 DATA_DIR = CACHE_DIR / "data"
 TOKENIZER_DIR = CACHE_DIR / "tokenizer"

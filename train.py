@@ -34,16 +34,17 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run begins, an interrupt is nothing to talk about
     gc.disable()  # a tenth off the imports below, and no collection in mid-run that would hold up the GPU
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
-
+# First, for it says where Python keeps its bytecode.
 from prepare import (
     DEMO, MAX_SEQ_LEN, SEED_OFFSET, Run, Tokenizer, copy_weights, end_children, evaluate_bpb,
     get_device, kernels_used, layer_stats, make_attention, make_dataloader, measure_step,
     parameter_stats, project, rehearse_evaluation, relu2_mlp, sdpa_order, softcap, softcap_loss,
 )  # fmt: skip
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
 # -------------------------------------------------------------------------------------------------
 # Hyperparameters

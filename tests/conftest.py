@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+
+os.environ["AUTORESEARCH_CACHE"] = f"{tempfile.gettempdir()}/auto-log-research-tests"  # nobody's real cache
+import torch  # isort: skip
 
 import prepare
 

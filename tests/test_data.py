@@ -1137,3 +1137,20 @@ def test_the_demo_needs_no_network_and_stays_in_a_folder_of_its_own(demo):
     assert counts["val"]["tokens"] > 2**16  # the evaluation does not repeat itself
     assert f"{counts['train']['tokens']:,} training tokens" in done.stdout
     assert len(json.loads((cache / "demo/tokenizer/tokenizer.json").read_text())["tokens"]) == 1020
+
+
+def test_where_python_may_not_keep_bytecode_it_is_kept_in_the_cache_and_read_at_the_next_start(tmp_path):
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    cache.mkdir()
+    settings = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(elsewhere)}  # as if torch had none
+    code = "import os, sys, prepare; print(sys.pycache_prefix, os.environ['PYTHONPYCACHEPREFIX'])"
+    for _ in range(2):
+        done = run_command(cache, "-v", "-c", code, **settings)
+        assert done.stdout == f"{cache}/bytecode {cache}/bytecode\n"
+        (kept,) = cache.glob("bytecode/**/torch/__init__.*.pyc")
+        was_read = f"code object from '{kept}'" in done.stderr
+    assert was_read
+    assert not elsewhere.exists()
+    settings["PYTHONPYCACHEPREFIX"] = f"{cache}/bytecode"  # torch has its own
+    code = "import sys, prepare; print(sys.dont_write_bytecode)"
+    assert run_command(cache, "-c", code, **settings).stdout == "True\n"
