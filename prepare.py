@@ -28,7 +28,7 @@ What train.py imports, for B rows of T tokens:
                                       head_dim), k, v (B, T, KV, head_dim); with rotary tables, of q
                                       and k normed and turned
     sdpa_order(), kernels_used        for sdpa_kernel; names of the kernels below that took part
-    project(x, *linears)              [linear(x) for linear in linears], as one product
+    attend_projected(attend, x, c_q, c_k, v, cos, sin)  attend(c_q(x), c_k(x), v, cos, sin)
     relu2_mlp(x, c_in, c_out)         c_out(relu(c_in(x)) ** 2) of two linear layers
     softcap(logits, cap)              cap * tanh(logits / cap); the logits where cap is None
     softcap_loss(x, head, targets, cap)  nats (N,) of targets (N,) under softcap(head(x), cap); 0 for -1
@@ -71,7 +71,8 @@ CACHE_DIR = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"
 def keep_bytecode() -> None:
     """Let Python keep in the cache what it makes of the sources it imports, where it may not keep
     that beside them. To compile torch's anew takes several seconds of each start."""
-    folder = Path(importlib.util.find_spec("torch").origin).parent
+    found = importlib.util.find_spec("torch")
+    folder = Path(found.origin if found else "torch").parent  # without it, its import says so
     is_kept = Path(importlib.util.cache_from_source(str(folder / "__init__.py"))).exists()
     if not is_kept and (sys.dont_write_bytecode or not os.access(folder, os.W_OK)):
         sys.dont_write_bytecode, sys.pycache_prefix = False, str(CACHE_DIR.absolute() / "bytecode")
@@ -1048,7 +1049,7 @@ def peak_flops(device_name: str) -> float | None:
 # The kind of a kernel by its name, the first that matches.
 KERNEL_KINDS = {
     "attention": r"_attend|sdpa|flash|fmha|compute_dot_do_o|convert_dq|attention",
-    "mlp": r"_relu2_product",
+    "mlp": r"_relu2|_strip",
     "matmul": r"nvjet|gemm|cutlass|cublas|splitK|ampere|sm90_xmma",
     "loss": r"_softcap_loss|log_softmax|nll_loss",
     "elementwise": r"",  # norms, sums, rotary position embedding, embeddings
@@ -1485,7 +1486,8 @@ def describe_error(error: BaseException) -> str:
 # registers, and so is its derivative, 2 relu(h) = 2 sqrt(post): that saves five passes over the
 # largest activation. Up to a width of 512 each multiprocessor keeps 128 rows of the weights in its
 # shared memory, one warp loads rows of x, and two groups of four take turns, one multiplying while the
-# other squares and stores.
+# other squares and stores. The product that makes queries and keys is of the same kind: its tile is
+# 64 rows of one head, which it normalises and rotates.
 #
 # The loss is the cross-entropy of z = c tanh(h / c), h = x W^T. With s = (1 - tanh(h / c)) / 2,
 # z - c = -2 c s lies in [-2c, 0], so that the sum of exponentials needs no maximum, and
@@ -1588,7 +1590,7 @@ def _store_gradient(dx_tiles, row, col, dy, y, factors, cos, sin, t, N: tl.const
 @jit
 def _attend_dkv(
     q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, dv_tiles, ds_tiles, lses, deltas, k_factors, cos, sin,
-    T, window, scale, log2_scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    factor_stride, T, window, scale, log2_scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values n to n + N of one KV head, from all the query heads that share
     it. Row j of dS (B H T, at least window + N) is key j's; it begins at query n."""
@@ -1609,13 +1611,13 @@ def _attend_dkv(
             dk = tl.dot(ds, q, dk)
             ds_tiles.store([head_row + n, m - n], ds)
     dv_tiles.store([row + n, kv * D], dv.to(tl.bfloat16))
-    factors = k_factors if cos is None else k_factors + (row + j) * KV + kv
+    factors = k_factors if cos is None else k_factors + (row + j) * factor_stride + kv
     _store_gradient(dqk_tiles, row + n, (H + kv) * D, dk * scale, k.to(tl.float32), factors, cos, sin, j, N, D)
 
 
 @jit
 def _attend_dq(
-    ds_tiles, q_tiles, k_tiles, dqk_tiles, q_factors, cos, sin, T, window, scale,
+    ds_tiles, q_tiles, k_tiles, dqk_tiles, q_factors, cos, sin, factor_stride, T, window, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of queries m to m + N of one head, from the dS that `_attend_dkv` kept."""
@@ -1625,7 +1627,7 @@ def _attend_dq(
     for n in tl.range(tl.maximum(m - window, 0) // N * N, m + N, N):
         dq = tl.dot(ds_tiles.load([bh * T + n, m - n]).T, k_tiles.load([row + n, h // GROUP * D]), dq)
     y = q_tiles.load([row + m, h * D]).to(tl.float32)
-    factors = q_factors if cos is None else q_factors + (row + i) * H + h
+    factors = q_factors if cos is None else q_factors + (row + i) * factor_stride + h
     _store_gradient(dqk_tiles, row + m, h * D, dq * scale, y, factors, cos, sin, i, N, D)
 
 
@@ -1676,12 +1678,14 @@ def _window_attention_backward(
     dqk, dv = q.new_empty((B, T, H + KV, D)), q.new_empty(v.shape)
     ds = _tiles(q.new_empty((B * H * T, triton.cdiv(N + min(window, T), N) * N)), N, N)
     q_tiles, k_tiles, v_tiles, do_tiles, dv_tiles = (_tiles(t, N, D) for t in (q, k, v, do, dv))
-    dqk_tiles, given, sizes = _tiles(dqk, N, D // 2), [cos, sin, T, window, scale], [H, H // KV, D, N]
+    dqk_tiles, sizes = _tiles(dqk, N, D // 2), [H, H // KV, D, N]
+    q_turning, k_turning = ([f, cos, sin, 0 if cos is None else f.stride(1)] for f in (q_factors, k_factors))
     _attend_dkv[(T // N, B * KV)](
-        q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, dv_tiles, ds, lses, deltas.contiguous(), k_factors, *given,
-        scale * LOG2_E, *sizes, num_warps=4, num_stages=2,
+        q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, dv_tiles, ds, lses, deltas.contiguous(), *k_turning,
+        T, window, scale, scale * LOG2_E, *sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
-    _attend_dq[(T // N, B * H)](ds, q_tiles, k_tiles, dqk_tiles, q_factors, *given, *sizes, num_warps=4, num_stages=3)
+    inputs = [ds, q_tiles, k_tiles, dqk_tiles, *q_turning, T, window, scale]
+    _attend_dq[(T // N, B * H)](*inputs, *sizes, num_warps=4, num_stages=3)
     return dqk, dv
 
 
@@ -1694,7 +1698,7 @@ def _attention_gradients(ctx, do, _):
     q, k, v, o, lses, *turning = ctx.saved_tensors
     deltas = (do.float() * o.float()).sum(-1).transpose(1, 2)  # (B, H, T)
     dqk, dv = _window_attention_backward(do, q, k, v, lses, deltas, *turning, ctx.window)
-    # Cut along the width, as `project` cuts q and k from one product: the compiler leaves dqk whole.
+    # Cut along the width, as q and k are cut from one product: the compiler leaves dqk whole.
     dq, dk = dqk.flatten(2).split([q.size(2) * q.size(3), k.size(2) * k.size(3)], dim=2)
     return dq.view(q.shape), dk.view(k.shape), dv, *[None] * 7
 
@@ -1735,7 +1739,7 @@ def _barriers(num: gl.constexpr):
 
 
 @gluon_jit
-def _load_strip(a, b, post, shared, barriers, where, IS_BACKWARD: gl.constexpr):
+def _load_strip(a, b, post, shared, barriers, where, FINISH: gl.constexpr):
     """One warp: the strip of b, then a's tiles in turn, chunk by chunk, and after each the post that goes with it."""
     a_ring, strip, outs = shared
     n, first, step, num = where
@@ -1754,14 +1758,39 @@ def _load_strip(a, b, post, shared, barriers, where, IS_BACKWARD: gl.constexpr):
             mbarrier.wait(used.index(stage), i // STAGES & 1 ^ 1)
             mbarrier.expect(loaded.index(stage), a_ring.shape[1] * WIDTH * 2)
             tma.async_copy_global_to_shared(a, [m, k * WIDTH], loaded.index(stage), a_ring.index(stage))
-        if IS_BACKWARD:
+        if FINISH == "backward":
             mbarrier.wait(stored.index(side), t // 2 & 1 ^ 1)
             mbarrier.expect(has_post.index(side), outs.shape[1] * outs.shape[2] * 2)
             tma.async_copy_global_to_shared(post, [m, n], has_post.index(side), outs.index(side))
 
 
 @gluon_jit
-def _multiply_strip(SIDE: gl.constexpr, out, turns, shared, barriers, where, IS_BACKWARD: gl.constexpr):
+def _load_angles(turning, row, N: gl.constexpr, D: gl.constexpr):
+    """Half of the tables' columns, the others are the same, in the layout of half a tile."""
+    cos, sin, _, T, _ = turning
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D // 2, 16])
+    t = row % T + gl.arange(0, N, gl.SliceLayout(1, layout))
+    at = t[:, None] * D + gl.arange(0, D // 2, gl.SliceLayout(0, layout))[None, :]
+    return gl.load(cos + at), gl.load(sin + at)
+
+
+@gluon_jit
+def _turn_tile(x, c, s, turning, row, col, layout: gl.constexpr):
+    """What `turn` does, of one head's tile (N, D); keeps the norm's factors."""
+    _, _, factors, _, num_heads = turning
+    N: gl.constexpr = x.shape[0]
+    D: gl.constexpr = x.shape[1]
+    factor = gl.rsqrt(gl.sum(x * x, 1) / D + 1.1920929e-07)  # torch's eps
+    gl.store(factors + (row + gl.arange(0, N, gl.SliceLayout(1, layout))) * num_heads + col // D, factor)
+    left, right = gl.split((x * factor[:, None]).reshape((N, 2, D // 2)).permute((0, 2, 1)))
+    left, right = gl.convert_layout(left, c.type.layout), gl.convert_layout(right, c.type.layout)
+    c, s = c.to(gl.float32), s.to(gl.float32)
+    turned = gl.join(left * c + right * s, right * c - left * s)
+    return gl.convert_layout(turned.permute((0, 2, 1)).reshape((N, D)), layout)
+
+
+@gluon_jit
+def _multiply_strip(SIDE: gl.constexpr, out, turning, turns, shared, barriers, where, FINISH: gl.constexpr):
     """Four warps, every second tile: they multiply while the other four finish and store theirs."""
     a_ring, strip, outs = shared
     n, first, step, num = where
@@ -1773,7 +1802,14 @@ def _multiply_strip(SIDE: gl.constexpr, out, turns, shared, barriers, where, IS_
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     out_tile = outs.index(SIDE)
     mbarrier.wait(has_strip.index(0), 0)
+    if FINISH == "turn":
+        T = turning[3]
+        c, s = _load_angles(turning, (first + SIDE * step) * ROWS, ROWS, COLS)
     for t in range(SIDE, num, 2):
+        m = (first + t * step) * ROWS
+        if FINISH == "turn":  # noqa: SIM102
+            if 2 * step * ROWS % T != 0:  # else all of this side's tiles have the same positions
+                c, s = _load_angles(turning, m, ROWS, COLS)
         product = gl.zeros((ROWS, COLS), gl.float32, layout)
         mbarrier.wait(turns.index(SIDE), t // 2 & 1 ^ 1 - SIDE)
         for i in range(t * CHUNKS, (t + 1) * CHUNKS):
@@ -1786,27 +1822,31 @@ def _multiply_strip(SIDE: gl.constexpr, out, turns, shared, barriers, where, IS_
         product = hopper.warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(used.index(((t + 1) * CHUNKS - 1) % STAGES))
         product = product.to(gl.bfloat16).to(gl.float32)
-        if IS_BACKWARD:
+        if FINISH == "backward":
             mbarrier.wait(has_post.index(SIDE), t // 2 & 1)
             product *= 2 * gl.sqrt(out_tile.load(layout).to(gl.float32))
-        else:
+        elif FINISH == "forward":
             product = gl.maximum(product, 0.0)
             product *= product
+        else:
+            product = _turn_tile(product, c, s, turning, m, n, layout)
+        if FINISH != "backward":
             tma.store_wait(0)
         out_tile.store(product.to(gl.bfloat16))
         hopper.fence_async_shared()
-        tma.async_copy_shared_to_global(out, [(first + t * step) * ROWS, n], out_tile)
-        if IS_BACKWARD:
+        tma.async_copy_shared_to_global(out, [m, n], out_tile)
+        if FINISH == "backward":
             tma.store_wait(0)
             mbarrier.arrive(stored.index(SIDE))
     tma.store_wait(0)
 
 
 @gluon_jit
-def _relu2_strip(
-    a, b, out, post, num_tiles, step, IS_BACKWARD: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr
+def _strip_product(
+    a, b, out, post, cos, sin, factors, T, num_heads, num_tiles, step,
+    FINISH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What `_relu2_product` computes, for a strip of out's columns and every `step`-th tile of its rows."""
+    """A strip of a b^T's columns, every `step`-th tile of its rows, finished as `_relu2_product` or `turn` does."""
     a_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, a.block_shape[0], a.block_shape[1]], a.layout)
     strip = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, b.block_shape[0], b.block_shape[1]], b.layout)
     outs = gl.allocate_shared_memory(gl.bfloat16, [2, out.block_shape[0], out.block_shape[1]], out.layout)
@@ -1816,32 +1856,62 @@ def _relu2_strip(
     turns = _barriers(2)
     hopper.fence_async_shared()
     shared = (a_ring, strip, outs)
+    turning = (cos, sin, factors, T, num_heads)
     where = (n, first, step, num)
     gl.warp_specialize(
         [
-            (_multiply_strip, (0, out, turns, shared, barriers, where, IS_BACKWARD)),
-            (_multiply_strip, (1, out, turns, shared, barriers, where, IS_BACKWARD)),
-            (_load_strip, (a, b, post, shared, barriers, where, IS_BACKWARD)),
+            (_multiply_strip, (0, out, turning, turns, shared, barriers, where, FINISH)),
+            (_multiply_strip, (1, out, turning, turns, shared, barriers, where, FINISH)),
+            (_load_strip, (a, b, post, shared, barriers, where, FINISH)),
         ],
         [4, 1],
         [200, 40],
     )
 
 
+def _multiply_strips(a: Tensor, b: Tensor, finish: str, post: Tensor | None = None, turning: tuple | None = None):
+    (M, K), N = a.shape, len(b)
+    out = a.new_empty(M, N)
+    rows, cols, width = STRIP_TILE
+    num_tiles, num_strips = triton.cdiv(M, rows), triton.cdiv(N, cols)
+    num_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
+    step = max(1, min(num_sms // num_strips, num_tiles))
+    shaped = ((a, rows, width), (b, cols, width), (out, rows, cols), (out if post is None else post, rows, cols))
+    tiles = [_tiles(*t, is_gluon=True) for t in shaped]
+    sizes = [num_tiles, step, finish, triton.cdiv(K, width), 8]
+    _strip_product[(num_strips * step,)](*tiles, *(turning or (out, out, out, 1, 1)), *sizes, num_warps=4)
+    return out
+
+
+@torch.library.custom_op("auto_log_research::turned_product", mutates_args=())
+def _turned_product(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`turn` of the heads of x W^T, and the norm's factors. The gradient that it takes is that of x W^T."""
+    num_heads = len(weight) // cos.size(2)
+    factors = x.new_empty((len(x), num_heads), dtype=torch.float32)
+    return _multiply_strips(x, weight, "turn", turning=(cos, sin, factors, len(cos), num_heads)), factors
+
+
+def _turned_gradients(ctx, dout, _):
+    x, weight = ctx.saved_tensors
+    return dout @ weight, dout.T @ x, None, None
+
+
+_turned_product.register_autograd(
+    _turned_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
+)
+_turned_product.register_fake(
+    lambda x, weight, cos, _: (
+        x.new_empty(len(x), len(weight)), x.new_empty((len(x), len(weight) // cos.size(2)), dtype=torch.float32)
+    )
+)  # fmt: skip
+
+
 @torch.library.custom_op("auto_log_research::relu2_product", mutates_args=())
 def _multiply_relu2(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
-    (M, K), N = a.shape, b.size(0)
-    out = a.new_empty(M, N)
+    (M, K), N = a.shape, len(b)
     if K <= MAX_STRIP_WIDTH and gluon and a.is_cuda:
-        rows, cols, width = STRIP_TILE
-        num_tiles, num_strips = triton.cdiv(M, rows), triton.cdiv(N, cols)
-        num_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
-        step = max(1, min(num_sms // num_strips, num_tiles))
-        shaped = ((a, rows, width), (b, cols, width), (out, rows, cols), (out if post is None else post, rows, cols))
-        tiles = [_tiles(*t, is_gluon=True) for t in shaped]
-        sizes = [num_tiles, step, post is not None, triton.cdiv(K, width), 8]
-        _relu2_strip[(num_strips * step,)](*tiles, *sizes, num_warps=4)
-        return out
+        return _multiply_strips(a, b, "forward" if post is None else "backward", post)
+    out = a.new_empty(M, N)
     a_tiles, b_tiles = (_tiles(t, MLP_TILE, MLP_TILE_K) for t in (a, b))
     out_tiles, post_tiles = (_tiles(t, MLP_TILE, MLP_TILE) for t in (out, out if post is None else post))
     grid = (triton.cdiv(N, MLP_TILE), triton.cdiv(M, MLP_TILE))
@@ -1878,15 +1948,6 @@ def relu2_mlp(x: Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) -> Tenso
         return c_out(torch.nn.functional.relu(c_in(x)).square())
     out, _ = _relu2_mlp(x.reshape(-1, x.size(-1)), c_in.weight.to(x.dtype), c_out.weight.to(x.dtype))
     return out.view(*x.shape[:-1], -1)
-
-
-def project(x: Tensor, *linears: torch.nn.Linear) -> list[Tensor]:
-    """[linear(x) for linear in linears], in training on a GPU as a single product, which is faster."""
-    if not torch.is_grad_enabled() or not _can_fuse(x, *linears):
-        return [linear(x) for linear in linears]
-    weight = torch.cat([linear.weight for linear in linears])
-    widths = [linear.out_features for linear in linears]
-    return list(torch.nn.functional.linear(x, weight).split(widths, dim=x.dim() - 1))
 
 
 @jit
@@ -1989,16 +2050,21 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, 
     return out.transpose(1, 2)
 
 
+def _fits_window(q_shape: tuple, k_shape: tuple, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> bool:
+    B, T, H, D = q_shape
+    for table in (cos, sin):
+        if table is not None and (table.shape != (T, 1, D) or not table.is_contiguous() or table.requires_grad):
+            return False
+    fits = k_shape == v.shape == (B, T, v.size(2), D) and v.numel() > 0 and H > 0 and H % v.size(2) == 0
+    return fits and can_attend_window(T, D, v.device)
+
+
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, window: int
 ) -> Tensor:
     """What `make_attention` gives. With a window of 1024 the kernel takes 4.2 ms, FlashAttention-2 6.2."""
-    (B, T, H, D), KV = q.shape, k.size(2)
-    fits = k.shape == v.shape == (B, T, KV, D) and H % KV == 0 and q.numel() > 0
-    for table in (cos, sin):
-        fits &= table is None or (table.shape == (T, 1, D) and table.is_contiguous() and not table.requires_grad)
-    if not fits or not can_attend_window(T, D, q.device):
-        positions = torch.arange(T, device=q.device)
+    if not _fits_window(q.shape, k.shape, v, cos, sin):
+        positions = torch.arange(q.size(1), device=q.device)
         age = positions[:, None] - positions
         return plain_attention(q, k, v, cos, sin, attn_mask=(age >= 0) & (age <= window))
     q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
@@ -2008,6 +2074,27 @@ def window_attention(
     eps = torch.finfo(torch.float32).eps
     factors = [torch.rsqrt(t.detach().float().square().mean(-1) + eps) for t in (q, k)]
     return _window_attention(q, k, v, *turned, *factors, cos, sin, window)[0]
+
+
+def attend_projected(
+    attend: Callable, x: Tensor, c_q: torch.nn.Linear, c_k: torch.nn.Linear, v: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """attend(q, k, v, cos, sin) of q = c_q(x) and k = c_k(x), x (B, T, width). In training, up to a width of
+    512, with heads of 128 and a window, the product turns them before it stores them."""
+    (B, T, width), D = x.shape, cos.size(2)
+    widths = [c_q.out_features, c_k.out_features]
+    q_shape, k_shape = ((B, T, n // D, D) for n in widths)
+    window = getattr(attend, "keywords", {}).get("window")
+    is_strip = gluon and width % 8 == 0 and width <= MAX_STRIP_WIDTH and STRIP_TILE[1] == D
+    fits = is_strip and torch.is_grad_enabled() and _can_fuse(x, c_q, c_k) and not any(n % D for n in widths)
+    if window is None or not fits or not _fits_window(q_shape, k_shape, v, cos, sin):
+        return attend(c_q(x).view(B, T, -1, D), c_k(x).view(B, T, -1, D), v, cos, sin)
+    weight = torch.cat([c_q.weight, c_k.weight]).to(x.dtype)
+    turned, factors = _turned_product(x.reshape(-1, width), weight, cos, sin)
+    q, k = turned.view(B, T, -1).split(widths, dim=2)
+    q_factors, k_factors = factors.view(B, T, -1).split([q_shape[2], k_shape[2]], dim=2)
+    q, k = q.view(q_shape), k.view(k_shape)
+    return _window_attention(q, k, v.bfloat16(), q, k, q_factors, k_factors, cos, sin, window)[0]
 
 
 # -------------------------------------------------------------------------------------------------

@@ -353,7 +353,7 @@ def test_help_is_quick_and_wrong_arguments_are_refused(tmp_path):
 
 def test_an_interrupt_during_the_imports_is_quiet(tmp_path):
     shutil.copy(ROOT / "train.py", tmp_path)
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "prepare.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 

@@ -103,12 +103,48 @@ def test_the_window_kernel_takes_queries_keys_and_values_as_they_lie_in_memory()
         assert are_small(relative_errors(function, lambda *qkv: plain_attention(*qkv, (), 50), *leaves))
 
 
+def attend_projected(x, v, c_q, c_k, tables, window):
+    attend = functools.partial(prepare.window_attention, window=window)
+    return prepare.attend_projected(attend, x, c_q, c_k, v, *tables)
+
+
+def plain_projected(x, v, w_q, w_k, tables, window):
+    q, k = (F.linear(x, w).unflatten(2, (-1, v.size(3))) for w in (w_q, w_k))
+    return plain_attention(q, k, v, tables, window)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("H", "KV", "D", "width"), [(4, 4, 128, 512), (4, 2, 128, 512), (3, 1, 128, 72)])
+@pytest.mark.parametrize(("B", "T", "window"), [(2, 256, 100), (1, 64, 9999), (40, 512, 256), (8, 2048, 1024)])
+def test_queries_and_keys_turned_in_their_product_are_plain_mathematics(H, KV, D, width, B, T, window):
+    x, v = bf16(B, T, width), bf16(B, T, KV, D, seed=1)
+    c_q, c_k, tables = linear(H * D, width, 2), linear(KV * D, width, 3), rotary_tables(T, D)
+    errors = relative_errors(
+        lambda x, v, *_: attend_projected(x.bfloat16(), v, c_q, c_k, tables, window),
+        lambda *inputs: plain_projected(*inputs, tables, window),
+        *(x, v, c_q.weight, c_k.weight),
+    )
+    assert are_small(errors)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_turned_in_their_product_they_are_what_turn_makes_of_it():
+    x, weight, (cos, sin) = bf16(512, 64).bfloat16(), bf16(256, 64, seed=1).bfloat16(), rotary_tables(256, 128)
+    turned, factors = prepare._turned_product(x, weight, cos, sin)
+    product = (x @ weight.T).view(2, 256, 2, 128)
+    assert torch.allclose(turned.view(product.shape), prepare.turn(product.float(), cos, sin).bfloat16(), atol=0.02)
+    rms = product.float().square().mean(-1).sqrt().view(512, 2)
+    assert torch.allclose(factors, 1 / rms, rtol=1e-4)
+
+
 @pytest.fixture
 def with_kernels(monkeypatch):
     """As on a Hopper GPU, but whoever calls a kernel's operator is caught."""
     monkeypatch.setattr(prepare, "has_kernels", lambda device: True)
     monkeypatch.setattr(prepare, "_is_bf16_on_gpu", lambda x: True)
-    for name in ("_window_attention", "_relu2_mlp", "_head_loss"):
+    for name in ("_window_attention", "_turned_product", "_relu2_mlp", "_head_loss"):
         monkeypatch.setattr(prepare, name, lambda *inputs, name=name: pytest.fail(f"{name} was called"))
 
 
@@ -142,6 +178,22 @@ def test_attention_with_tables_that_the_kernel_does_not_cover_is_plain(with_kern
         tables = [table.expand(1, 64, 2, 64) for table in tables]
     out = prepare.window_attention(q, k, v, *tables, window=10)
     assert torch.allclose(out.double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("edit", ["a bias", "a width of 520", "heads of 64", "learned tables", "no window"])
+def test_projections_that_the_product_does_not_cover_are_plain(with_kernels, monkeypatch, edit):
+    monkeypatch.setattr(prepare, "gluon", object())
+    width, D = 520 if edit == "a width of 520" else 64, 64 if edit == "heads of 64" else 128
+    x, v, tables = torch.randn(1, 64, width), torch.randn(1, 64, 2, D), rotary_tables(64, D)
+    tables = [table.float().cpu().requires_grad_(edit == "learned tables") for table in tables]
+    c_q, c_k = (nn.Linear(width, 2 * D, bias=edit == "a bias") for _ in range(2))
+
+    def attend(q, k, v, cos, sin, window=10):
+        return plain_attention(q, k, v, (cos, sin), window)
+
+    attend = attend if edit == "no window" else functools.partial(attend, window=10)
+    expected = attend(*(layer(x).view(1, 64, 2, D) for layer in (c_q, c_k)), v, *tables)
+    assert torch.equal(prepare.attend_projected(attend, x, c_q, c_k, v, *tables), expected)
 
 
 def test_tables_that_do_not_rotate_are_refused():
@@ -227,16 +279,6 @@ def test_an_mlp_that_the_kernel_does_not_cover_is_plain(with_kernels, edit):
     layers, shape = MLP_EDITS[edit]
     (c_in, c_out), x = layers(), torch.randn(shape)
     assert torch.equal(prepare.relu2_mlp(x, c_in, c_out), c_out(c_in(x).relu() ** 2))
-
-
-def test_several_projections_as_one_product_are_the_same(monkeypatch):
-    monkeypatch.setattr(prepare, "_is_bf16_on_gpu", lambda x: True)
-    torch.manual_seed(0)
-    a, b, x = nn.Linear(8, 16, bias=False), nn.Linear(8, 24, bias=False), torch.randn(2, 3, 8)
-    for got, layer in zip(prepare.project(x, a, b), (a, b), strict=True):
-        assert torch.allclose(got, layer(x), atol=1e-6)
-    a = nn.Linear(8, 16)
-    assert torch.equal(prepare.project(x, a, b)[0], a(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
