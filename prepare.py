@@ -72,9 +72,9 @@ def keep_bytecode() -> None:
     """Let Python keep in the cache what it makes of the sources it imports, where it may not keep
     that beside them. To compile torch's anew takes several seconds of each start."""
     found = importlib.util.find_spec("torch")
-    folder = Path(found.origin if found else "torch").parent  # without it, its import says so
-    is_kept = Path(importlib.util.cache_from_source(str(folder / "__init__.py"))).exists()
-    if not is_kept and (sys.dont_write_bytecode or not os.access(folder, os.W_OK)):
+    if found is None or Path(found.cached).exists():  # without torch, its import says so
+        return
+    if sys.dont_write_bytecode or not os.access(Path(found.origin).parent, os.W_OK):
         sys.dont_write_bytecode, sys.pycache_prefix = False, str(CACHE_DIR.absolute() / "bytecode")
         os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix  # for the compiler's processes
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -1679,13 +1679,15 @@ def _window_attention_backward(
     ds = _tiles(q.new_empty((B * H * T, triton.cdiv(N + min(window, T), N) * N)), N, N)
     q_tiles, k_tiles, v_tiles, do_tiles, dv_tiles = (_tiles(t, N, D) for t in (q, k, v, do, dv))
     dqk_tiles, sizes = _tiles(dqk, N, D // 2), [H, H // KV, D, N]
-    q_turning, k_turning = ([f, cos, sin, 0 if cos is None else f.stride(1)] for f in (q_factors, k_factors))
+    q_given, k_given = (
+        [factors, cos, sin, 0 if cos is None else factors.stride(1), T, window, scale]
+        for factors in (q_factors, k_factors)
+    )
     _attend_dkv[(T // N, B * KV)](
-        q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, dv_tiles, ds, lses, deltas.contiguous(), *k_turning,
-        T, window, scale, scale * LOG2_E, *sizes, num_warps=4, num_stages=2,
+        q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, dv_tiles, ds, lses, deltas.contiguous(), *k_given,
+        scale * LOG2_E, *sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
-    inputs = [ds, q_tiles, k_tiles, dqk_tiles, *q_turning, T, window, scale]
-    _attend_dq[(T // N, B * H)](*inputs, *sizes, num_warps=4, num_stages=3)
+    _attend_dq[(T // N, B * H)](ds, q_tiles, k_tiles, dqk_tiles, *q_given, *sizes, num_warps=4, num_stages=3)
     return dqk, dv
 
 
@@ -1869,7 +1871,9 @@ def _strip_product(
     )
 
 
-def _multiply_strips(a: Tensor, b: Tensor, finish: str, post: Tensor | None = None, turning: tuple | None = None):
+def _launch_strips(
+    a: Tensor, b: Tensor, finish: str, post: Tensor | None = None, turning: tuple | None = None
+) -> Tensor:
     (M, K), N = a.shape, len(b)
     out = a.new_empty(M, N)
     rows, cols, width = STRIP_TILE
@@ -1888,7 +1892,7 @@ def _turned_product(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> tupl
     """`turn` of the heads of x W^T, and the norm's factors. The gradient that it takes is that of x W^T."""
     num_heads = len(weight) // cos.size(2)
     factors = x.new_empty((len(x), num_heads), dtype=torch.float32)
-    return _multiply_strips(x, weight, "turn", turning=(cos, sin, factors, len(cos), num_heads)), factors
+    return _launch_strips(x, weight, "turn", turning=(cos, sin, factors, len(cos), num_heads)), factors
 
 
 def _turned_gradients(ctx, dout, _):
@@ -1910,7 +1914,7 @@ _turned_product.register_fake(
 def _multiply_relu2(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     (M, K), N = a.shape, len(b)
     if K <= MAX_STRIP_WIDTH and gluon and a.is_cuda:
-        return _multiply_strips(a, b, "forward" if post is None else "backward", post)
+        return _launch_strips(a, b, "forward" if post is None else "backward", post)
     out = a.new_empty(M, N)
     a_tiles, b_tiles = (_tiles(t, MLP_TILE, MLP_TILE_K) for t in (a, b))
     out_tiles, post_tiles = (_tiles(t, MLP_TILE, MLP_TILE) for t in (out, out if post is None else post))
