@@ -28,7 +28,8 @@ What train.py imports, for B rows of T tokens:
                                       head_dim), k, v (B, T, KV, head_dim); with rotary tables, of q
                                       and k normed and turned
     sdpa_order(), kernels_used        for sdpa_kernel; names of the kernels below that took part
-    attend_projected(attend, x, c_q, c_k, v, cos, sin)  attend(c_q(x), c_k(x), v, cos, sin)
+    project(attend, x, c_q, c_k, c_v, cos, sin)  v = c_v(x), and as a function of v, changed or not,
+                                      attend(c_q(x), c_k(x), v, cos, sin)
     relu2_mlp(x, c_in, c_out)         c_out(relu(c_in(x)) ** 2) of two linear layers
     softcap(logits, cap)              cap * tanh(logits / cap); the logits where cap is None
     softcap_loss(x, head, targets, cap)  nats (N,) of targets (N,) under softcap(head(x), cap); 0 for -1
@@ -1487,7 +1488,8 @@ def describe_error(error: BaseException) -> str:
 # largest activation. Up to a width of 512 each multiprocessor keeps 128 rows of the weights in its
 # shared memory, one warp loads rows of x, and two groups of four take turns, one multiplying while the
 # other squares and stores. The product that makes queries and keys is of the same kind: its tile is
-# 64 rows of one head, which it normalises and rotates.
+# 64 rows of one head, which it normalises and rotates. Attention leaves the gradients of q, k and v side
+# by side: one product instead of three then gives that of x, another that of the weights.
 #
 # The loss is the cross-entropy of z = c tanh(h / c), h = x W^T. With s = (1 - tanh(h / c)) / 2,
 # z - c = -2 c s lies in [-2c, 0], so that the sum of exponentials needs no maximum, and
@@ -1495,7 +1497,7 @@ def describe_error(error: BaseException) -> str:
 # if that of the loss is 1; what it really is comes in later as a factor a row, on tensors that are
 # (rows, width) instead of (rows, vocab).
 
-Tensor = torch.Tensor
+Tensor, Linear = torch.Tensor, torch.nn.Linear
 ATTENTION_TILE, MLP_TILE, MLP_TILE_K = 64, 128, 64
 STRIP_TILE, MAX_STRIP_WIDTH = (64, 128, 64), 512  # that much of b, with a's ring, fills the shared memory
 LOG2_E = 1.4426950408889634
@@ -1520,7 +1522,7 @@ def _is_bf16_on_gpu(x: Tensor) -> bool:
 
 def _can_fuse(x: Tensor, *linears: torch.nn.Module) -> bool:
     """Whether there are rows in bf16 on a GPU, for modules that are nothing but products with their weights."""
-    are_linear = all(type(linear) is torch.nn.Linear and linear.bias is None for linear in linears)
+    are_linear = all(type(linear) is Linear and linear.bias is None for linear in linears)
     have_hooks = any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears)
     return x.numel() > 0 and _is_bf16_on_gpu(x) and are_linear and not have_hooks
 
@@ -1573,7 +1575,7 @@ def _attend(
 
 
 @jit
-def _store_gradient(dx_tiles, row, col, dy, y, factors, cos, sin, t, N: tl.constexpr, D: tl.constexpr):
+def _store_gradient(halves, row, col, dy, y, factors, cos, sin, t, N: tl.constexpr, D: tl.constexpr):
     """Store the gradient (N, D) of queries or keys y at positions t; if `turn` made them, with the
     norm's `factors` (a pointer a row), that of what they were before."""
     if cos is not None:
@@ -1583,13 +1585,13 @@ def _store_gradient(dx_tiles, row, col, dy, y, factors, cos, sin, t, N: tl.const
         at = t[:, None] * D + tl.arange(0, D // 2)[None, :]
         c, s = tl.load(cos + at).to(tl.float32), tl.load(sin + at).to(tl.float32)
         left, right = left * c - right * s, left * s + right * c
-    dx_tiles.store([row, col], left.to(tl.bfloat16))
-    dx_tiles.store([row, col + D // 2], right.to(tl.bfloat16))
+    halves.store([row, col], left.to(tl.bfloat16))
+    halves.store([row, col + D // 2], right.to(tl.bfloat16))
 
 
 @jit
 def _attend_dkv(
-    q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, dv_tiles, ds_tiles, lses, deltas, k_factors, cos, sin,
+    q_tiles, k_tiles, v_tiles, do_tiles, halves, dqkv_tiles, ds_tiles, lses, deltas, k_factors, cos, sin,
     factor_stride, T, window, scale, log2_scale, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values n to n + N of one KV head, from all the query heads that share
@@ -1610,14 +1612,14 @@ def _attend_dkv(
             ds = (p * (tl.dot(v, do.T) - tl.load(deltas + head_row + i)[None, :])).to(tl.bfloat16)
             dk = tl.dot(ds, q, dk)
             ds_tiles.store([head_row + n, m - n], ds)
-    dv_tiles.store([row + n, kv * D], dv.to(tl.bfloat16))
+    dqkv_tiles.store([row + n, (H + KV + kv) * D], dv.to(tl.bfloat16))
     factors = k_factors if cos is None else k_factors + (row + j) * factor_stride + kv
-    _store_gradient(dqk_tiles, row + n, (H + kv) * D, dk * scale, k.to(tl.float32), factors, cos, sin, j, N, D)
+    _store_gradient(halves, row + n, (H + kv) * D, dk * scale, k.to(tl.float32), factors, cos, sin, j, N, D)
 
 
 @jit
 def _attend_dq(
-    ds_tiles, q_tiles, k_tiles, dqk_tiles, q_factors, cos, sin, factor_stride, T, window, scale,
+    ds_tiles, q_tiles, k_tiles, halves, q_factors, cos, sin, factor_stride, T, window, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of queries m to m + N of one head, from the dS that `_attend_dkv` kept."""
@@ -1628,7 +1630,7 @@ def _attend_dq(
         dq = tl.dot(ds_tiles.load([bh * T + n, m - n]).T, k_tiles.load([row + n, h // GROUP * D]), dq)
     y = q_tiles.load([row + m, h * D]).to(tl.float32)
     factors = q_factors if cos is None else q_factors + (row + i) * factor_stride + h
-    _store_gradient(dqk_tiles, row + m, h * D, dq * scale, y, factors, cos, sin, i, N, D)
+    _store_gradient(halves, row + m, h * D, dq * scale, y, factors, cos, sin, i, N, D)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1672,23 +1674,23 @@ def _window_attention(
 def _window_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lses: Tensor, deltas: Tensor, q_factors: Tensor | None,
     k_factors: Tensor | None, cos: Tensor | None, sin: Tensor | None, window: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of q and k side by side, as the product that both come from wants them, and of v."""
+) -> Tensor:  # fmt: skip
+    """The gradients of q, k and v side by side, as the product that they come from wants them."""
     (B, T, H, D), KV, N, scale = q.shape, k.size(2), ATTENTION_TILE, q.size(3) ** -0.5
-    dqk, dv = q.new_empty((B, T, H + KV, D)), q.new_empty(v.shape)
+    dqkv = q.new_empty((B, T, H + 2 * KV, D))
     ds = _tiles(q.new_empty((B * H * T, triton.cdiv(N + min(window, T), N) * N)), N, N)
-    q_tiles, k_tiles, v_tiles, do_tiles, dv_tiles = (_tiles(t, N, D) for t in (q, k, v, do, dv))
-    dqk_tiles, sizes = _tiles(dqk, N, D // 2), [H, H // KV, D, N]
+    q_tiles, k_tiles, v_tiles, do_tiles, dqkv_tiles = (_tiles(t, N, D) for t in (q, k, v, do, dqkv))
+    halves, sizes = _tiles(dqkv, N, D // 2), [H, H // KV, D, N]
     q_given, k_given = (
         [factors, cos, sin, 0 if cos is None else factors.stride(1), T, window, scale]
         for factors in (q_factors, k_factors)
     )
     _attend_dkv[(T // N, B * KV)](
-        q_tiles, k_tiles, v_tiles, do_tiles, dqk_tiles, dv_tiles, ds, lses, deltas.contiguous(), *k_given,
+        q_tiles, k_tiles, v_tiles, do_tiles, halves, dqkv_tiles, ds, lses, deltas.contiguous(), *k_given,
         scale * LOG2_E, *sizes, num_warps=4, num_stages=2,
     )  # fmt: skip
-    _attend_dq[(T // N, B * H)](ds, q_tiles, k_tiles, dqk_tiles, *q_given, *sizes, num_warps=4, num_stages=3)
-    return dqk, dv
+    _attend_dq[(T // N, B * H)](ds, q_tiles, k_tiles, halves, *q_given, *sizes, num_warps=4, num_stages=3)
+    return dqkv
 
 
 def _attention_context(ctx, inputs, output):
@@ -1699,19 +1701,16 @@ def _attention_context(ctx, inputs, output):
 def _attention_gradients(ctx, do, _):
     q, k, v, o, lses, *turning = ctx.saved_tensors
     deltas = (do.float() * o.float()).sum(-1).transpose(1, 2)  # (B, H, T)
-    dqk, dv = _window_attention_backward(do, q, k, v, lses, deltas, *turning, ctx.window)
-    # Cut along the width, as q and k are cut from one product: the compiler leaves dqk whole.
-    dq, dk = dqk.flatten(2).split([q.size(2) * q.size(3), k.size(2) * k.size(3)], dim=2)
-    return dq.view(q.shape), dk.view(k.shape), dv, *[None] * 7
+    dqkv = _window_attention_backward(do, q, k, v, lses, deltas, *turning, ctx.window).flatten(2)
+    parts = dqkv.split([t.size(2) * t.size(3) for t in (q, k, v)], dim=2)
+    return *(part.view(t.shape) for part, t in zip(parts, (q, k, v), strict=True)), *[None] * 7
 
 
 _window_attention.register_autograd(_attention_gradients, setup_context=_attention_context)
 _window_attention.register_fake(
     lambda q, *_: (q.new_empty(q.shape), q.new_empty(q[..., 0].mT.shape, dtype=torch.float32))
 )
-_window_attention_backward.register_fake(
-    lambda do, q, k, v, *_: (q.new_empty(torch.cat((q, k), dim=2).shape), q.new_empty(v.shape))
-)
+_window_attention_backward.register_fake(lambda do, q, k, v, *_: q.new_empty(torch.cat((q, k, v), dim=2).shape))
 
 
 @jit
@@ -1741,7 +1740,7 @@ def _barriers(num: gl.constexpr):
 
 
 @gluon_jit
-def _load_strip(a, b, post, shared, barriers, where, FINISH: gl.constexpr):
+def _load_strip(a, b, other, shared, barriers, where, FINISH: gl.constexpr):
     """One warp: the strip of b, then a's tiles in turn, chunk by chunk, and after each the post that goes with it."""
     a_ring, strip, outs = shared
     n, first, step, num = where
@@ -1763,7 +1762,7 @@ def _load_strip(a, b, post, shared, barriers, where, FINISH: gl.constexpr):
         if FINISH == "backward":
             mbarrier.wait(stored.index(side), t // 2 & 1 ^ 1)
             mbarrier.expect(has_post.index(side), outs.shape[1] * outs.shape[2] * 2)
-            tma.async_copy_global_to_shared(post, [m, n], has_post.index(side), outs.index(side))
+            tma.async_copy_global_to_shared(other, [m, n], has_post.index(side), outs.index(side))
 
 
 @gluon_jit
@@ -1792,7 +1791,7 @@ def _turn_tile(x, c, s, turning, row, col, layout: gl.constexpr):
 
 
 @gluon_jit
-def _multiply_strip(SIDE: gl.constexpr, out, turning, turns, shared, barriers, where, FINISH: gl.constexpr):
+def _multiply_strip(SIDE: gl.constexpr, out, other, turning, turns, shared, barriers, where, FINISH: gl.constexpr):
     """Four warps, every second tile: they multiply while the other four finish and store theirs."""
     a_ring, strip, outs = shared
     n, first, step, num = where
@@ -1836,7 +1835,10 @@ def _multiply_strip(SIDE: gl.constexpr, out, turning, turns, shared, barriers, w
             tma.store_wait(0)
         out_tile.store(product.to(gl.bfloat16))
         hopper.fence_async_shared()
-        tma.async_copy_shared_to_global(out, [m, n], out_tile)
+        if n < out.shape[1]:
+            tma.async_copy_shared_to_global(out, [m, n], out_tile)
+        else:
+            tma.async_copy_shared_to_global(other, [m, n - out.shape[1]], out_tile)
         if FINISH == "backward":
             tma.store_wait(0)
             mbarrier.arrive(stored.index(SIDE))
@@ -1845,10 +1847,11 @@ def _multiply_strip(SIDE: gl.constexpr, out, turning, turns, shared, barriers, w
 
 @gluon_jit
 def _strip_product(
-    a, b, out, post, cos, sin, factors, T, num_heads, num_tiles, step,
+    a, b, out, other, cos, sin, factors, T, num_heads, num_tiles, step,
     FINISH: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A strip of a b^T's columns, every `step`-th tile of its rows, finished as `_relu2_product` or `turn` does."""
+    """A strip of a b^T's columns, every `step`-th tile of its rows, finished as `_relu2_product` or `turn` does.
+    `other` is post, or takes the columns that are more than out's."""
     a_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, a.block_shape[0], a.block_shape[1]], a.layout)
     strip = gl.allocate_shared_memory(gl.bfloat16, [CHUNKS, b.block_shape[0], b.block_shape[1]], b.layout)
     outs = gl.allocate_shared_memory(gl.bfloat16, [2, out.block_shape[0], out.block_shape[1]], out.layout)
@@ -1862,62 +1865,97 @@ def _strip_product(
     where = (n, first, step, num)
     gl.warp_specialize(
         [
-            (_multiply_strip, (0, out, turning, turns, shared, barriers, where, FINISH)),
-            (_multiply_strip, (1, out, turning, turns, shared, barriers, where, FINISH)),
-            (_load_strip, (a, b, post, shared, barriers, where, FINISH)),
+            (_multiply_strip, (0, out, other, turning, turns, shared, barriers, where, FINISH)),
+            (_multiply_strip, (1, out, other, turning, turns, shared, barriers, where, FINISH)),
+            (_load_strip, (a, b, other, shared, barriers, where, FINISH)),
         ],
         [4, 1],
         [200, 40],
     )
 
 
-def _launch_strips(
-    a: Tensor, b: Tensor, finish: str, post: Tensor | None = None, turning: tuple | None = None
-) -> Tensor:
+def _launch_strips(a: Tensor, b: Tensor, out: Tensor, other: Tensor, finish: str, turning: tuple | None = None) -> None:
     (M, K), N = a.shape, len(b)
-    out = a.new_empty(M, N)
     rows, cols, width = STRIP_TILE
     num_tiles, num_strips = triton.cdiv(M, rows), triton.cdiv(N, cols)
     num_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
     step = max(1, min(num_sms // num_strips, num_tiles))
-    shaped = ((a, rows, width), (b, cols, width), (out, rows, cols), (out if post is None else post, rows, cols))
+    shaped = (a, rows, width), (b, cols, width), (out, rows, cols), (other, rows, cols)
     tiles = [_tiles(*t, is_gluon=True) for t in shaped]
     sizes = [num_tiles, step, finish, triton.cdiv(K, width), 8]
     _strip_product[(num_strips * step,)](*tiles, *(turning or (out, out, out, 1, 1)), *sizes, num_warps=4)
-    return out
 
 
-@torch.library.custom_op("auto_log_research::turned_product", mutates_args=())
-def _turned_product(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`turn` of the heads of x W^T, and the norm's factors. The gradient that it takes is that of x W^T."""
-    num_heads = len(weight) // cos.size(2)
-    factors = x.new_empty((len(x), num_heads), dtype=torch.float32)
-    return _launch_strips(x, weight, "turn", turning=(cos, sin, factors, len(cos), num_heads)), factors
+@torch.library.custom_op("auto_log_research::turned_products", mutates_args=())
+def _turned_products(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, q_width: int, k_width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x W^T in three parts, of which the first two are `turn`ed, and the factors of their norms. The gradients
+    that it takes are those of the parts of x W^T."""
+    _check_rotation(cos, sin)
+    turned_width = q_width + k_width
+    q, k = x.new_empty(len(x), q_width), x.new_empty(len(x), k_width)
+    factors = x.new_empty((len(x), turned_width // cos.size(2)), dtype=torch.float32)
+    turning = cos, sin, factors, len(cos), factors.size(1)
+    _launch_strips(x, weight[:turned_width], q, k, "turn", turning)
+    return q, k, x @ weight[turned_width:].T, factors
 
 
-def _turned_gradients(ctx, dout, _):
-    x, weight = ctx.saved_tensors
-    return dout @ weight, dout.T @ x, None, None
+@torch.library.custom_op("auto_log_research::product_gradients", mutates_args=())
+def _product_gradients(parts: list[Tensor], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and W, from that of x W^T in parts; where these lie side by side they are taken as one."""
+    first, width = parts[0], len(weight)
+    ends = [part.data_ptr() + part.size(1) * part.element_size() for part in parts]
+    are_adjacent = [part.data_ptr() for part in parts[1:]] == ends[:-1] and first.stride() == (width, 1)
+    if are_adjacent and all(part.stride() == first.stride() for part in parts):
+        parts = [first.as_strided((len(x), width), (width, 1))]
+    weights = weight.split([part.size(1) for part in parts])
+    dx = parts[0] @ weights[0]
+    for part, rows in zip(parts[1:], weights[1:], strict=True):
+        dx.addmm_(part, rows)
+    return dx, torch.cat([part.T @ x for part in parts])
 
 
-_turned_product.register_autograd(
-    _turned_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
+_product_gradients.register_fake(lambda parts, x, weight: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+_turned_products.register_autograd(
+    lambda ctx, dq, dk, dv, _: (*_product_gradients([dq, dk, dv], *ctx.saved_tensors), *[None] * 4),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
 )
-_turned_product.register_fake(
-    lambda x, weight, cos, _: (
-        x.new_empty(len(x), len(weight)), x.new_empty((len(x), len(weight) // cos.size(2)), dtype=torch.float32)
+_turned_products.register_fake(
+    lambda x, weight, cos, sin, *widths: (
+        *(x.new_empty(len(x), n) for n in (*widths, len(weight) - sum(widths))),
+        x.new_empty((len(x), sum(widths) // cos.size(2)), dtype=torch.float32),
     )
-)  # fmt: skip
+)
+
+
+class _Turned(torch.autograd.Function):
+    """Of queries or keys y that `turn` made, as they are; the gradient is that of what they were before."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, factors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(y, factors, cos, sin)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple:
+        y, factors, cos, sin = ctx.saved_tensors
+        dy, y = dy.float(), y.float()
+        dx = (dy - y * (dy * y).mean(-1, keepdim=True)) * factors.unsqueeze(-1)
+        dx = dx * cos - dx.roll(dx.size(-1) // 2, -1) * sin
+        return dx.to(ctx.saved_tensors[0].dtype), None, None, None
 
 
 @torch.library.custom_op("auto_log_research::relu2_product", mutates_args=())
 def _multiply_relu2(a: Tensor, b: Tensor, post: Tensor | None) -> Tensor:
     (M, K), N = a.shape, len(b)
-    if K <= MAX_STRIP_WIDTH and gluon and a.is_cuda:
-        return _launch_strips(a, b, "forward" if post is None else "backward", post)
     out = a.new_empty(M, N)
+    other, finish = (out, "forward") if post is None else (post, "backward")
+    if K <= MAX_STRIP_WIDTH and gluon and a.is_cuda:
+        _launch_strips(a, b, out, other, finish)
+        return out
     a_tiles, b_tiles = (_tiles(t, MLP_TILE, MLP_TILE_K) for t in (a, b))
-    out_tiles, post_tiles = (_tiles(t, MLP_TILE, MLP_TILE) for t in (out, out if post is None else post))
+    out_tiles, post_tiles = (_tiles(t, MLP_TILE, MLP_TILE) for t in (out, other))
     grid = (triton.cdiv(N, MLP_TILE), triton.cdiv(M, MLP_TILE))
     sizes = [K, post is not None, MLP_TILE, MLP_TILE_K]
     _relu2_product[grid](a_tiles, b_tiles, out_tiles, post_tiles, *sizes, num_warps=4, num_stages=3)
@@ -1944,7 +1982,7 @@ _relu2_mlp.register_autograd(
 _relu2_mlp.register_fake(lambda x, w_in, w_out: (x.new_empty(len(x), len(w_out)), x.new_empty(len(x), len(w_in))))
 
 
-def relu2_mlp(x: Tensor, c_in: torch.nn.Linear, c_out: torch.nn.Linear) -> Tensor:
+def relu2_mlp(x: Tensor, c_in: Linear, c_out: Linear) -> Tensor:
     """c_out(relu(c_in(x)) ** 2), x: (..., width). Fused where gradients are wanted and widths are
     multiples of 8, as the copy engine demands."""
     fits = _can_fuse(x, c_in, c_out) and has_kernels(x.device) and torch.is_grad_enabled()
@@ -1992,6 +2030,8 @@ def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[
     losses, vocab = x.new_empty(len(x), dtype=torch.float32), len(weight)
     block = triton.next_power_of_2(vocab)
     options = {"num_warps": max(1, min(block // 1024, 16))}
+    if torch.version.cuda and block <= 2**14:
+        options["maxnreg"] = 80  # three programs on a multiprocessor instead of two: 3.0 TB/s instead of 2.6
     _softcap_loss[(len(x),)](logits, targets.contiguous(), losses, vocab, cap, block, block == vocab, **options)
     return losses, logits
 
@@ -2015,7 +2055,7 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap and math.isfinite(cap) else logits
 
 
-def softcap_loss(x: Tensor, head: torch.nn.Linear, targets: Tensor, cap: float | None) -> Tensor:
+def softcap_loss(x: Tensor, head: Linear, targets: Tensor, cap: float | None) -> Tensor:
     """Cross-entropy (N,) in nats of the logits softcap(head(x), cap), x: (N, width); 0 where the target is
     -1. Logits have the product's own precision, all that follows is fp32. Fused on any GPU with Triton."""
     if not (_can_fuse(x, head) and head.out_features <= MAX_FUSED_VOCAB and 0 < (cap or 0) <= MAX_FUSED_CAP):
@@ -2054,20 +2094,22 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, 
     return out.transpose(1, 2)
 
 
-def _fits_window(q_shape: tuple, k_shape: tuple, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> bool:
+def _fits_window(
+    q_shape: tuple, k_shape: tuple, v_shape: tuple, cos: Tensor | None, sin: Tensor | None, device: torch.device
+) -> bool:
     B, T, H, D = q_shape
     for table in (cos, sin):
         if table is not None and (table.shape != (T, 1, D) or not table.is_contiguous() or table.requires_grad):
             return False
-    fits = k_shape == v.shape == (B, T, v.size(2), D) and v.numel() > 0 and H > 0 and H % v.size(2) == 0
-    return fits and can_attend_window(T, D, v.device)
+    fits = k_shape == v_shape == (B, T, v_shape[2], D) and math.prod(v_shape) > 0 and H > 0 and H % v_shape[2] == 0
+    return fits and can_attend_window(T, D, device)
 
 
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, window: int
 ) -> Tensor:
     """What `make_attention` gives. With a window of 1024 the kernel takes 4.2 ms, FlashAttention-2 6.2."""
-    if not _fits_window(q.shape, k.shape, v, cos, sin):
+    if not _fits_window(q.shape, k.shape, v.shape, cos, sin, v.device):
         positions = torch.arange(q.size(1), device=q.device)
         age = positions[:, None] - positions
         return plain_attention(q, k, v, cos, sin, attn_mask=(age >= 0) & (age <= window))
@@ -2080,25 +2122,37 @@ def window_attention(
     return _window_attention(q, k, v, *turned, *factors, cos, sin, window)[0]
 
 
-def attend_projected(
-    attend: Callable, x: Tensor, c_q: torch.nn.Linear, c_k: torch.nn.Linear, v: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:
-    """attend(q, k, v, cos, sin) of q = c_q(x) and k = c_k(x), x (B, T, width). In training, up to a width of
-    512, with heads of 128 and a window, the product turns them before it stores them."""
-    (B, T, width), D = x.shape, cos.size(2)
-    widths = [c_q.out_features, c_k.out_features]
-    q_shape, k_shape = ((B, T, n // D, D) for n in widths)
-    window = getattr(attend, "keywords", {}).get("window")
-    is_strip = gluon and width % 8 == 0 and width <= MAX_STRIP_WIDTH and STRIP_TILE[1] == D
-    fits = is_strip and torch.is_grad_enabled() and _can_fuse(x, c_q, c_k) and not any(n % D for n in widths)
-    if window is None or not fits or not _fits_window(q_shape, k_shape, v, cos, sin):
+def project(
+    attend: Callable, x: Tensor, c_q: Linear, c_k: Linear, c_v: Linear, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Callable]:
+    """v = c_v(x), x (B, T, width), and a function of such a v: attend(c_q(x), c_k(x), v, cos, sin). In training,
+    up to a width of 512 and with heads of 128, queries and keys are turned before their product is stored."""
+    (B, T, width), D, linears = x.shape, cos.size(2), (c_q, c_k, c_v)
+
+    def attend_plain(v):
         return attend(c_q(x).view(B, T, -1, D), c_k(x).view(B, T, -1, D), v, cos, sin)
-    weight = torch.cat([c_q.weight, c_k.weight]).to(x.dtype)
-    turned, factors = _turned_product(x.reshape(-1, width), weight, cos, sin)
-    q, k = turned.view(B, T, -1).split(widths, dim=2)
+
+    kind, options = getattr(attend, "func", None), getattr(attend, "keywords", {})
+    is_known = kind is window_attention or (kind is plain_attention and options == {"is_causal": True})
+    is_strip = gluon and width % 8 == 0 and width <= MAX_STRIP_WIDTH and STRIP_TILE[1] == D
+    fits = is_known and is_strip and torch.is_grad_enabled() and _can_fuse(x, *linears)
+    fits = fits and not any(linear.out_features % D for linear in linears)
+    shapes = [(B, T, linear.out_features // D, D) for linear in linears] if fits else []
+    if not fits or not _fits_window(*shapes, cos, sin, x.device):
+        return c_v(x).view(B, T, -1, D), attend_plain
+    weight, (q_shape, k_shape, v_shape) = torch.cat([linear.weight for linear in linears]).to(x.dtype), shapes
+    *products, factors = _turned_products(x.reshape(-1, width), weight, cos, sin, c_q.out_features, c_k.out_features)
+    q, k, v = (product.view(shape) for product, shape in zip(products, shapes, strict=True))
     q_factors, k_factors = factors.view(B, T, -1).split([q_shape[2], k_shape[2]], dim=2)
-    q, k = q.view(q_shape), k.view(k_shape)
-    return _window_attention(q, k, v.bfloat16(), q, k, q_factors, k_factors, cos, sin, window)[0]
+
+    def attend_turned(v):
+        if v.shape != v_shape:
+            return attend_plain(v)
+        if kind is window_attention:
+            return _window_attention(q, k, v.bfloat16(), q, k, q_factors, k_factors, cos, sin, options["window"])[0]
+        return attend(_Turned.apply(q, q_factors, cos, sin), _Turned.apply(k, k_factors, cos, sin), v)
+
+    return v, attend_turned
 
 
 # -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 Reads the data that prepare.py made. Writes run_start.json, metrics.jsonl (one line a step), checkpoint.pt,
 eval_record.json and, when all is done, run_summary.json. This is the one file that experiments change.
 
-make_attention, attend_projected, relu2_mlp and softcap_loss come from prepare.py, with kernels for Hopper GPUs. Write
+make_attention, project, relu2_mlp and softcap_loss come from prepare.py, with kernels for Hopper GPUs. Write
 plain torch in their place whenever an idea needs it: the compiler fuses that too. `kernels:` in the log: those in use.
 """
 
@@ -36,9 +36,9 @@ if __name__ == "__main__":
 
 # First, for it says where Python keeps its bytecode.
 from prepare import (
-    DEMO, MAX_SEQ_LEN, SEED_OFFSET, Run, Tokenizer, attend_projected, copy_weights, end_children, evaluate_bpb,
-    get_device, kernels_used, layer_stats, make_attention, make_dataloader, measure_step,
-    parameter_stats, rehearse_evaluation, relu2_mlp, sdpa_order, softcap, softcap_loss,
+    DEMO, MAX_SEQ_LEN, SEED_OFFSET, Run, Tokenizer, copy_weights, end_children, evaluate_bpb, get_device,
+    kernels_used, layer_stats, make_attention, make_dataloader, measure_step, parameter_stats,
+    project, rehearse_evaluation, relu2_mlp, sdpa_order, softcap, softcap_loss,
 )  # fmt: skip
 
 import torch
@@ -137,14 +137,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ve: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
-        v = self.c_v(x).view(B, T, -1, self.head_dim)
+        # v is c_v(x), and attend(v) is self.attend(c_q(x), c_k(x), v, cos, sin), fused where it can be: attention of
+        # norm(q) and norm(k), rotated; without the tables, of q and k.
+        v, attend = project(self.attend, x, self.c_q, self.c_k, self.c_v, cos, sin)
         if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_width]))  # (B, T, KV), 1 at the start
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)
-        # self.attend(c_q(x), c_k(x), v, cos, sin), fused where it can be: attention of norm(q) and norm(k), rotated;
-        # without the tables, of q and k.
-        y = attend_projected(self.attend, x, self.c_q, self.c_k, v, cos, sin)
-        return self.c_proj(y.reshape(B, T, -1))
+        return self.c_proj(attend(v).reshape(B, T, -1))
 
 
 class MLP(nn.Module):

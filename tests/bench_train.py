@@ -131,18 +131,18 @@ def bench_parts() -> None:
     def turn_apart(q, k, v, cos, sin, *, window):
         return attend_window(prepare.turn(q, cos, sin), prepare.turn(k, cos, sin), v, window=window)
 
-    def project_apart(attend, x, c_q, c_k, v, cos, sin):
-        q, k = (linear(x).view(*v.shape[:2], -1, v.size(3)) for linear in (c_q, c_k))
-        return attend(q, k, v, cos, sin)
+    def project_apart(attend, x, c_q, c_k, c_v, cos, sin):
+        q, k, v = (linear(x).view(*x.shape[:2], -1, cos.size(2)) for linear in (c_q, c_k, c_v))
+        return v, lambda v: attend(q, k, v, cos, sin)
 
     parts = {
         "a mask for the windows": [(prepare, "can_attend_window", lambda *sizes: False)],
         "plain MLP": [(train, "relu2_mlp", lambda x, c_in, c_out: c_out(c_in(x).relu().square()))],
         "the MLP's product in tiles": [(prepare, "MAX_STRIP_WIDTH", 0)],
         "plain soft cap and loss": [(prepare, "MAX_FUSED_VOCAB", 0)],
-        "queries and keys turned after their product": [(train, "attend_projected", project_apart)],
+        "queries, keys and values in three products": [(train, "project", project_apart)],
         "norm and rotation apart from attention": [
-            (train, "attend_projected", project_apart),
+            (train, "project", project_apart),
             (prepare, "window_attention", turn_apart),
         ],
     }

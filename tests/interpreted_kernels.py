@@ -16,7 +16,16 @@ import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from test_kernels import bf16, linear, plain_attention, plain_mlp, relative_errors, rotary_tables
+from test_kernels import (
+    attend_projected,
+    bf16,
+    linear,
+    plain_attention,
+    plain_mlp,
+    plain_projected,
+    relative_errors,
+    rotary_tables,
+)
 
 import prepare
 
@@ -59,6 +68,33 @@ def attention() -> None:
         show("attention, turned" if tables else "attention", errors)
 
 
+def launch_plain_strips(a, b, out, other, finish, turning) -> None:
+    """What the kernel by strips computes. It is Gluon's, which the interpreter does not know."""
+    cos, sin, factors, T, num_heads = turning
+    product = (a @ b.T).view(-1, T, num_heads, cos.size(2)).float()
+    turned = prepare.turn(product, cos, sin).bfloat16().view(len(a), -1)
+    out.copy_(turned[:, : out.size(1)])
+    other.copy_(turned[:, out.size(1) :])
+    factors.copy_(product.square().mean(-1).rsqrt().view(len(a), -1))
+
+
+def projected() -> None:
+    prepare.gluon, prepare._launch_strips = prepare, launch_plain_strips
+    B, T, H, KV, D, width = 1, 64, 2, 1, 128, 24
+    x, more_v, tables = bf16(B, T, width), bf16(B, T, KV, D, seed=1), rotary_tables(T, D)
+    linears = [linear(heads * D, width, 2 + i) for i, heads in enumerate((H, KV, KV))]
+    for window in (40, None):
+        for layer in linears:
+            layer.weight.grad = None
+        errors = relative_errors(
+            lambda x, more_v, *_, window=window: attend_projected(x.bfloat16(), more_v, linears, tables, window),
+            partial(plain_projected, tables=tables, window=window),
+            *(leaf.detach().requires_grad_() for leaf in (x, more_v)),
+            *(layer.weight for layer in linears),
+        )
+        show("projected", errors)
+
+
 def mlp() -> None:
     c_in, c_out = linear(40, 24, 1).bfloat16(), linear(16, 40, 2).bfloat16()
     memory = bf16(24, 33).detach().bfloat16()
@@ -80,4 +116,5 @@ def loss() -> None:
 if __name__ == "__main__":
     attention()
     mlp()
+    projected()
     loss()

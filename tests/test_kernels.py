@@ -103,40 +103,73 @@ def test_the_window_kernel_takes_queries_keys_and_values_as_they_lie_in_memory()
         assert are_small(relative_errors(function, lambda *qkv: plain_attention(*qkv, (), 50), *leaves))
 
 
-def attend_projected(x, v, c_q, c_k, tables, window):
-    attend = functools.partial(prepare.window_attention, window=window)
-    return prepare.attend_projected(attend, x, c_q, c_k, v, *tables)
+def attention_of(window):
+    if window is None:
+        return functools.partial(prepare.plain_attention, is_causal=True)
+    return functools.partial(prepare.window_attention, window=window)
 
 
-def plain_projected(x, v, w_q, w_k, tables, window):
-    q, k = (F.linear(x, w).unflatten(2, (-1, v.size(3))) for w in (w_q, w_k))
-    return plain_attention(q, k, v, tables, window)
+def attend_projected(x, more_v, linears, tables, window):
+    v, attend = prepare.project(attention_of(window), x, *linears, *tables)
+    return attend(v + more_v.to(v.dtype))
+
+
+def plain_projected(x, more_v, *weights, tables, window):
+    q, k, v = (F.linear(x, w).unflatten(2, (-1, more_v.size(3))) for w in weights)
+    return plain_attention(q, k, v + more_v, tables, 9999 if window is None else window)
 
 
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize(("H", "KV", "D", "width"), [(4, 4, 128, 512), (4, 2, 128, 512), (3, 1, 128, 72)])
-@pytest.mark.parametrize(("B", "T", "window"), [(2, 256, 100), (1, 64, 9999), (40, 512, 256), (8, 2048, 1024)])
-def test_queries_and_keys_turned_in_their_product_are_plain_mathematics(H, KV, D, width, B, T, window):
-    x, v = bf16(B, T, width), bf16(B, T, KV, D, seed=1)
-    c_q, c_k, tables = linear(H * D, width, 2), linear(KV * D, width, 3), rotary_tables(T, D)
+@pytest.mark.parametrize(
+    ("B", "T", "window"),
+    [(2, 256, 100), (1, 64, 9999), (40, 512, 256), (8, 2048, 1024), (3, 256, None), (1, 192, None)],
+)
+def test_queries_keys_and_values_of_one_product_are_plain_mathematics(H, KV, D, width, B, T, window):
+    x, more_v, tables = bf16(B, T, width), bf16(B, T, KV, D, seed=1), rotary_tables(T, D)
+    linears = [linear(heads * D, width, 2 + i) for i, heads in enumerate((H, KV, KV))]
     errors = relative_errors(
-        lambda x, v, *_: attend_projected(x.bfloat16(), v, c_q, c_k, tables, window),
-        lambda *inputs: plain_projected(*inputs, tables, window),
-        *(x, v, c_q.weight, c_k.weight),
+        lambda x, more_v, *_: attend_projected(x.bfloat16(), more_v, linears, tables, window),
+        functools.partial(plain_projected, tables=tables, window=window),
+        *(x, more_v, *(layer.weight for layer in linears)),
     )
     assert are_small(errors)
 
 
 @pytest.mark.gpu
 @on_hopper
-def test_turned_in_their_product_they_are_what_turn_makes_of_it():
-    x, weight, (cos, sin) = bf16(512, 64).bfloat16(), bf16(256, 64, seed=1).bfloat16(), rotary_tables(256, 128)
-    turned, factors = prepare._turned_product(x, weight, cos, sin)
-    product = (x @ weight.T).view(2, 256, 2, 128)
-    assert torch.allclose(turned.view(product.shape), prepare.turn(product.float(), cos, sin).bfloat16(), atol=0.02)
-    rms = product.float().square().mean(-1).sqrt().view(512, 2)
+@pytest.mark.parametrize("B", [1, 3, 40])
+def test_the_products_of_queries_and_keys_are_turned_and_that_of_values_is_not(B):
+    x, weight, (cos, sin) = bf16(B * 256, 64).bfloat16(), bf16(512, 64, seed=1).bfloat16(), rotary_tables(256, 128)
+    q, k, v, factors = prepare._turned_products(x, weight, cos, sin, 256, 128)
+    product = (x @ weight.T).view(B, 256, 4, 128)
+    expected = prepare.turn(product[:, :, :3].float(), cos, sin).bfloat16()
+    assert torch.allclose(torch.cat((q, k), 1).view(expected.shape), expected, atol=0.02)
+    assert torch.equal(v, x @ weight[384:].T)
+    rms = product[:, :, :3].float().square().mean(-1).sqrt().view(-1, 3)
     assert torch.allclose(factors, 1 / rms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("are_adjacent", [True, False])
+def test_gradients_of_a_product_in_parts_are_those_of_the_whole(are_adjacent):
+    x, weight, whole = (torch.randn(shape, device=DEVICE) for shape in ((50, 8), (12, 8), (50, 12)))
+    parts = whole.split([4, 6, 2], dim=1)
+    dx, dw = prepare._product_gradients([*(parts if are_adjacent else map(torch.clone, parts))], x, weight)
+    assert torch.allclose(dx, whole @ weight, atol=1e-4)
+    assert torch.allclose(dw, whole.T @ x, atol=1e-4)
+
+
+def test_a_gradient_is_led_back_through_norm_and_rotation():
+    x, (cos, sin) = bf16(2, 64, 3, 32), rotary_tables(64, 32)
+    factors = torch.rsqrt(x.detach().square().mean(-1) + torch.finfo(torch.float32).eps)
+
+    weights = bf16(*x.shape, seed=1).detach()
+    y = prepare.turn(x.detach(), cos, sin).requires_grad_()
+    prepare._Turned.apply(y, factors, cos, sin).backward(weights)
+    copy = x.detach().double().requires_grad_()
+    plain_turn(copy, cos, sin).backward(weights.double())
+    assert torch.allclose(y.grad.double(), copy.grad, atol=0.02)
 
 
 @pytest.fixture
@@ -144,7 +177,7 @@ def with_kernels(monkeypatch):
     """As on a Hopper GPU, but whoever calls a kernel's operator is caught."""
     monkeypatch.setattr(prepare, "has_kernels", lambda device: True)
     monkeypatch.setattr(prepare, "_is_bf16_on_gpu", lambda x: True)
-    for name in ("_window_attention", "_turned_product", "_relu2_mlp", "_head_loss"):
+    for name in ("_window_attention", "_turned_products", "_relu2_mlp", "_head_loss"):
         monkeypatch.setattr(prepare, name, lambda *inputs, name=name: pytest.fail(f"{name} was called"))
 
 
@@ -180,20 +213,26 @@ def test_attention_with_tables_that_the_kernel_does_not_cover_is_plain(with_kern
     assert torch.allclose(out.double(), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("edit", ["a bias", "a width of 520", "heads of 64", "learned tables", "no window"])
+@pytest.mark.parametrize(
+    "edit",
+    ["a bias", "no linear layer", "wide", "heads of 64", "learned tables", "another attention", "short sequences"],
+)
 def test_projections_that_the_product_does_not_cover_are_plain(with_kernels, monkeypatch, edit):
     monkeypatch.setattr(prepare, "gluon", object())
-    width, D = 520 if edit == "a width of 520" else 64, 64 if edit == "heads of 64" else 128
-    x, v, tables = torch.randn(1, 64, width), torch.randn(1, 64, 2, D), rotary_tables(64, D)
+    width, D = 520 if edit == "wide" else 64, 64 if edit == "heads of 64" else 128
+    T = 60 if edit == "short sequences" else 64
+    x, tables = torch.randn(1, T, width), rotary_tables(T, D)
     tables = [table.float().cpu().requires_grad_(edit == "learned tables") for table in tables]
-    c_q, c_k = (nn.Linear(width, 2 * D, bias=edit == "a bias") for _ in range(2))
+    linears = [nn.Linear(width, 2 * D, bias=edit == "a bias") for _ in range(3)]
+    if edit == "no linear layer":
+        linears[1] = nn.Sequential(linears[1], nn.Tanh())
 
-    def attend(q, k, v, cos, sin, window=10):
-        return plain_attention(q, k, v, (cos, sin), window)
+    def attend_all(q, k, v, cos, sin):
+        return plain_attention(q, k, v, (cos, sin), T)
 
-    attend = attend if edit == "no window" else functools.partial(attend, window=10)
-    expected = attend(*(layer(x).view(1, 64, 2, D) for layer in (c_q, c_k)), v, *tables)
-    assert torch.equal(prepare.attend_projected(attend, x, c_q, c_k, v, *tables), expected)
+    expected = attend_all(*(layer(x).view(1, T, 2, D) for layer in linears), *tables)
+    v, attend = prepare.project(attend_all if edit == "another attention" else attention_of(None), x, *linears, *tables)
+    assert torch.allclose(attend(v).double(), expected.double(), atol=1e-5)
 
 
 def test_tables_that_do_not_rotate_are_refused():
@@ -362,7 +401,8 @@ def test_in_tritons_interpreter_every_kernel_is_plain_mathematics():
     *lines, no_token = done.stdout.splitlines() or [""]
     assert no_token == "no token: [nan, nan]", done.stderr
     errors = [line.split(": ") for line in lines]
-    assert [name for name, _ in errors] == ["attention"] * 4 + ["attention, turned"] * 4 + ["mlp"] * 4 + ["loss"] * 3
+    counts = {"attention": 4, "attention, turned": 4, "mlp": 4, "projected": 12, "loss": 3}
+    assert [name for name, _ in errors] == [name for name, count in counts.items() for _ in range(count)]
     assert all(float(error) < 2e-2 for _, error in errors)  # it rounds bf16 toward zero
 
 
