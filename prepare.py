@@ -1392,7 +1392,8 @@ class Run:
         if (pauses_over := self.clock.paused_seconds - MAX_PAUSED_SHARE * TIME_BUDGET) > 0:
             summary["pauses_over"] = pauses_over
         if profile := summary.get("profile"):
-            profile |= {"step": step_ms, "idle": max(step_ms - sum(profile.values()), 0.0)}
+            # The rest: the GPU idle, and what trained weights and a warm GPU add to the kernels profiled at the start.
+            profile |= {"step": step_ms, "rest": max(step_ms - sum(profile.values()), 0.0)}
         # Not synced: that takes seconds, and the score is to come.
         try:
             with open_atomic(Path(CHECKPOINT_FILE), is_synced=False) as file:
