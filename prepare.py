@@ -1941,10 +1941,9 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple:
         y, factors, cos, sin = ctx.saved_tensors
-        dy, y = dy.float(), y.float()
-        dx = (dy - y * (dy * y).mean(-1, keepdim=True)) * factors.unsqueeze(-1)
-        dx = dx * cos - dx.roll(dx.size(-1) // 2, -1) * sin
-        return dx.to(ctx.saved_tensors[0].dtype), None, None, None
+        dx = dy.float() - y * (dy.float() * y).mean(-1, keepdim=True)
+        dx = dx * factors.unsqueeze(-1)
+        return (dx * cos - dx.roll(y.size(-1) // 2, -1) * sin).to(y.dtype), None, None, None
 
 
 @torch.library.custom_op("auto_log_research::relu2_product", mutates_args=())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, explicit_attention
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import prepare
 
@@ -160,13 +161,13 @@ def test_gradients_of_a_product_in_parts_are_those_of_the_whole(are_adjacent):
     assert torch.allclose(dw, whole.T @ x, atol=1e-4)
 
 
-def test_a_gradient_is_led_back_through_norm_and_rotation():
-    x, (cos, sin) = bf16(2, 64, 3, 32), rotary_tables(64, 32)
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_gradient_is_led_back_through_norm_and_rotation(is_checkpointed):
+    x, (cos, sin), weights = bf16(2, 64, 3, 32), rotary_tables(64, 32), bf16(2, 64, 3, 32, seed=1).detach()
     factors = torch.rsqrt(x.detach().square().mean(-1) + torch.finfo(torch.float32).eps)
-
-    weights = bf16(*x.shape, seed=1).detach()
+    call = functools.partial(checkpoint, use_reentrant=False) if is_checkpointed else lambda f, *inputs: f(*inputs)
     y = prepare.turn(x.detach(), cos, sin).requires_grad_()
-    prepare._Turned.apply(y, factors, cos, sin).backward(weights)
+    call(prepare._Turned.apply, y, factors, cos, sin).backward(weights)
     copy = x.detach().double().requires_grad_()
     plain_turn(copy, cos, sin).backward(weights.double())
     assert torch.allclose(y.grad.double(), copy.grad, atol=0.02)
