@@ -98,7 +98,7 @@ def bench() -> None:
     print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**20:.0f} MB; kernels: {sorted(prepare.kernels_used)}")
     by_kind = prepare.measure_step(gradients, lambda: train.update(optimizers), 1, device)
     rows = sorted(by_kind.items(), key=lambda row: -row[1])
-    rows.append(("GPU idle (launches, waiting for data)", max(median_ms - sum(by_kind.values()), 0.0)))
+    rows.append(("the rest: idle, or slower than when profiled", max(median_ms - sum(by_kind.values()), 0.0)))
     table("one step on the GPU", rows, "ms")
     print(f"  the Python thread waits {waiting_ms:.2f} ms a step for batches, while the GPU is busy with the last")
 
