@@ -546,6 +546,29 @@ def test_scalars_start_where_the_configuration_says_and_stand_beside_the_bests()
     assert analyze.compute_layers(this, best) == ["scalar RMS of x0_lambdas: 4.79 (early 0.1, best 2)"]
 
 
+@pytest.mark.parametrize(
+    ("first", "init", "toss"),
+    [
+        (0.6, 0.1, "x0_lambdas to 0.6, the best's to -0.4"),
+        (-0.3, 0.1, None),
+        (-0.3, -0.8, "x0_lambdas to -0.3, the best's to -0.4"),
+        (0.6, None, None),
+        (math.nan, 0.1, None),
+    ],
+)
+def test_scalars_that_the_first_step_moved_the_other_way_are_a_toss(first, init, toss):
+    best = make_run("best", **{"scalars/x0_lambdas": [[-0.4, -0.4]] * 600})
+    this = make_run(**{"scalars/x0_lambdas": [[first, first]] * 600})
+    best.summary["x0_lambda_init"], this.summary["x0_lambda_init"] = 0.1, init
+    assert analyze.find_toss(this, best) == toss
+    assert analyze.find_toss(this, make_run("best")) is None  # which logs none
+    entries = [entry("best", 0.99, "p"), entry("this", 0.98, "q", "pending")]
+    for e in entries:
+        e.record["name"] = e.name
+    page = analyze.render_analysis(analyze.compute_stats(this, entries[1], entries, [best]), [])
+    assert (f"Mind: the first step took {toss}: while blocks" in page) == bool(toss)
+
+
 def test_the_page_is_short_whatever_happens_and_begins_with_the_verdict_and_the_paired_curve():
     this, best = make_run(shift=-0.02, val=0.98), make_run("best")
     entries = [entry("best", 0.99, "p"), entry("this", 0.98, "q", "pending")]
