@@ -1753,8 +1753,8 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
 
 
 def find_toss(run: Run, best: Run | None) -> str | None:
-    """Residual scalars that the first step moved the other way than the best's. While blocks pass their input on
-    and the last norm takes out its scale, their gradient is rounding; Adam makes a whole step of it."""
+    """Residual scalars that the first step moved as far as the best's, but the other way. While blocks pass their
+    input on and the last norm takes out its scale, their gradient is rounding; Adam makes a whole step of it."""
     if not best or not run.records or not best.records:
         return None
     for key in run.records[0]:
@@ -1763,7 +1763,9 @@ def find_toss(run: Run, best: Run | None) -> str | None:
         if name == key or None in starts:
             continue
         mine, theirs = (numbers(r.records[0].get(key) or []) for r in (run, best))
-        if len(mine) and mine.shape == theirs.shape and ((mine - starts[0]) * (theirs - starts[1]) < 0).all():
+        moved, moved_theirs = mine - starts[0], theirs - starts[1]
+        is_mirrored = mine.shape == theirs.shape and np.allclose(moved, -moved_theirs, rtol=0.1, atol=0.0)
+        if is_mirrored and len(mine) > 1 and ((moved > 0).all() or (moved < 0).all()):
             return f"{name} to {mine.mean():.2g}, the best's to {theirs.mean():.2g}"
     return None
 
@@ -1883,7 +1885,7 @@ def compute_stats(run: Run, this: Entry, entries: list[Entry], best_runs: list[R
         "gap": attempt(failed, "gap", compute_gap, run, best_runs),
         "cost": {"this": compute_costs([run]), "best": compute_costs(best_runs)},
         "layers": attempt(failed, "layers", compute_layers, run, best_run),
-        "toss": attempt(failed, "layers", find_toss, run, best_run),
+        "toss": attempt(failed, "toss", find_toss, run, best_run),
         "history": attempt(failed, "history", compute_history, entries),
         "calibration": render_calibration(entries),
         "failed": failed,
@@ -2004,7 +2006,7 @@ def find_remarks(stats: dict) -> list[str]:
         remarks.append(f"the best's steps, of the same sizes, took {times}: unless this code is why, the machine is "
                        f"faster now; then `{RERUN}` before you believe a gain")
     if stats.get("toss"):
-        remarks.append(f"the first step took {stats['toss']}: while blocks pass their input on, rounding tosses that, "
+        remarks.append(f"the first step took {stats['toss']}: while blocks pass their input on, rounding decides that, "
                        "and a hundred losses follow it; another seed before you believe a difference")
     if v["undecided"]:
         remarks.append(f"lower, and not decided yet: {', '.join(v['undecided'][:3])}")

@@ -28,8 +28,8 @@ What train.py imports, for B rows of T tokens:
                                       head_dim), k, v (B, T, KV, head_dim); with rotary tables, of q
                                       and k normed and turned
     sdpa_order(), kernels_used        for sdpa_kernel; names of the kernels below that took part
-    project(attend, x, c_q, c_k, c_v, cos, sin)  v = c_v(x), and as a function of v, changed or not,
-                                      attend(c_q(x), c_k(x), v, cos, sin)
+    project(attend, x, c_q, c_k, c_v, head_dim, cos, sin)  v = c_v(x), and as a function of v, changed
+                                      or not, attend(c_q(x), c_k(x), v, cos, sin)
     relu2_mlp(x, c_in, c_out)         c_out(relu(c_in(x)) ** 2) of two linear layers
     softcap(logits, cap)              cap * tanh(logits / cap); the logits where cap is None
     softcap_loss(x, head, targets, cap)  nats (N,) of targets (N,) under softcap(head(x), cap); 0 for -1
@@ -1489,8 +1489,8 @@ def describe_error(error: BaseException) -> str:
 # largest activation. Up to a width of 512 each multiprocessor keeps 128 rows of the weights in its
 # shared memory, one warp loads rows of x, and two groups of four take turns, one multiplying while the
 # other squares and stores. The product that makes queries and keys is of the same kind: its tile is
-# 64 rows of one head, which it normalises and rotates. Attention leaves the gradients of q, k and v side
-# by side: one product instead of three then gives that of x, another that of the weights.
+# 64 rows of one head, which it normalises and rotates. Attention with a window leaves the gradients of
+# q, k and v side by side: one product instead of three then gives that of x, another that of the weights.
 #
 # The loss is the cross-entropy of z = c tanh(h / c), h = x W^T. With s = (1 - tanh(h / c)) / 2,
 # z - c = -2 c s lies in [-2c, 0], so that the sum of exponentials needs no maximum, and
@@ -1893,23 +1893,22 @@ def _turned_products(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x W^T in three parts, of which the first two are `turn`ed, and the factors of their norms. The gradients
     that it takes are those of the parts of x W^T."""
+    kernels_used.add("projections")
     _check_rotation(cos, sin)
     turned_width = q_width + k_width
     q, k = x.new_empty(len(x), q_width), x.new_empty(len(x), k_width)
     factors = x.new_empty((len(x), turned_width // cos.size(2)), dtype=torch.float32)
-    turning = cos, sin, factors, len(cos), factors.size(1)
-    _launch_strips(x, weight[:turned_width], q, k, "turn", turning)
+    _launch_strips(x, weight[:turned_width], q, k, "turn", (cos, sin, factors, len(cos), factors.size(1)))
     return q, k, x @ weight[turned_width:].T, factors
 
 
 @torch.library.custom_op("auto_log_research::product_gradients", mutates_args=())
 def _product_gradients(parts: list[Tensor], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and W, from that of x W^T in parts; where these lie side by side they are taken as one."""
-    first, width = parts[0], len(weight)
-    ends = [part.data_ptr() + part.size(1) * part.element_size() for part in parts]
-    are_adjacent = [part.data_ptr() for part in parts[1:]] == ends[:-1] and first.stride() == (width, 1)
-    if are_adjacent and all(part.stride() == first.stride() for part in parts):
-        parts = [first.as_strided((len(x), width), (width, 1))]
+    width, ends = len(weight), [part.data_ptr() + part[0].nbytes for part in parts]
+    are_adjacent = [part.data_ptr() for part in parts[1:]] == ends[:-1]
+    if are_adjacent and all(part.stride() == (width, 1) for part in parts):
+        parts = [parts[0].as_strided((len(x), width), (width, 1))]
     weights = weight.split([part.size(1) for part in parts])
     dx = parts[0] @ weights[0]
     for part, rows in zip(parts[1:], weights[1:], strict=True):
@@ -1941,8 +1940,7 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple:
         y, factors, cos, sin = ctx.saved_tensors
-        dx = dy.float() - y * (dy.float() * y).mean(-1, keepdim=True)
-        dx = dx * factors.unsqueeze(-1)
+        dx = (dy.float() - y * (dy.float() * y).mean(-1, keepdim=True)) * factors.unsqueeze(-1)
         return (dx * cos - dx.roll(y.size(-1) // 2, -1) * sin).to(y.dtype), None, None, None
 
 
@@ -2031,7 +2029,7 @@ def _head_loss(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[
     block = triton.next_power_of_2(vocab)
     options = {"num_warps": max(1, min(block // 1024, 16))}
     if torch.version.cuda and block <= 2**14:
-        options["maxnreg"] = 80  # three programs on a multiprocessor instead of two: 3.0 TB/s instead of 2.6
+        options["maxnreg"] = 80  # at 8192 columns three programs a multiprocessor, not two: 3.0 TB/s, not 2.6
     _softcap_loss[(len(x),)](logits, targets.contiguous(), losses, vocab, cap, block, block == vocab, **options)
     return losses, logits
 
@@ -2123,30 +2121,31 @@ def window_attention(
 
 
 def project(
-    attend: Callable, x: Tensor, c_q: Linear, c_k: Linear, c_v: Linear, cos: Tensor, sin: Tensor
+    attend: Callable, x: Tensor, c_q: Linear, c_k: Linear, c_v: Linear, D: int, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Callable]:
-    """v = c_v(x), x (B, T, width), and a function of such a v: attend(c_q(x), c_k(x), v, cos, sin). In training,
-    up to a width of 512 and with heads of 128, queries and keys are turned before their product is stored."""
-    (B, T, width), D, linears = x.shape, cos.size(2), (c_q, c_k, c_v)
+    """v = c_v(x), x (B, T, width), in heads of D, and a function of such a v: attend(c_q(x), c_k(x), v, cos, sin).
+    In training, up to a width of 512, with heads of 128 and an attention as `make_attention` gave it, queries
+    and keys are turned before their product is stored."""
+    (B, T, width), linears = x.shape, (c_q, c_k, c_v)
 
     def attend_plain(v):
         return attend(c_q(x).view(B, T, -1, D), c_k(x).view(B, T, -1, D), v, cos, sin)
 
     kind, options = getattr(attend, "func", None), getattr(attend, "keywords", {})
     is_known = kind is window_attention or (kind is plain_attention and options == {"is_causal": True})
-    is_strip = gluon and width % 8 == 0 and width <= MAX_STRIP_WIDTH and STRIP_TILE[1] == D
+    is_strip = gluon and width % 8 == 0 and width <= MAX_STRIP_WIDTH and STRIP_TILE[1] == D and cos is not None
     fits = is_known and is_strip and torch.is_grad_enabled() and _can_fuse(x, *linears)
     fits = fits and not any(linear.out_features % D for linear in linears)
     shapes = [(B, T, linear.out_features // D, D) for linear in linears] if fits else []
     if not fits or not _fits_window(*shapes, cos, sin, x.device):
         return c_v(x).view(B, T, -1, D), attend_plain
-    weight, (q_shape, k_shape, v_shape) = torch.cat([linear.weight for linear in linears]).to(x.dtype), shapes
+    weight = torch.cat([linear.weight for linear in linears]).to(x.dtype)
     *products, factors = _turned_products(x.reshape(-1, width), weight, cos, sin, c_q.out_features, c_k.out_features)
     q, k, v = (product.view(shape) for product, shape in zip(products, shapes, strict=True))
-    q_factors, k_factors = factors.view(B, T, -1).split([q_shape[2], k_shape[2]], dim=2)
+    q_factors, k_factors = factors.view(B, T, -1).split([q.size(2), k.size(2)], dim=2)
 
     def attend_turned(v):
-        if v.shape != v_shape:
+        if v.shape != shapes[2]:
             return attend_plain(v)
         if kind is window_attention:
             return _window_attention(q, k, v.bfloat16(), q, k, q_factors, k_factors, cos, sin, options["window"])[0]

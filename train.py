@@ -139,7 +139,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         # v is c_v(x), and attend(v) is self.attend(c_q(x), c_k(x), v, cos, sin), fused where it can be: attention of
         # norm(q) and norm(k), rotated; without the tables, of q and k.
-        v, attend = project(self.attend, x, self.c_q, self.c_k, self.c_v, cos, sin)
+        v, attend = project(self.attend, x, self.c_q, self.c_k, self.c_v, self.head_dim, cos, sin)
         if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.gate_width]))  # (B, T, KV), 1 at the start
             v = v + gate.unsqueeze(-1) * ve.view(v.shape)

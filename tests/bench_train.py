@@ -131,8 +131,8 @@ def bench_parts() -> None:
     def turn_apart(q, k, v, cos, sin, *, window):
         return attend_window(prepare.turn(q, cos, sin), prepare.turn(k, cos, sin), v, window=window)
 
-    def project_apart(attend, x, c_q, c_k, c_v, cos, sin):
-        q, k, v = (linear(x).view(*x.shape[:2], -1, cos.size(2)) for linear in (c_q, c_k, c_v))
+    def project_apart(attend, x, c_q, c_k, c_v, head_dim, cos, sin):
+        q, k, v = (linear(x).view(*x.shape[:2], -1, head_dim) for linear in (c_q, c_k, c_v))
         return v, lambda v: attend(q, k, v, cos, sin)
 
     parts = {

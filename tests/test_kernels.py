@@ -111,7 +111,7 @@ def attention_of(window):
 
 
 def attend_projected(x, more_v, linears, tables, window):
-    v, attend = prepare.project(attention_of(window), x, *linears, *tables)
+    v, attend = prepare.project(attention_of(window), x, *linears, more_v.size(3), *tables)
     return attend(v + more_v.to(v.dtype))
 
 
@@ -216,7 +216,10 @@ def test_attention_with_tables_that_the_kernel_does_not_cover_is_plain(with_kern
 
 @pytest.mark.parametrize(
     "edit",
-    ["a bias", "no linear layer", "wide", "heads of 64", "learned tables", "another attention", "short sequences"],
+    [
+        *("a bias", "no linear layer", "wide", "heads of 64", "another attention", "short sequences"),
+        *("learned tables", "no tables", "tables of a batch"),
+    ],
 )
 def test_projections_that_the_product_does_not_cover_are_plain(with_kernels, monkeypatch, edit):
     monkeypatch.setattr(prepare, "gluon", object())
@@ -224,15 +227,21 @@ def test_projections_that_the_product_does_not_cover_are_plain(with_kernels, mon
     T = 60 if edit == "short sequences" else 64
     x, tables = torch.randn(1, T, width), rotary_tables(T, D)
     tables = [table.float().cpu().requires_grad_(edit == "learned tables") for table in tables]
+    if edit == "no tables":
+        tables = [None, None]
+    if edit == "tables of a batch":
+        tables = [table.expand(1, T, 1, D) for table in tables]
     linears = [nn.Linear(width, 2 * D, bias=edit == "a bias") for _ in range(3)]
     if edit == "no linear layer":
         linears[1] = nn.Sequential(linears[1], nn.Tanh())
 
     def attend_all(q, k, v, cos, sin):
-        return plain_attention(q, k, v, (cos, sin), T)
+        tables = [table.view(T, 1, D) for table in (cos, sin) if table is not None]
+        return plain_attention(q, k, v, tables, T)
 
     expected = attend_all(*(layer(x).view(1, T, 2, D) for layer in linears), *tables)
-    v, attend = prepare.project(attend_all if edit == "another attention" else attention_of(None), x, *linears, *tables)
+    attend = attend_all if edit == "another attention" else attention_of(None)
+    v, attend = prepare.project(attend, x, *linears, D, *tables)
     assert torch.allclose(attend(v).double(), expected.double(), atol=1e-5)
 
 

@@ -552,6 +552,7 @@ def test_scalars_start_where_the_configuration_says_and_stand_beside_the_bests()
         (0.6, 0.1, "x0_lambdas to 0.6, the best's to -0.4"),
         (-0.3, 0.1, None),
         (-0.3, -0.8, "x0_lambdas to -0.3, the best's to -0.4"),
+        (0.1004, 0.1, None),  # with a warm-up
         (0.6, None, None),
         (math.nan, 0.1, None),
     ],
@@ -562,6 +563,9 @@ def test_scalars_that_the_first_step_moved_the_other_way_are_a_toss(first, init,
     best.summary["x0_lambda_init"], this.summary["x0_lambda_init"] = 0.1, init
     assert analyze.find_toss(this, best) == toss
     assert analyze.find_toss(this, make_run("best")) is None  # which logs none
+    for run, values in ((best, [-0.4, 0.6]), (this, [0.6, -0.4])):
+        run.records[0]["scalars/other"], run.summary["other_init"] = values, 0.1
+    assert analyze.find_toss(this, best) == toss  # these have gradients of their own
     entries = [entry("best", 0.99, "p"), entry("this", 0.98, "q", "pending")]
     for e in entries:
         e.record["name"] = e.name
