@@ -1732,8 +1732,8 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
     if num_blocks(theirs) != num_blocks(late):  # block 2 of three is not block 2 of four
         theirs = {key: value for key, value in theirs.items() if not key[1].startswith("blocks.")}
     for kind, name in late:
-        start = number(run.summary.get(f"{name.removesuffix('s')}_init"))
-        if kind == "scalar RMS" and start is not None:  # it starts where the configuration says
+        start = configured_start(run, name)
+        if kind == "scalar RMS" and start is not None:
             early[kind, name] = start
     found, lines = [], []
     for (kind, name), value in late.items():
@@ -1752,6 +1752,11 @@ def compute_layers(run: Run, best: Run | None) -> list[str]:
     return lines[:8]
 
 
+def configured_start(run: Run, name: str) -> float | None:
+    """Where the configuration says that scalars of this name begin."""
+    return number(run.summary.get(f"{name.removesuffix('s')}_init"))
+
+
 def find_toss(run: Run, best: Run | None) -> str | None:
     """Residual scalars that the first step moved as far as the best's, but the other way. While blocks pass their
     input on and the last norm takes out its scale, their gradient is rounding; Adam makes a whole step of it."""
@@ -1759,7 +1764,7 @@ def find_toss(run: Run, best: Run | None) -> str | None:
         return None
     for key in run.records[0]:
         name = key.removeprefix("scalars/")
-        starts = [number(r.summary.get(f"{name.removesuffix('s')}_init")) for r in (run, best)]
+        starts = [configured_start(r, name) for r in (run, best)]
         if name == key or None in starts:
             continue
         mine, theirs = (numbers(r.records[0].get(key) or []) for r in (run, best))

@@ -1050,7 +1050,7 @@ def peak_flops(device_name: str) -> float | None:
 # The kind of a kernel by its name, the first that matches.
 KERNEL_KINDS = {
     "attention": r"_attend|sdpa|flash|fmha|compute_dot_do_o|convert_dq|attention",
-    "mlp": r"_relu2|_strip",
+    "mlp": r"_relu2|_strip",  # and, where they are turned in their product, queries and keys
     "matmul": r"nvjet|gemm|cutlass|cublas|splitK|ampere|sm90_xmma",
     "loss": r"_softcap_loss|log_softmax|nll_loss",
     "elementwise": r"",  # norms, sums, rotary position embedding, embeddings
@@ -2092,7 +2092,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, 
     return out.transpose(1, 2)
 
 
-def _fits_window(
+def _fits_kernels(
     q_shape: tuple, k_shape: tuple, v_shape: tuple, cos: Tensor | None, sin: Tensor | None, device: torch.device
 ) -> bool:
     B, T, H, D = q_shape
@@ -2107,7 +2107,7 @@ def window_attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, window: int
 ) -> Tensor:
     """What `make_attention` gives. With a window of 1024 the kernel takes 4.2 ms, FlashAttention-2 6.2."""
-    if not _fits_window(q.shape, k.shape, v.shape, cos, sin, v.device):
+    if not _fits_kernels(q.shape, k.shape, v.shape, cos, sin, v.device):
         positions = torch.arange(q.size(1), device=q.device)
         age = positions[:, None] - positions
         return plain_attention(q, k, v, cos, sin, attn_mask=(age >= 0) & (age <= window))
@@ -2137,7 +2137,7 @@ def project(
     fits = is_known and is_strip and torch.is_grad_enabled() and _can_fuse(x, *linears)
     fits = fits and not any(linear.out_features % D for linear in linears)
     shapes = [(B, T, linear.out_features // D, D) for linear in linears] if fits else []
-    if not fits or not _fits_window(*shapes, cos, sin, x.device):
+    if not fits or not _fits_kernels(*shapes, cos, sin, x.device):
         return c_v(x).view(B, T, -1, D), attend_plain
     weight = torch.cat([linear.weight for linear in linears]).to(x.dtype)
     *products, factors = _turned_products(x.reshape(-1, width), weight, cos, sin, c_q.out_features, c_k.out_features)

@@ -6,8 +6,8 @@
 Reads the data that prepare.py made. Writes run_start.json, metrics.jsonl (one line a step), checkpoint.pt,
 eval_record.json and, when all is done, run_summary.json. This is the one file that experiments change.
 
-make_attention, project, relu2_mlp and softcap_loss come from prepare.py, with kernels for Hopper GPUs. Write
-plain torch in their place whenever an idea needs it: the compiler fuses that too. `kernels:` in the log: those in use.
+make_attention, project, relu2_mlp and softcap_loss come from prepare.py, with kernels for Hopper GPUs. Write plain
+torch in their place whenever an idea needs it: the compiler fuses that too. `kernels:` in the log names those in use.
 """
 
 import contextlib
